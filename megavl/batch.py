@@ -1,0 +1,45 @@
+"""Batch: the one noun that crosses rooms."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+Kind = Literal["text", "multimodal"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch: packs of documents laid end to end, `T` tokens in all.
+
+    tokens:     int64 [T]; an image is a run of `image_tokens` placeholders
+    labels:     int64 [T]; the token that position t should predict, -100 where nothing is supervised
+    positions:  int64 [T]; restart at 0 with every document
+    cu_seqlens: int32 [N + 1]; document n is tokens[cu_seqlens[n]:cu_seqlens[n + 1]]; the last entry is T
+    pixels:     tower name ("siglip", "sam") -> float32 [I, 3, S, S], normalised, in the order of the placeholders;
+                I may be 0. None on ranks that do not hold the stem
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    positions: Tensor
+    cu_seqlens: Tensor
+    pixels: Mapping[str, Tensor] | None
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """What one rank feeds into one optimizer step, with the facts of the whole global batch.
+
+    supervised_tokens, tokens, images, squared_tokens count the global batch, not this rank's part.
+    squared_tokens: sum over documents of their length squared, which packed attention costs.
+    """
+
+    step: int
+    kind: Kind
+    micro_batches: tuple[Batch, ...]
+    supervised_tokens: int
+    tokens: int
+    images: int
+    squared_tokens: int

@@ -1,0 +1,117 @@
+"""Sections of a run: what is trained, how it is cut, on what data, with which optimizer, and what is kept."""
+
+from typing import Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from megavl.config.model import ModelConfig, Section
+
+
+class ParallelConfig(Section):
+    """Sizes of the axes; data parallelism is what remains of the world."""
+
+    tensor: PositiveInt = 1
+    sequence: bool = Field(False, description="sequence parallelism over the tensor axis")
+    pipeline: PositiveInt = 1
+    virtual_stages: PositiveInt = Field(1, description="stages per pipeline rank; above 1 the schedule is interleaved")
+    stages: tuple[PositiveInt, ...] | None = Field(
+        None, description="items of the model list (stem, blocks, head) on each stage; null splits them evenly"
+    )
+    zero: Literal[0, 1, 2, 3] = 1
+
+    @property
+    def model(self) -> int:
+        """Ranks that hold one replica of the model."""
+        return self.tensor * self.pipeline
+
+    @property
+    def num_stages(self) -> int:
+        """Stages of the whole pipeline."""
+        return self.pipeline * self.virtual_stages
+
+
+class SourceConfig(Section):
+    """One indexed dataset, and how often it is drawn from among those of its modality."""
+
+    prefix: str
+    weight: PositiveFloat = 1.0
+
+
+class DataConfig(Section):
+    """Which documents are read. A step is all text or all multimodal (DeepSeek-VL section 4.4)."""
+
+    tokenizer: str = Field(description="sentencepiece .model or tokenizer.json; its identity must be the datasets' own")
+    text: tuple[SourceConfig, ...] = ()
+    multimodal: tuple[SourceConfig, ...] = ()
+    text_ratio: float = Field(ge=0.0, le=1.0, description="probability that a step is text")
+    seq_len: PositiveInt = Field(description="tokens of one pack, image tokens included")
+    workers: NonNegativeInt = Field(2, description="processes that decode images; 0 decodes in the training process")
+    prefetch: PositiveInt = Field(2, description="steps that are prepared ahead")
+
+
+class ScheduleConfig(Section):
+    """Learning rate over the steps: linear warm-up, then the shape."""
+
+    shape: Literal["constant", "cosine", "step"] = "cosine"
+    warmup_steps: NonNegativeInt = 0
+    final_ratio: NonNegativeFloat = Field(0.0, description="cosine: last learning rate over the peak")
+    milestones: tuple[float, ...] = Field((0.8, 0.9), description="step: fractions of the run")
+    ratios: tuple[float, ...] = Field((0.316, 0.1), description="step: learning rate over the peak from each milestone on")
+
+
+class ParameterRule(Section):
+    """How the parameters whose name matches are trained. The last rule that matches a name holds."""
+
+    match: str = Field(description="regular expression, searched in the parameter's name")
+    lr_multiplier: NonNegativeFloat = Field(1.0, description="0 freezes")
+
+
+class OptimConfig(Section):
+    """AdamW and its schedule (DeepSeek-VL Table 4)."""
+
+    lr: PositiveFloat
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.0
+    grad_clip: NonNegativeFloat = Field(1.0, description="largest global gradient norm; 0 does not clip")
+    schedule: ScheduleConfig = ScheduleConfig()
+    rules: tuple[ParameterRule, ...] = ()
+
+
+class TrainConfig(Section):
+    """Length and numerics of the run."""
+
+    steps: PositiveInt
+    global_batch: PositiveInt = Field(description="packs of one optimizer step")
+    micro_batch: PositiveInt = Field(1, description="packs of one forward pass on one rank")
+    precision: Literal["fp32", "bf16"] = "bf16"
+    seed: NonNegativeInt = 0
+    recompute: Literal["off", "full"] = Field("off", description="full: every block is recomputed in the backward pass")
+
+
+class CheckpointConfig(Section):
+    """When the state of the run is written, and from where it starts."""
+
+    every: PositiveInt = Field(1000, description="steps between two checkpoints; the last step always writes one")
+    keep: PositiveInt = Field(2, description="newest checkpoints that stay on disk")
+    init_from: str | None = Field(None, description="checkpoint whose weights start a new run; the rest of it is not read")
+
+
+class LogConfig(Section):
+    """What the run shows besides metrics.jsonl, which gets every step."""
+
+    every: PositiveInt = Field(1, description="steps between two console lines")
+    tensorboard: bool = True
+
+
+class RunConfig(Section):
+    """One run, whole."""
+
+    output_dir: str
+    model: ModelConfig
+    parallel: ParallelConfig = ParallelConfig()
+    data: DataConfig
+    optim: OptimConfig
+    train: TrainConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()

@@ -1,0 +1,126 @@
+"""Autograd pairs at the borders of a tensor-parallel region.
+
+Megatron-LM (arXiv 1909.08053) section 3 names f and g; Megatron sequence parallelism (arXiv 2205.05198) section 4.2
+replaces them by all-gather and reduce-scatter over the tokens. With an axis of size 1 each is the identity.
+
+| function       | forward                   | backward                  |
+|----------------|---------------------------|---------------------------|
+| copy           | identity                  | all-reduce                |
+| reduce         | all-reduce                | identity                  |
+| split          | this rank's tokens        | all-gather                |
+| gather         | all-gather                | reduce-scatter            |
+| reduce_scatter | reduce-scatter            | all-gather                |
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd import Function
+
+from megavl.parallel.groups import Axis, TensorAxis
+
+
+def _all_reduce(x: Tensor, axis: Axis) -> Tensor:
+    x = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(x, group=axis.group)
+    return x
+
+
+def _all_gather(x: Tensor, axis: Axis) -> Tensor:
+    whole = x.new_empty((axis.size * x.shape[0], *x.shape[1:]))  # [size * T, ...]
+    dist.all_gather_into_tensor(whole, x.contiguous(), group=axis.group)
+    return whole
+
+
+def _reduce_scatter(x: Tensor, axis: Axis) -> Tensor:
+    part = x.new_empty((x.shape[0] // axis.size, *x.shape[1:]))  # [T / size, ...]
+    dist.reduce_scatter_tensor(part, x.contiguous(), group=axis.group)
+    return part
+
+
+def _split(x: Tensor, axis: Axis) -> Tensor:
+    return x.chunk(axis.size)[axis.rank].contiguous()  # [T / size, ...]
+
+
+class _Copy(Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return _all_reduce(grad, ctx.axis), None
+
+
+class _Reduce(Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, axis: Axis) -> Tensor:
+        return _all_reduce(x, axis)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad, None
+
+
+class _Split(Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return _split(x, axis)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return _all_gather(grad, ctx.axis), None
+
+
+class _Gather(Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return _all_gather(x, axis)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return _reduce_scatter(grad, ctx.axis), None
+
+
+class _ReduceScatter(Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return _reduce_scatter(x, axis)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return _all_gather(grad, ctx.axis), None
+
+
+def enter_parallel(x: Tensor, tp: TensorAxis) -> Tensor:
+    """[T, D] (replicated) or [T / tp, D] (sequence) -> [T, D], the input that column-parallel weights multiply."""
+    if tp.size == 1:
+        return x
+    return _Gather.apply(x, tp) if tp.sequence else _Copy.apply(x, tp)
+
+
+def leave_parallel(x: Tensor, tp: TensorAxis) -> Tensor:
+    """Partial sums [T, D] of row-parallel weights -> [T, D] (replicated) or [T / tp, D] (sequence)."""
+    if tp.size == 1:
+        return x
+    return _ReduceScatter.apply(x, tp) if tp.sequence else _Reduce.apply(x, tp)
+
+
+def reduce(x: Tensor, axis: Axis) -> Tensor:
+    """Sum over the axis; the gradient of the sum is every rank's gradient."""
+    return x if axis.size == 1 else _Reduce.apply(x, axis)
+
+
+def split_tokens(x: Tensor, tp: TensorAxis) -> Tensor:
+    """[T, D], equal on all ranks -> [T / tp, D] under sequence parallelism, unchanged without."""
+    return _Split.apply(x, tp) if tp.sequence else x
+
+
+def shared_weight(weight: Tensor, tp: TensorAxis) -> Tensor:
+    """A replicated weight that meets only this rank's tokens: under sequence parallelism its gradient is a partial sum,
+    which the backward pass adds up over the ranks."""
+    return _Copy.apply(weight, tp) if tp.sequence else weight

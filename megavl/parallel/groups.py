@@ -1,0 +1,56 @@
+"""Process groups of this rank, one per axis."""
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from megavl.parallel.topology import Topology
+
+
+@dataclass(frozen=True)
+class Axis:
+    """This rank's place on one axis. An axis of size 1 has no group and no communication."""
+
+    rank: int = 0
+    size: int = 1
+    group: dist.ProcessGroup | None = None
+
+
+@dataclass(frozen=True)
+class TensorAxis(Axis):
+    """The tensor axis. With `sequence`, activations between the parallel regions are cut along the tokens."""
+
+    sequence: bool = False
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """The axes of this rank; `model` spans the ranks of one replica (pp and tp together)."""
+
+    topology: Topology
+    pp: Axis
+    dp: Axis
+    tp: TensorAxis
+    model: Axis
+
+
+def build_mesh(topology: Topology, sequence: bool) -> Mesh:
+    """Create the groups of `topology` over the default process group. Collective: every rank of the world calls it."""
+    rank = dist.get_rank()
+
+    def axis(name: str) -> Axis:
+        mine = Axis()
+        for ranks in topology.groups(name):
+            group = dist.new_group(ranks)
+            if rank in ranks:
+                mine = Axis(ranks.index(rank), len(ranks), group)
+        return mine
+
+    tp = axis("tp")
+    return Mesh(
+        topology,
+        pp=axis("pp"),
+        dp=axis("dp"),
+        tp=TensorAxis(tp.rank, tp.size, tp.group, sequence and tp.size > 1),
+        model=axis("model"),
+    )

@@ -1,0 +1,44 @@
+"""Column- and row-parallel linear layers (Megatron-LM, arXiv 1909.08053, section 3), without bias.
+
+A parallel region is `enter_parallel -> ColumnLinear ... RowLinear -> leave_parallel`; entering is the caller's, so that
+several column layers (q, k, v; gate, up) share one gather.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megavl.parallel.collectives import leave_parallel
+from megavl.parallel.groups import TensorAxis
+from megavl.parallel.shard import mark
+
+
+def share(total: int, axis: TensorAxis, what: str) -> int:
+    """`total / axis.size`. Raises ValueError where it does not divide."""
+    if total % axis.size:
+        raise ValueError(f"{what} = {total} does not divide over parallel.tensor = {axis.size}")
+    return total // axis.size
+
+
+class ColumnLinear(nn.Module):
+    """y = x W^T with the rows of W (output features) cut over the ranks: [T, d_in] -> [T, d_out / tp]."""
+
+    def __init__(self, d_in: int, d_out: int, tp: TensorAxis):
+        super().__init__()
+        self.weight = mark(nn.Parameter(torch.empty(share(d_out, tp, "output width"), d_in)), 0, tp)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)  # [T, d_out / tp]
+
+
+class RowLinear(nn.Module):
+    """y = x W^T with the columns of W (input features) cut: [T, d_in / tp] -> [T, d_out], or [T / tp, d_out] under
+    sequence parallelism. It ends the parallel region."""
+
+    def __init__(self, d_in: int, d_out: int, tp: TensorAxis):
+        super().__init__()
+        self.tp = tp
+        self.weight = mark(nn.Parameter(torch.empty(d_out, share(d_in, tp, "input width"))), 1, tp)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return leave_parallel(F.linear(x, self.weight), self.tp)
