@@ -1,5 +1,6 @@
 """Sections of a run: what is trained, how it is cut, on what data, with which optimizer, and what is kept."""
 
+import re
 from typing import Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -76,6 +77,11 @@ class OptimConfig(Section):
     grad_clip: NonNegativeFloat = Field(1.0, description="largest global gradient norm; 0 does not clip")
     schedule: ScheduleConfig = ScheduleConfig()
     rules: tuple[ParameterRule, ...] = ()
+
+    def lr_multiplier(self, name: str) -> float:
+        """Learning-rate multiplier of a parameter, 0 where it is frozen."""
+        matching = [rule.lr_multiplier for rule in self.rules if re.search(rule.match, name)]
+        return matching[-1] if matching else 1.0
 
 
 class TrainConfig(Section):

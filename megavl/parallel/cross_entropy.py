@@ -47,14 +47,12 @@ class _SummedCrossEntropy(Function):
             gradient = (logits[block].float() - log_normaliser[block, None]).exp_()
             gradient.scatter_add_(1, local[block], -mine[block, None].float())
             logits[block] = gradient.mul_(supervised[block, None])
-        ctx.mark_dirty(logits)
-        ctx.save_for_backward(logits)
+        ctx.gradient = logits
         return loss
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        (gradient,) = ctx.saved_tensors
-        return gradient * grad, None, None
+        return ctx.gradient.mul_(grad), None, None
 
 
 def summed_cross_entropy(logits: Tensor, labels: Tensor, axis: Axis) -> Tensor:
