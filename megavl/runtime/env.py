@@ -1,0 +1,60 @@
+"""What the launcher says of this process. The only file that reads or writes os.environ.
+
+`deepspeed` and `torchrun` set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; under `srun` the SLURM_* names
+say the same, but for the address, which the job script exports. Without any of them this is a run of one process.
+"""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+
+
+@dataclass(frozen=True)
+class Env:
+    """This process among the processes of the run."""
+
+    rank: int
+    local_rank: int
+    world: int
+
+    @property
+    def device(self) -> torch.device:
+        """The CUDA device of this process, or the CPU (DeepSpeed's choice, which DS_ACCELERATOR=cpu forces)."""
+        return torch.device(get_accelerator().device_name(self.local_rank))
+
+
+def read_env() -> Env:
+    """Read the launcher's variables. Raises ValueError where a launcher left some of them out."""
+    if "RANK" in os.environ:
+        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    elif int(os.environ.get("SLURM_NTASKS", 1)) > 1:
+        names = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS")
+    else:
+        return Env(rank=0, local_rank=0, world=1)
+    needed = (*names, "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in needed if name not in os.environ]
+    if missing:
+        raise ValueError(
+            f"the launcher set {names[0]} but not {', '.join(missing)}, so the processes cannot find each other: start "
+            "with deepspeed or torchrun, or export MASTER_ADDR (host of rank 0) and MASTER_PORT (a free port) before srun"
+        )
+    rank, local_rank, world = (int(os.environ[name]) for name in names)
+    return Env(rank, local_rank, world)
+
+
+def start_process_group(env: Env, timeout: timedelta) -> None:
+    """Join the other processes and hand the group to DeepSpeed, which reads the same variables."""
+    os.environ.update(RANK=str(env.rank), LOCAL_RANK=str(env.local_rank), WORLD_SIZE=str(env.world))
+    if env.device.type == "cuda":
+        torch.cuda.set_device(env.device)
+    backend = "nccl" if env.device.type == "cuda" else "gloo"
+    if env.world == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    else:
+        dist.init_process_group(backend, rank=env.rank, world_size=env.world, timeout=timeout)
+    deepspeed.init_distributed(backend)

@@ -1,0 +1,64 @@
+"""AdamW over the trainable parameters, and its learning rate over the steps (DeepSeek-VL Table 4)."""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from megavl.config.run import OptimConfig, ScheduleConfig
+
+
+def freeze(named_parameters: Iterable[tuple[str, nn.Parameter]], optim: OptimConfig) -> None:
+    """Switch gradients off where the rules say so: per parameter, not per module (the paper's adaptor includes
+    convolutions that live inside a frozen tower)."""
+    for name, parameter in named_parameters:
+        parameter.requires_grad_(optim.lr_multiplier(name) > 0)
+
+
+def parameter_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], optim: OptimConfig) -> list[dict]:
+    """Trainable parameters by learning-rate multiplier and weight decay; vectors (norms, biases) do not decay."""
+    groups = defaultdict(list)
+    for name, parameter in named_parameters:
+        if parameter.requires_grad:
+            groups[optim.lr_multiplier(name), optim.weight_decay if parameter.dim() > 1 else 0.0].append(parameter)
+    return [
+        {"params": parameters, "lr": optim.lr * multiplier, "lr_multiplier": multiplier, "weight_decay": decay}
+        for (multiplier, decay), parameters in groups.items()
+    ]
+
+
+def build_optimizer(groups: list[dict], optim: OptimConfig, device: torch.device) -> torch.optim.Optimizer:
+    """DeepSpeed's fused Adam on a GPU, torch's AdamW on a CPU; both decay weights as AdamW does."""
+    hyper = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps}
+    if device.type == "cuda":
+        from deepspeed.ops.adam import FusedAdam
+
+        return FusedAdam(groups, adam_w_mode=True, **hyper)
+    return torch.optim.AdamW(groups, **hyper)
+
+
+def schedule_ratio(schedule: ScheduleConfig, step: int, steps: int) -> float:
+    """Learning rate of optimizer step `step` (from 0) of `steps`, over the peak.
+
+    Warm-up is linear and reaches the peak at step `warmup_steps`. "step" is DeepSeek-LLM's multi-step schedule
+    (arXiv 2401.02954, section 2.3), its milestones fractions of all steps.
+    """
+    if step < schedule.warmup_steps:
+        return (step + 1) / (schedule.warmup_steps + 1)
+    match schedule.shape:
+        case "constant":
+            return 1.0
+        case "cosine":
+            done = (step - schedule.warmup_steps) / max(1, steps - schedule.warmup_steps)
+            return schedule.final_ratio + (1 - schedule.final_ratio) * 0.5 * (1 + math.cos(math.pi * done))
+        case "step":
+            passed = sum(step >= milestone * steps for milestone in schedule.milestones)
+            return schedule.ratios[passed - 1] if passed else 1.0
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give every group its share of `lr`."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_multiplier"]

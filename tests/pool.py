@@ -1,0 +1,67 @@
+"""Ranks for tests: processes that start fast because torch and DeepSpeed are imported once, in a fork server."""
+
+import multiprocessing
+import os
+import socket
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["torch", "deepspeed", "torch.distributed.pipelining", "megavl.parallel.groups"])
+
+
+def _rank(connection, function: Callable, args: tuple, rank: int, world: int, store: str) -> None:
+    """One rank: join a gloo group of `world`, run, send back ("ok", result) or ("error", traceback)."""
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+    try:
+        dist.init_process_group(
+            "gloo", store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=timedelta(seconds=120)
+        )
+        connection.send(("ok", function(*args)))
+    except BaseException:
+        connection.send(("error", traceback.format_exc()))
+    os._exit(0)  # no teardown: gloo's destructors would wait for ranks that are gone
+
+
+class Pool:
+    """Runs a module-level function on every rank of a gloo group."""
+
+    def run(self, world: int, function: Callable, *args) -> list:
+        """Results by rank. Raises AssertionError with the tracebacks when a rank fails."""
+        with tempfile.TemporaryDirectory() as folder:
+            ends, processes = [], []
+            for rank in range(world):
+                ours, theirs = _CONTEXT.Pipe()
+                store = str(Path(folder) / "store")
+                process = _CONTEXT.Process(target=_rank, args=(theirs, function, args, rank, world, store), daemon=True)
+                process.start()
+                theirs.close()
+                ends.append(ours)
+                processes.append(process)
+            outcomes = [self._receive(end, rank) for rank, end in enumerate(ends)]
+            for process in processes:
+                process.join()
+        failures = [f"rank {rank}:\n{value}" for rank, (kind, value) in enumerate(outcomes) if kind == "error"]
+        assert not failures, "\n".join(failures)
+        return [value for _, value in outcomes]
+
+    @staticmethod
+    def _receive(end, rank: int) -> tuple[str, object]:
+        try:
+            return end.recv()
+        except EOFError:
+            return "error", f"rank {rank} died without a word"
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
