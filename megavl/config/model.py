@@ -3,13 +3,32 @@
 Source: DeepSeek-VL (arXiv 2403.05525) section 3.1 and the released code. All sizes are in elements, images in pixels.
 """
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+from collections.abc import Iterator
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
 
 class Section(BaseModel):
     """A frozen part of a configuration; an unknown key is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong between the fields of this section, one line each."""
+        yield from ()
+
+    @model_validator(mode="after")
+    def _refuse_problems(self) -> Self:
+        if problems := list(self.problems()):
+            raise ValueError("\n".join(problems))
+        return self
+
+
+def _indivisible(section: Section, field: str, by: str) -> Iterator[str]:
+    whole, part = getattr(section, field), getattr(section, by)
+    if whole % part:
+        yield f"{field} = {whole} does not divide by {by} = {part}"
 
 
 class SiglipConfig(Section):
@@ -23,12 +42,16 @@ class SiglipConfig(Section):
     mlp_width: PositiveInt = 4096
     norm_eps: PositiveFloat = 1e-6
     pixel_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    pixel_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    pixel_std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.5, 0.5, 0.5)
 
     @property
     def grid(self) -> int:
         """Patches along one side of the image."""
         return self.image_size // self.patch_size
+
+    def problems(self) -> Iterator[str]:
+        yield from _indivisible(self, "image_size", "patch_size")
+        yield from _indivisible(self, "width", "heads")
 
 
 class SamConfig(Section):
@@ -45,7 +68,7 @@ class SamConfig(Section):
     neck_width: PositiveInt = 256
     norm_eps: PositiveFloat = 1e-6
     pixel_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
-    pixel_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    pixel_std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.26862954, 0.26130258, 0.27577711)
 
     @property
     def grid(self) -> int:
@@ -56,6 +79,16 @@ class SamConfig(Section):
     def output_width(self) -> int:
         """Channels after the two convolutions of stride 2, each of which doubles them."""
         return 4 * self.neck_width
+
+    def problems(self) -> Iterator[str]:
+        yield from _indivisible(self, "image_size", "patch_size")
+        yield from _indivisible(self, "width", "heads")
+        blocks = self.global_layers
+        if not blocks or list(blocks) != sorted(set(blocks)) or blocks[0] < 0 or blocks[-1] >= self.layers:
+            yield (
+                f"global_layers = {list(blocks)} must rise within 0 ... {self.layers - 1} (layers = {self.layers}) "
+                "and name at least one, whose output feeds neck_hd"
+            )
 
 
 class DecoderConfig(Section):
@@ -75,6 +108,12 @@ class DecoderConfig(Section):
     def head_width(self) -> int:
         """Channels of one attention head."""
         return self.width // self.heads
+
+    def problems(self) -> Iterator[str]:
+        yield from _indivisible(self, "width", "heads")
+        yield from _indivisible(self, "heads", "kv_heads")
+        if self.head_width % 2:
+            yield f"width / heads = {self.head_width} is odd, but rotary positions turn pairs of channels"
 
 
 class ModelConfig(Section):
@@ -96,3 +135,7 @@ class ModelConfig(Section):
     def layers(self) -> int:
         """Items of the model list: stem, decoder blocks, head."""
         return self.decoder.layers + 2
+
+    def problems(self) -> Iterator[str]:
+        if self.image_token_id >= self.decoder.vocab_size:
+            yield f"image_token_id = {self.image_token_id} is outside decoder.vocab_size = {self.decoder.vocab_size}"

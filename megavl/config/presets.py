@@ -6,7 +6,15 @@ _IMAGE_PLACEHOLDER = 100015
 
 _DEBUG_SIGLIP = SiglipConfig(image_size=32, patch_size=8, width=48, layers=2, heads=4, mlp_width=96)
 _DEBUG_SAM = SamConfig(
-    image_size=64, patch_size=8, width=32, layers=4, heads=4, mlp_width=64, window=3, global_layers=(1, 3), neck_width=12
+    image_size=64,
+    patch_size=8,
+    width=32,
+    layers=4,
+    heads=4,
+    mlp_width=64,
+    window=3,
+    global_layers=(1, 3),
+    neck_width=12,
 )
 # 24 heads, 22 blocks (24 items with stem and head) and widths that divide by 2, 3, 4, 6 and 8: any small topology fits.
 _DEBUG_DECODER = DecoderConfig(

@@ -1,7 +1,8 @@
 """Sections of a run: what is trained, how it is cut, on what data, with which optimizer, and what is kept."""
 
 import re
-from typing import Literal
+from collections.abc import Iterator
+from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -57,7 +58,16 @@ class ScheduleConfig(Section):
     warmup_steps: NonNegativeInt = 0
     final_ratio: NonNegativeFloat = Field(0.0, description="cosine: last learning rate over the peak")
     milestones: tuple[float, ...] = Field((0.8, 0.9), description="step: fractions of the run")
-    ratios: tuple[float, ...] = Field((0.316, 0.1), description="step: learning rate over the peak from each milestone on")
+    ratios: tuple[NonNegativeFloat, ...] = Field(
+        (0.316, 0.1), description="step: learning rate over the peak from each milestone on"
+    )
+
+    def problems(self) -> Iterator[str]:
+        marks = list(self.milestones)
+        if marks != sorted(set(marks)) or not all(0 < mark < 1 for mark in marks):
+            yield f"milestones = {marks} must rise between 0 and 1"
+        if len(self.ratios) != len(marks):
+            yield f"ratios = {list(self.ratios)} needs one entry per milestone, of which there are {len(marks)}"
 
 
 class ParameterRule(Section):
@@ -66,12 +76,24 @@ class ParameterRule(Section):
     match: str = Field(description="regular expression, searched in the parameter's name")
     lr_multiplier: NonNegativeFloat = Field(1.0, description="0 freezes")
 
+    def matches(self, name: str) -> bool:
+        return re.search(self.match, name) is not None
+
+    def problems(self) -> Iterator[str]:
+        try:
+            re.compile(self.match)
+        except re.error as error:
+            yield f"match = {self.match!r} is not a regular expression: {error}"
+
+
+_Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+
 
 class OptimConfig(Section):
     """AdamW and its schedule (DeepSeek-VL Table 4)."""
 
     lr: PositiveFloat
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[_Fraction, _Fraction] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.0
     grad_clip: NonNegativeFloat = Field(1.0, description="largest global gradient norm; 0 does not clip")
@@ -80,7 +102,7 @@ class OptimConfig(Section):
 
     def lr_multiplier(self, name: str) -> float:
         """Learning-rate multiplier of a parameter, 0 where it is frozen."""
-        matching = [rule.lr_multiplier for rule in self.rules if re.search(rule.match, name)]
+        matching = [rule.lr_multiplier for rule in self.rules if rule.matches(name)]
         return matching[-1] if matching else 1.0
 
 
@@ -100,7 +122,9 @@ class CheckpointConfig(Section):
 
     every: PositiveInt = Field(1000, description="steps between two checkpoints; the last step always writes one")
     keep: PositiveInt = Field(2, description="newest checkpoints that stay on disk")
-    init_from: str | None = Field(None, description="checkpoint whose weights start a new run; the rest of it is not read")
+    init_from: str | None = Field(
+        None, description="checkpoint whose weights start a new run; the rest of it is not read"
+    )
 
 
 class LogConfig(Section):

@@ -1,0 +1,235 @@
+"""What must hold between the sections of a run, checked before any process group or device is touched.
+
+Each rule is a small function that returns its problems: what, the values, the consequence, the remedy.
+"""
+
+from pathlib import Path
+
+from megavl.config.error import ConfigError
+from megavl.config.parameters import parameters
+from megavl.config.run import RunConfig
+
+
+def check(config: RunConfig, world: int) -> None:
+    """Raise ConfigError with everything that keeps `config` from running on `world` ranks."""
+    problems = [problem for rule in _RUN_RULES for problem in rule(config)]
+    model_ranks = config.parallel.model
+    if world % model_ranks:
+        problems.insert(
+            0,
+            f"{world} ranks do not divide by parallel.tensor * parallel.pipeline = {config.parallel.tensor} * "
+            f"{config.parallel.pipeline} = {model_ranks}: start a multiple of {model_ranks} ranks, or cut the model "
+            "otherwise",
+        )
+    else:
+        problems += _batch(config, world // model_ranks)
+    if problems:
+        raise ConfigError(f"this run cannot start on {world} ranks", problems)
+
+
+def check_files(config: RunConfig) -> None:
+    """Raise ConfigError with every file that the run reads and that is not there, and the command that makes it."""
+    data = config.data
+    problems = []
+    if not Path(data.tokenizer).is_file():
+        problems.append(f"data.tokenizer: no file {data.tokenizer}; {_tokenizer_remedy(data.tokenizer)}")
+    for kind in ("text", "multimodal"):
+        for index, source in enumerate(getattr(data, kind)):
+            missing = [f"{source.prefix}{end}" for end in (".bin", ".idx", ".meta") if not _is_file(source.prefix, end)]
+            if missing:
+                remedy = _dataset_remedy(source.prefix, data.tokenizer)
+                problems.append(f"data.{kind}[{index}].prefix: no file {', '.join(missing)}; {remedy}")
+    start = config.checkpoint.init_from
+    if start is not None and not Path(start).is_dir():
+        problems.append(
+            f"checkpoint.init_from: no directory {start}; give a checkpoint (DIR/step_00000010), or null to start from "
+            "random weights"
+        )
+    if problems:
+        raise ConfigError(f"files are missing (paths are relative to {Path.cwd()})", problems)
+
+
+def _tensor(config: RunConfig) -> list[str]:
+    tensor, decoder = config.parallel.tensor, config.model.decoder
+    return [
+        f"model.decoder.{field} = {size} does not divide by parallel.tensor = {tensor}, over which it is cut: choose a "
+        f"divisor of {size}"
+        for field in ("heads", "kv_heads", "mlp_width", "vocab_size")
+        if (size := getattr(decoder, field)) % tensor
+    ]
+
+
+def _sequence(config: RunConfig) -> list[str]:
+    parallel, tokens = config.parallel, config.train.micro_batch * config.data.seq_len
+    if not parallel.sequence or tokens % parallel.tensor == 0:
+        return []
+    return [
+        f"parallel.sequence: the tokens of a micro-batch, train.micro_batch * seq_len = {config.train.micro_batch} "
+        f"* {config.data.seq_len} = {tokens}, do not divide by parallel.tensor = {parallel.tensor}; change "
+        "data.seq_len, or set parallel.sequence=false"
+    ]
+
+
+def _stages(config: RunConfig) -> list[str]:
+    layers, parallel = config.model.layers, config.parallel
+    count, stages = parallel.num_stages, parallel.stages
+    listed = f"the model list has {layers} items (stem, {config.model.decoder.layers} blocks, head)"
+    wanted = f"parallel.pipeline * parallel.virtual_stages = {parallel.pipeline} * {parallel.virtual_stages} = {count}"
+    if count > layers:
+        return [f"{listed}, fewer than the {count} stages of {wanted}: use fewer stages"]
+    example = [layers // count + (stage < layers % count) for stage in reversed(range(count))]
+    if stages is None and layers % count:
+        return [f"{listed}, which do not divide over {wanted} stages: say how many each has, parallel.stages={example}"]
+    if stages is not None and (len(stages) != count or sum(stages) != layers):
+        return [
+            f"parallel.stages = {list(stages)} has {len(stages)} entries with the sum {sum(stages)}, but {wanted} "
+            f"stages are asked for and {listed}: e.g. parallel.stages={example}"
+        ]
+    return []
+
+
+def _virtual_stages(config: RunConfig) -> list[str]:
+    parallel = config.parallel
+    if parallel.virtual_stages == 1 or parallel.pipeline > 1:
+        return []
+    return [
+        f"parallel.virtual_stages = {parallel.virtual_stages} with parallel.pipeline = 1: there is nothing to "
+        "interleave on one rank; set parallel.virtual_stages=1, or parallel.pipeline above 1"
+    ]
+
+
+def _zero(config: RunConfig) -> list[str]:
+    parallel = config.parallel
+    if parallel.zero >= 2 and parallel.pipeline > 1:
+        return [
+            f"parallel.zero = {parallel.zero} with parallel.pipeline = {parallel.pipeline}: ZeRO-2 and 3 partition "
+            "gradients in the hooks of each backward pass, which a pipeline interleaves with other micro-batches; use "
+            "parallel.zero=1, or parallel.pipeline=1"
+        ]
+    if parallel.zero == 0 and config.train.precision == "bf16":
+        return [
+            "parallel.zero = 0 with train.precision = bf16: DeepSpeed accumulates bf16 gradients in fp32 only under "
+            "ZeRO-1, so small gradients would be lost; use parallel.zero=1 (at one data-parallel rank it costs "
+            "nothing), or train.precision=fp32"
+        ]
+    return []
+
+
+def _batch(config: RunConfig, dp: int) -> list[str]:
+    train, parallel = config.train, config.parallel
+    ranks = dp * train.micro_batch
+    if train.global_batch % ranks:
+        return [
+            f"train.global_batch = {train.global_batch} does not divide by data-parallel ranks * train.micro_batch = "
+            f"{dp} * {train.micro_batch} = {ranks}: packs would be left over; change the batch or the ranks"
+        ]
+    count = train.global_batch // ranks
+    if parallel.virtual_stages == 1 and count < parallel.pipeline:
+        return [
+            f"{count} micro-batches on each rank (train.global_batch {train.global_batch} / {dp} data-parallel ranks / "
+            f"train.micro_batch {train.micro_batch}) are fewer than the {parallel.pipeline} stages of the pipeline, "
+            "which the 1F1B schedule cannot fill: enlarge train.global_batch, or lessen train.micro_batch or the ranks"
+        ]
+    # torch's ScheduleInterleaved1F1B runs the micro-batches in rounds of about one per pipeline rank.
+    rounds = max(1, count // parallel.pipeline)
+    if parallel.virtual_stages > 1 and count % rounds:
+        return [
+            f"{count} micro-batches on each rank do not divide into {rounds} rounds of the interleaved schedule over "
+            f"{parallel.pipeline} pipeline ranks: make train.global_batch / ({dp} data-parallel ranks * "
+            f"train.micro_batch) a multiple of parallel.pipeline, or set parallel.virtual_stages=1"
+        ]
+    return []
+
+
+def _positions(config: RunConfig) -> list[str]:
+    limit, seq_len = config.model.decoder.max_positions, config.data.seq_len
+    if seq_len <= limit:
+        return []
+    return [f"data.seq_len = {seq_len} is above model.decoder.max_positions = {limit}: shorten it, or raise the limit"]
+
+
+def _image_room(config: RunConfig) -> list[str]:
+    tokens, seq_len = config.model.image_tokens, config.data.seq_len
+    if not config.data.multimodal or tokens < seq_len:
+        return []
+    return [
+        f"an image takes {tokens} tokens, and data.seq_len = {seq_len} leaves no room for text beside it: every "
+        f"document with an image would be lost; set data.seq_len well above {tokens}"
+    ]
+
+
+def _modalities(config: RunConfig) -> list[str]:
+    ratio, problems = config.data.text_ratio, []
+    if ratio > 0 and not config.data.text:
+        problems.append(
+            f"data.text_ratio = {ratio} asks for text steps, but data.text is empty: add a source, or set "
+            "data.text_ratio=0"
+        )
+    if ratio < 1 and not config.data.multimodal:
+        problems.append(
+            f"data.text_ratio = {ratio} asks for multimodal steps, but data.multimodal is empty: add a source, or set "
+            "data.text_ratio=1"
+        )
+    return problems
+
+
+def _trainable(config: RunConfig) -> list[str]:
+    names = [parameter.name for parameter in parameters(config.model)]
+    problems = [
+        f"optim.rules[{index}].match = {rule.match!r} matches no parameter of the model, so it would do nothing: names "
+        "are like stem.siglip.norm.weight, stem.adaptor.proj.weight, blocks.0.attn.q_proj.weight, head.proj.weight"
+        for index, rule in enumerate(config.optim.rules)
+        if not any(rule.matches(name) for name in names)
+    ]
+    if not any(config.optim.lr_multiplier(name) for name in names):
+        problems.append(
+            "optim.rules freeze every parameter: nothing would be trained; give one a lr_multiplier above 0"
+        )
+    return problems
+
+
+def _warmup(config: RunConfig) -> list[str]:
+    warmup, steps = config.optim.schedule.warmup_steps, config.train.steps
+    if warmup <= steps:
+        return []
+    return [
+        f"optim.schedule.warmup_steps = {warmup} is above train.steps = {steps}: the learning rate would never reach "
+        f"its peak; set optim.schedule.warmup_steps to {steps} or fewer"
+    ]
+
+
+_RUN_RULES = (
+    _tensor,
+    _sequence,
+    _stages,
+    _virtual_stages,
+    _zero,
+    _positions,
+    _image_room,
+    _modalities,
+    _trainable,
+    _warmup,
+)
+
+
+def _is_file(prefix: str, end: str) -> bool:
+    return Path(prefix + end).is_file()
+
+
+def _from_quickstart(path: str) -> bool:
+    return Path(path).parts[:2] == ("data", "quickstart")
+
+
+def _tokenizer_remedy(path: str) -> str:
+    if _from_quickstart(path):
+        return "`make quickstart` makes it"
+    return "give a sentencepiece .model or a tokenizer.json"
+
+
+def _dataset_remedy(prefix: str, tokenizer: str) -> str:
+    if _from_quickstart(prefix):
+        return "`make quickstart` makes it"
+    return (
+        "make it with `python tools/preprocess_data.py --input DOCUMENTS.jsonl "
+        f"--output-prefix {prefix} --tokenizer {tokenizer}`"
+    )
