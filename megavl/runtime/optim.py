@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 
 import torch
+from deepspeed.ops.adam import FusedAdam
 from torch import nn
 
 from megavl.config.run import OptimConfig, ScheduleConfig
@@ -33,8 +34,6 @@ def build_optimizer(groups: list[dict], optim: OptimConfig, device: torch.device
     """DeepSpeed's fused Adam on a GPU, torch's AdamW on a CPU; both decay weights as AdamW does."""
     hyper = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps}
     if device.type == "cuda":
-        from deepspeed.ops.adam import FusedAdam
-
         return FusedAdam(groups, adam_w_mode=True, **hyper)
     return torch.optim.AdamW(groups, **hyper)
 

@@ -1,0 +1,116 @@
+"""The DeepSpeed engine of this rank: precision, ZeRO, gradient reduction, clipping and the optimizer step.
+
+One engine holds all stages of the rank. Backward passes (ours or the pipeline schedule's) only accumulate;
+`engine.step()` reduces over the data axis, clips by the global norm and updates.
+"""
+
+import sys
+from types import MethodType
+
+import deepspeed
+from deepspeed.runtime.utils import clip_grad_norm_
+from torch import nn
+
+from megavl.config.run import RunConfig
+from megavl.parallel.groups import Mesh
+from megavl.parallel.shard import shard_of
+from megavl.runtime.optim import build_optimizer, parameter_groups
+
+
+class ModelParallelUnit:
+    """Our axes under the names that DeepSpeed asks for.
+
+    DeepSpeed sums the squared gradient norm over the model-parallel group (tensor and pipeline ranks), and counts a
+    parameter that is not cut on tensor rank 0 only: so its "model parallel rank" is the tensor rank.
+    """
+
+    def __init__(self, mesh: Mesh):
+        self._mesh = mesh
+
+    def get_model_parallel_rank(self) -> int:
+        return self._mesh.tp.rank
+
+    def get_model_parallel_world_size(self) -> int:
+        return self._mesh.model.size
+
+    def get_model_parallel_group(self):
+        return self._mesh.model.group
+
+    def get_data_parallel_rank(self) -> int:
+        return self._mesh.dp.rank
+
+    def get_data_parallel_world_size(self) -> int:
+        return self._mesh.dp.size
+
+    def get_data_parallel_group(self):
+        return self._mesh.dp.group
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        return next(ranks for ranks in self._mesh.topology.groups("dp") if deepspeed.comm.get_rank() in ranks)
+
+    def get_tensor_model_parallel_rank(self) -> int:
+        return self._mesh.tp.rank
+
+    def get_tensor_model_parallel_world_size(self) -> int:
+        return self._mesh.tp.size
+
+    def get_tensor_model_parallel_group(self):
+        return self._mesh.tp.group
+
+    def get_pipeline_model_parallel_world_size(self) -> int:
+        return self._mesh.pp.size
+
+    def get_pipeline_model_parallel_group(self):
+        return self._mesh.pp.group
+
+
+def deepspeed_config(config: RunConfig) -> dict:
+    """DeepSpeed's own configuration of a run."""
+    bf16 = config.train.precision == "bf16"
+    return {
+        # The loss is already divided by the tokens of the global batch: DeepSpeed's batch size scales nothing.
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        # DeepSpeed computes the norm only where it clips; the largest float clips nothing.
+        "gradient_clipping": config.optim.grad_clip or sys.float_info.max,
+        "bf16": {"enabled": bf16, "immediate_grad_update": bf16},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "zero_optimization": {
+            "stage": config.parallel.zero,
+            # Overlap needs CUDA streams and, without managed accumulation, stage 2; it is left off at every stage.
+            "overlap_comm": False,
+            # Small parameters stay whole under ZeRO-3 by default; here every parameter is cut, small models too.
+            "stage3_param_persistence_threshold": 0,
+        },
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": None,
+    }
+
+
+def _clip_and_keep_norm(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Without ZeRO DeepSpeed clips fp32 gradients but drops their norm; this keeps it."""
+    engine._global_grad_norm = clip_grad_norm_(
+        parameters=engine.module.parameters(), max_norm=engine.gradient_clipping(), mpu=engine.mpu
+    )
+
+
+def build_engine(stages: nn.ModuleList, config: RunConfig, mesh: Mesh) -> deepspeed.DeepSpeedEngine:
+    """Wrap this rank's stages, whose parameters are initialised and frozen as they should be. Collective."""
+    for parameter in stages.parameters():
+        if shard_of(parameter).count > 1:
+            parameter.model_parallel = True  # DeepSpeed's mark: counted in the norm on every tensor rank
+    named_parameters = [pair for stage in stages for pair in stage.named_parameters_of_model()]
+    groups = parameter_groups(named_parameters, config.optim)
+    engine, *_ = deepspeed.initialize(
+        # ZeRO-3 gathers parameters in the hooks of the outermost module's forward: that must be the stage itself.
+        model=stages[0] if len(stages) == 1 else stages,
+        optimizer=build_optimizer(groups, config.optim, next(stages.parameters()).device),
+        config=deepspeed_config(config),
+        mpu=ModelParallelUnit(mesh),
+        dist_init_required=False,
+    )
+    if config.parallel.zero == 0:
+        engine.clip_fp32_gradients = MethodType(_clip_and_keep_norm, engine)
+    return engine

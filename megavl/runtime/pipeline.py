@@ -1,0 +1,134 @@
+"""This rank's stages of the model list, and the schedule that runs them over the micro-batches of a step.
+
+Schedules are torch.distributed.pipelining's: 1F1B, or interleaved 1F1B with several stages on each rank (Megatron-LM,
+arXiv 2104.04473, section 2.2). They carry fixed-shape hidden states only; token ids, document borders and images stay
+with the rank, which looks them up by the number of the micro-batch.
+"""
+
+from collections.abc import Sequence
+
+import deepspeed
+import torch
+from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B
+
+from megavl.batch import Batch, StepBatch
+from megavl.config.run import RunConfig
+from megavl.model.init import initialise
+from megavl.model.vlm import VLM
+from megavl.ops.dispatch import Ops
+from megavl.parallel.groups import Mesh
+from megavl.parallel.shard import shard_of
+from megavl.plan.partition import split_layers
+from megavl.runtime.optim import freeze
+from megavl.runtime.recompute import recompute_blocks
+
+
+class Stage(nn.Module):
+    """A slice of the model list, called with the number of a micro-batch.
+
+    A stage whose trainable parameters do not count in this rank's gradient norm carries an anchor: one zero that takes
+    part in the forward pass, so that DeepSpeed finds a parameter and the schedule a gradient on every rank.
+    """
+
+    def __init__(self, vlm: VLM, tensor_rank: int):
+        super().__init__()
+        self.vlm = vlm
+        self.micro_batches: Sequence[Batch] = ()
+        counted = any(p.requires_grad and (tensor_rank == 0 or shard_of(p).count > 1) for p in vlm.parameters())
+        self.anchor = None if counted else nn.Parameter(torch.zeros(1))
+        if self.anchor is not None:
+            self.anchor.model_parallel = True
+
+    def named_parameters_of_model(self) -> list[tuple[str, nn.Parameter]]:
+        """Parameters under their single-process names, and the anchor where there is one."""
+        anchor = [] if self.anchor is None else [("anchor", self.anchor)]
+        return [*self.vlm.named_parameters(), *anchor]
+
+    def forward(self, *hidden: Tensor, index: Tensor) -> Tensor:
+        """hidden: nothing on the first stage, else [T, D] (or [T / tp, D] under sequence parallelism)
+        index: int64 [1], number of the micro-batch
+        returns: hidden states for the next stage, or float32 [] on the last: summed -log p of the supervised tokens
+        """
+        output = self.vlm(hidden[0] if hidden else None, self.micro_batches[index.item()])
+        return output if self.anchor is None else output + 0.0 * self.anchor.sum()
+
+
+def build_stages(config: RunConfig, mesh: Mesh, ops: Ops, device: torch.device) -> nn.ModuleList:
+    """The stages of this rank, in pipeline order, initialised, frozen and recomputing as the run says."""
+    stages = nn.ModuleList()
+    for layers in split_layers(config.model.layers, config.parallel)[mesh.pp.rank :: mesh.pp.size]:
+        with device:
+            vlm = VLM(config.model, mesh.tp, ops, layers.start, layers.stop)
+        initialise(vlm, config.model, config.train.seed)
+        freeze(vlm.named_parameters(), config.optim)
+        if config.train.recompute == "full":
+            recompute_blocks(vlm.recomputable_blocks())
+        with device:
+            stages.append(Stage(vlm, mesh.tp.rank))
+    return stages
+
+
+class Pipeline:
+    """Forward and backward of a whole step. Gradients accumulate in `engine`; the loss comes back."""
+
+    def __init__(self, engine: deepspeed.DeepSpeedEngine, stages: nn.ModuleList, config: RunConfig, mesh: Mesh):
+        self._engine = engine
+        self._stages = stages
+        self._mesh = mesh
+        self._normaliser = 1.0
+        self._schedule = self._build_schedule(config) if mesh.pp.size > 1 else None
+
+    def _build_schedule(self, config: RunConfig) -> Schedule1F1B | ScheduleInterleaved1F1B:
+        mesh, parallel, train = self._mesh, config.parallel, config.train
+        device = next(self._stages.parameters()).device
+        dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
+        tokens = config.data.seq_len * train.micro_batch // (mesh.tp.size if mesh.tp.sequence else 1)
+        hidden = torch.empty(tokens, config.model.decoder.width, dtype=dtype, device=device, requires_grad=True)
+        loss = torch.empty((), device=device, requires_grad=True)
+        stages = []
+        for virtual, stage in enumerate(self._stages):
+            index = virtual * mesh.pp.size + mesh.pp.rank
+            last = index == parallel.num_stages - 1
+            stages.append(
+                PipelineStage(
+                    stage,
+                    index,
+                    parallel.num_stages,
+                    device,
+                    input_args=() if index == 0 else (hidden,),
+                    # Outputs that require a gradient, or none would flow back through frozen stages.
+                    output_args=(loss if last else hidden,),
+                    group=mesh.pp.group,
+                )
+            )
+        micro_batches = train.global_batch // (mesh.dp.size * train.micro_batch)
+        # DeepSpeed accumulates in hooks, before the schedule would scale: the loss is divided beforehand instead.
+        if len(stages) == 1:
+            return Schedule1F1B(stages[0], micro_batches, loss_fn=self._scaled, scale_grads=False)
+        return ScheduleInterleaved1F1B(stages, micro_batches, loss_fn=self._scaled, scale_grads=False)
+
+    def _scaled(self, summed_loss: Tensor, _target: Tensor | None = None) -> Tensor:
+        return summed_loss / self._normaliser
+
+    def run(self, batch: StepBatch) -> Tensor:
+        """Returns float32 []: this rank's part of the step's loss, 0 on ranks without the last stage.
+
+        The loss is the sum over the supervised tokens of the global batch divided by their number. DeepSpeed averages
+        gradients over the data axis, so each rank's share is taken times its size.
+        """
+        self._normaliser = batch.supervised_tokens / self._mesh.dp.size
+        for stage in self._stages:
+            stage.micro_batches = batch.micro_batches
+        indices = torch.arange(len(batch.micro_batches))
+        losses: list[Tensor] = []
+        if self._schedule is None:
+            for index in indices.split(1):
+                loss = self._scaled(self._engine(index=index))
+                self._engine.backward(loss, scale_wrt_gas=False)
+                losses.append(loss)
+        else:
+            self._schedule.step(index=indices, target=indices, losses=losses, return_outputs=False)
+        if not losses:
+            return torch.zeros((), device=self._engine.device)
+        return torch.stack([loss.detach() for loss in losses]).sum() / self._mesh.dp.size
