@@ -1,0 +1,69 @@
+"""Reading a checkpoint into a run of any topology; everything is verified before the first value changes."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from megavl.checkpoint.agree import CheckpointError, every_rank, gather, some
+from megavl.checkpoint.fragments import Fragment, by_key
+from megavl.checkpoint.layout import latest, locate, read_state
+from megavl.checkpoint.reader import OTHER_PARAMETERS, Checkpoint
+from megavl.config.model import ModelConfig
+
+__all__ = ["CheckpointError", "latest", "load", "load_weights", "locate", "read_state"]
+
+
+def load(path: str | Path, fragments: Iterable[Fragment], model: ModelConfig) -> None:
+    """Fill the values of all fragments from the checkpoint at `path`. Collective.
+
+    What the ranks ask for must together be all that the checkpoint holds of the kinds that they ask for. In the
+    precision of the checkpoint's run every value is exact. Across precisions the fp32 value is the authority: an
+    fp32 parameter is read from the master of a bf16 run, a master that was not saved from its parameter, and a bf16
+    parameter is the rounded fp32 one.
+
+    Raises:
+        CheckpointError: the same on all ranks and before any value changes, where files are missing or truncated, the
+            model is another one, or tensors are missing, left over or of another shape. Also where the reading
+            itself fails, with values partly read.
+    """
+    fragments = list(fragments)
+    _fill(path, fragments, model, kinds={fragment.kind for fragment in fragments})
+
+
+def load_weights(path: str | Path, fragments: Iterable[Fragment], model: ModelConfig) -> None:
+    """As `load`, but of the weights alone, with which a new run starts. Collective.
+
+    Fills fragments of the kinds "param" and "master", both from the most precise value of the parameter that the
+    checkpoint has, and leaves those of other kinds as they are.
+    """
+    weights = [fragment for fragment in fragments if fragment.kind in ("param", "master")]
+    _fill(path, weights, model, kinds={"param"})
+
+
+def _fill(path: str | Path, fragments: list[Fragment], model: ModelConfig, kinds: set[str]) -> None:
+    """Verify, then read. `kinds`: those that must be asked for in full."""
+    checkpoint = every_rank(lambda: Checkpoint(path))
+    every_rank(lambda: checkpoint.check_model(model))
+    boxes = every_rank(lambda: by_key(fragments))
+    plan = every_rank(lambda: checkpoint.plan(boxes))
+    _check_none_left(checkpoint, set(boxes), kinds)
+    every_rank(lambda: checkpoint.read(boxes, plan))
+
+
+def _check_none_left(checkpoint: Checkpoint, asked: set[str], kinds: set[str]) -> None:
+    """Every tensor of the kinds in question must be asked for by some rank.
+
+    One byte per tensor and rank is gathered, not the names: those are thousands on each of thousands of ranks.
+    """
+    keys = sorted(checkpoint.tensors)
+    masks = gather(bytes(key in asked for key in keys))
+    kinds = set().union(*gather(kinds))
+    left = [
+        key
+        for key, wanted in zip(keys, zip(*masks, strict=True), strict=True)
+        if key.split(".", 1)[0] in kinds and not any(wanted)
+    ]
+    if left:
+        raise CheckpointError(
+            f"checkpoint {checkpoint.path} also holds {some(left)}, which this run does not have. Nothing was loaded; "
+            f"{OTHER_PARAMETERS}"
+        )
