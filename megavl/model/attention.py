@@ -1,0 +1,38 @@
+"""Self-attention of the decoder (DeepSeek-LLM, arXiv 2401.02954: Llama's), heads cut over the tensor axis."""
+
+from torch import Tensor, nn
+
+from megavl.batch import Batch
+from megavl.config.model import DecoderConfig
+from megavl.ops.dispatch import Ops
+from megavl.ops.rope import rotate, rotation
+from megavl.parallel.collectives import enter_parallel
+from megavl.parallel.groups import TensorAxis
+from megavl.parallel.linear import ColumnLinear, RowLinear, share
+
+
+class Attention(nn.Module):
+    """Causal within each document of the pack. [T, D] -> [T, D] ([T / tp, D] under sequence parallelism).
+
+    Raises ValueError where the query or the key heads do not divide over the tensor axis.
+    """
+
+    def __init__(self, config: DecoderConfig, tp: TensorAxis, ops: Ops):
+        super().__init__()
+        self.heads = share(config.heads, tp, "model.decoder.heads")
+        self.kv_heads = share(config.kv_heads, tp, "model.decoder.kv_heads")
+        self.head_width, self.theta = config.head_width, config.rope_theta
+        self.tp, self.ops = tp, ops
+        self.q_proj = ColumnLinear(config.width, config.heads * config.head_width, tp)
+        self.k_proj = ColumnLinear(config.width, config.kv_heads * config.head_width, tp)
+        self.v_proj = ColumnLinear(config.width, config.kv_heads * config.head_width, tp)
+        self.o_proj = RowLinear(config.heads * config.head_width, config.width, tp)
+
+    def forward(self, h: Tensor, batch: Batch) -> Tensor:
+        h = enter_parallel(h, self.tp)  # [T, D]
+        q = self.q_proj(h).unflatten(1, (self.heads, self.head_width))  # [T, heads / tp, d]
+        k = self.k_proj(h).unflatten(1, (self.kv_heads, self.head_width))  # [T, kv_heads / tp, d]
+        v = self.v_proj(h).unflatten(1, (self.kv_heads, self.head_width))  # [T, kv_heads / tp, d]
+        cos, sin = rotation(batch.positions, self.head_width, self.theta)
+        attended = self.ops.attention(rotate(q, cos, sin), rotate(k, cos, sin), v, batch.cu_seqlens)
+        return self.o_proj(attended.flatten(1))  # [T, heads * d / tp] -> [T, D]

@@ -1,0 +1,33 @@
+"""Last item of the model list: final norm, vocabulary projection, loss."""
+
+from torch import Tensor, nn
+
+from megavl.batch import Batch
+from megavl.config.model import DecoderConfig
+from megavl.model.norm import RmsNorm
+from megavl.ops.dispatch import Ops
+from megavl.parallel.collectives import enter_parallel
+from megavl.parallel.cross_entropy import summed_cross_entropy
+from megavl.parallel.groups import TensorAxis
+from megavl.parallel.linear import ColumnLinear
+
+
+class Head(nn.Module):
+    """Untied from the embedding, as DeepSeek-LLM's is."""
+
+    def __init__(self, config: DecoderConfig, tp: TensorAxis, ops: Ops):
+        super().__init__()
+        self.tp = tp
+        self.norm = RmsNorm(config.width, config.norm_eps, tp, ops)
+        self.proj = ColumnLinear(config.width, config.vocab_size, tp)
+
+    def logits(self, h: Tensor) -> Tensor:
+        """[T, D] ([T / tp, D] under sequence parallelism) -> [T, V / tp], this rank's columns of the vocabulary."""
+        return self.proj(enter_parallel(self.norm(h), self.tp))  # [T, V / tp]
+
+    def forward(self, h: Tensor, batch: Batch) -> Tensor:
+        """float32 []: the sum over the batch's supervised tokens of -log p(label), in nats; equal on all tp ranks.
+
+        A sum, not a mean: whoever knows the supervised tokens of the whole global batch divides.
+        """
+        return summed_cross_entropy(self.logits(h), batch.labels, self.tp)

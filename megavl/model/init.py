@@ -1,0 +1,55 @@
+"""Initial weights, the same under every topology.
+
+Each parameter is drawn at its full shape from a generator of its own, keyed by the seed and its name, and this rank
+keeps its slice: neither the other parameters of the stage nor the ranks can shift the numbers.
+
+Decoder: normal with `config.init_std` (0.006 in DeepSeek-LLM, arXiv 2401.02954, section 2.3). Towers and adaptor: as
+vision transformers are begun; the branch scale and the relative positions start at zero, as released.
+"""
+
+import hashlib
+
+import torch
+from torch import Tensor, nn
+
+from megavl.config.model import ModelConfig
+from megavl.model.norm import RmsNorm
+from megavl.parallel.embedding import VocabEmbedding
+from megavl.parallel.linear import ColumnLinear, RowLinear
+from megavl.parallel.shard import shard_of
+
+_VISION_STD = 0.02
+_ZERO_PARAMETERS = ("bias", "rel_pos_h", "rel_pos_w", "hd_alpha_downsamples")
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little"))
+
+
+def _fill(full: Tensor, module: nn.Module, leaf: str, config: ModelConfig, generator: torch.Generator) -> None:
+    """Give `full` the initial values of parameter `leaf` of `module`, in place."""
+    if leaf in _ZERO_PARAMETERS:
+        nn.init.zeros_(full)
+        return
+    match module:
+        case RmsNorm() | nn.LayerNorm():
+            nn.init.ones_(full)
+        case VocabEmbedding() | ColumnLinear() | RowLinear():
+            nn.init.normal_(full, std=config.init_std, generator=generator)
+        case nn.Conv2d():
+            nn.init.kaiming_normal_(full, mode="fan_out", nonlinearity="relu", generator=generator)
+        case _:  # linear layers and absolute positions of the towers, the adaptor
+            nn.init.trunc_normal_(full, std=_VISION_STD, generator=generator)
+
+
+@torch.no_grad()
+def initialise(model: nn.Module, config: ModelConfig, seed: int) -> None:
+    """Fill every parameter of `model` in place. Its names must be those of the whole model, as VLM's are."""
+    for path, module in model.named_modules():
+        for leaf, parameter in module.named_parameters(recurse=False):
+            name = f"{path}.{leaf}"
+            shard = shard_of(parameter)
+            full = torch.empty(shard.full_shape(tuple(parameter.shape)), dtype=torch.float32, device="cpu")
+            _fill(full, module, leaf, config, _generator(seed, name))
+            parameter.copy_(shard.slice(full))

@@ -1,0 +1,88 @@
+"""Which implementation serves each op on a device, and why. Decided once, at start, and told to the user."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megavl.ops.activation import swiglu
+from megavl.ops.attention import PackedAttention, fused_attention, reference_attention
+from megavl.ops.norm import rms_norm
+
+_AMPERE = (8, 0)  # compute capability; FlashAttention 2 needs it
+
+
+@dataclass(frozen=True)
+class Ops:
+    """The ops that have more than one implementation. `lines`: one per op, what serves it and why."""
+
+    attention: PackedAttention
+    rms_norm: Callable[[Tensor, Tensor, float], Tensor]
+    swiglu: Callable[[Tensor, Tensor], Tensor]
+    lines: tuple[str, ...]
+
+
+def choose(device: torch.device) -> Ops:
+    """The fastest implementation of each op that this installation has for `device`."""
+    attention, attention_line = _attention(device)
+    norm, norm_line = _rms_norm(device)
+    return Ops(
+        attention=attention,
+        rms_norm=norm,
+        swiglu=swiglu,
+        lines=(f"attention: {attention_line}", f"rms_norm: {norm_line}", "swiglu: torch (no other implementation)"),
+    )
+
+
+def _attention(device: torch.device) -> tuple[PackedAttention, str]:
+    if device.type != "cuda":
+        return reference_attention, f"torch, one document at a time (fused kernels need CUDA, the device is {device})"
+    if torch.cuda.get_device_capability(device) < _AMPERE:
+        name = torch.cuda.get_device_name(device)
+        return reference_attention, f"torch, one document at a time (fused kernels need Ampere, {name} is older)"
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError as error:
+        missing = f"flash-attn does not import: {error}"
+    else:
+
+        def flash_attn(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
+            return flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, longest, longest, causal=True)
+
+        return fused_attention(flash_attn), "flash-attn for fp16 and bf16, torch one document at a time for fp32"
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError as error:
+        return reference_attention, f"torch, one document at a time ({missing}; {error})"
+
+    def varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
+        return varlen_attn(
+            q,
+            k,
+            v,
+            cu_seqlens,
+            cu_seqlens,
+            longest,
+            longest,
+            window_size=(-1, 0),  # torch's way to say causal
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+
+    return fused_attention(varlen), f"torch varlen_attn for fp16 and bf16, one document at a time for fp32 ({missing})"
+
+
+def _rms_norm(device: torch.device) -> tuple[Callable[[Tensor, Tensor, float], Tensor], str]:
+    if device.type != "cuda":
+        return rms_norm, f"torch (apex needs CUDA, the device is {device})"
+    try:
+        # The compiled extension is imported for its own sake: apex itself imports without it, and fails when called.
+        import fused_layer_norm_cuda  # noqa: F401
+        from apex.normalization.fused_layer_norm import fused_rms_norm_affine
+    except ImportError as error:
+        return rms_norm, f"torch (apex does not import: {error})"
+
+    def fused(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return fused_rms_norm_affine(x, weight, weight.shape, eps)
+
+    return fused, "apex FusedRMSNorm"

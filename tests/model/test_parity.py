@@ -1,0 +1,77 @@
+"""megavl against transformers, in fp32 with random weights: features, logits and every gradient."""
+
+import pytest
+import torch.nn.functional as F
+from torch import Tensor
+
+from megavl.config.model import ModelConfig
+from tests.model import reference, tiny
+
+CONFIGS = pytest.mark.parametrize("config", [tiny.HYBRID, tiny.SIGLIP_ONLY], ids=lambda config: config.name)
+
+
+def worst(ours: Tensor, theirs: Tensor) -> float:
+    """Largest difference, relative to the largest value."""
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+def pair(config: ModelConfig):
+    """megavl's model and transformers' with the same random weights."""
+    theirs = reference.build(config)
+    reference.randomise(theirs, seed=1)
+    ours = tiny.model(config)
+    ours.load_state_dict(reference.translate(config, theirs.state_dict()))
+    return ours, theirs
+
+
+@CONFIGS
+def test_tower_and_adaptor_features(config):
+    ours, theirs = pair(config)
+    pixels = tiny.pixels(config, images=3, seed=2)
+    expected = reference.image_features(theirs, pixels)
+    errors = {"adaptor": worst(ours.stem.image_features(pixels), expected["adaptor"])}
+    errors["siglip"] = worst(ours.stem.siglip(pixels["siglip"]), expected["siglip"])
+    if config.sam:
+        errors["sam"] = worst(ours.stem.sam(pixels["sam"]), expected["sam"])
+    print(errors)
+    assert max(errors.values()) < 5e-6, errors
+
+
+@CONFIGS
+@pytest.mark.parametrize("text", [(7, 5, 6), (9,)], ids=["two images", "text only"])
+def test_logits(config, text):
+    ours, theirs = pair(config)
+    tokens = tiny.document(config, text, seed=3)
+    pixels = tiny.pixels(config, images=len(text) - 1, seed=4)
+    error = worst(
+        ours.logits(tiny.pack([tokens], pixels, config.image_token_id)), reference.logits(theirs, tokens, pixels)
+    )
+    print(error)
+    assert error < 5e-6
+
+
+@CONFIGS
+def test_loss_and_all_gradients(config):
+    """One pack of three documents (two images, none, one image) against transformers on each document alone."""
+    ours, theirs = pair(config)
+    texts = ((7, 5, 6), (9,), (4, 8))
+    documents = [tiny.document(config, text, seed) for seed, text in enumerate(texts)]
+    images = tiny.pixels(config, images=3, seed=5)
+    batch = tiny.pack(documents, images, config.image_token_id)
+
+    loss = ours(None, batch)
+    loss.backward()
+
+    expected, image = 0.0, 0
+    for text, tokens, labels in zip(texts, documents, batch.labels.split([len(d) for d in documents]), strict=True):
+        mine = {name: value[image : image + len(text) - 1] for name, value in images.items()}
+        image += len(text) - 1
+        expected += F.cross_entropy(reference.logits(theirs, tokens, mine), labels, reduction="sum")
+    expected.backward()
+
+    assert worst(loss, expected) < 1e-6
+    gradients = reference.translate(config, {name: p.grad for name, p in theirs.named_parameters()})
+    assert all(gradient.abs().max() > 0 for gradient in gradients.values()), "a parameter that this test does not reach"
+    errors = {name: worst(p.grad, gradients[name]) for name, p in ours.named_parameters()}
+    print(worst(loss, expected), max((v, k) for k, v in errors.items()))
+    assert max(errors.values()) < 1e-5, sorted(errors.items(), key=lambda item: -item[1])[:5]

@@ -1,0 +1,74 @@
+"""A model of a few ten thousand parameters that has every part, and batches for it."""
+
+import torch
+from torch import Tensor
+
+from megavl.batch import Batch
+from megavl.config.model import DecoderConfig, ModelConfig, SamConfig, SiglipConfig
+from megavl.model.vlm import VLM
+from megavl.ops.dispatch import choose
+from megavl.parallel.groups import TensorAxis
+
+OPS = choose(torch.device("cpu"))
+ONE = TensorAxis()
+
+# 4 x 4 SigLIP tokens per image. SAM: a 10 x 10 grid in windows of 4, so that they are padded to 12 x 12; two global
+# blocks, the first of them neither the first nor the last block; 10 -> 16 in the resizing.
+HYBRID = ModelConfig(
+    name="hybrid",
+    siglip=SiglipConfig(image_size=16, patch_size=4, width=24, layers=2, heads=2, mlp_width=40),
+    sam=SamConfig(
+        image_size=40,
+        patch_size=4,
+        width=24,
+        layers=4,
+        heads=3,
+        mlp_width=48,
+        window=4,
+        global_layers=(1, 3),
+        neck_width=6,
+    ),
+    decoder=DecoderConfig(
+        layers=2, width=32, heads=4, kv_heads=4, mlp_width=56, vocab_size=64, max_positions=256, norm_eps=1e-6
+    ),
+    image_token_id=61,
+    init_std=0.02,
+)
+SIGLIP_ONLY = HYBRID.model_copy(update={"name": "siglip_only", "sam": None})
+
+
+def model(config: ModelConfig) -> VLM:
+    """The whole model in this process, without values."""
+    return VLM(config, ONE, OPS, 0, config.layers)
+
+
+def pixels(config: ModelConfig, images: int, seed: int) -> dict[str, Tensor]:
+    """Random images for each tower: float32 [images, 3, S, S]."""
+    generator = torch.Generator().manual_seed(seed)
+    towers = {"siglip": config.siglip} | ({"sam": config.sam} if config.sam else {})
+    return {
+        name: torch.randn(images, 3, tower.image_size, tower.image_size, generator=generator)
+        for name, tower in towers.items()
+    }
+
+
+def document(config: ModelConfig, text: tuple[int, ...], seed: int) -> Tensor:
+    """Tokens int64 [T]: runs of random text of the given lengths with one image between any two of them."""
+    generator = torch.Generator().manual_seed(seed)
+    image = torch.full((config.image_tokens,), config.image_token_id)
+    runs = [torch.randint(config.image_token_id, (length,), generator=generator) for length in text]
+    return torch.cat([part for run in runs for part in (image, run)][1:])
+
+
+def pack(documents: list[Tensor], images: dict[str, Tensor], image_token_id: int) -> Batch:
+    """Documents end to end. Each token's label is the next one, except before an image and at a document's end."""
+    labels = [torch.cat((tokens[1:], torch.tensor([-100]))) for tokens in documents]
+    lengths = torch.tensor([0] + [len(tokens) for tokens in documents])
+    flat = torch.cat(labels)
+    return Batch(
+        tokens=torch.cat(documents),
+        labels=flat.masked_fill(flat == image_token_id, -100),
+        positions=torch.cat([torch.arange(len(tokens)) for tokens in documents]),
+        cu_seqlens=lengths.cumsum(0).int(),
+        pixels=images,
+    )
