@@ -1,0 +1,40 @@
+# Every target makes what it needs in .venv first; the stamp is renewed when setup.py changes.
+#
+#   make quickstart   the main job on real input, on a CPU: documents -> training -> kill -> resume -> HF checkpoint
+#   make test         the whole test suite
+#   make check        format, lint and the rules of the house
+#   make clean        remove the environment, the quickstart's data and all runs
+#
+# PYTHON=python3.12 picks another interpreter to make .venv with.
+
+PYTHON ?= python3
+VENV := .venv
+INSTALLED := $(VENV)/.installed
+
+# DeepSpeed compiles its operators at first use and looks for ninja on PATH.
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+# Several processes share the cores: one thread each.
+export OMP_NUM_THREADS ?= 1
+# Tests start up to eight ranks, over gloo; on a machine with as many GPUs, DS_ACCELERATOR=cuda runs them there.
+export DS_ACCELERATOR ?= cpu
+
+.PHONY: quickstart test check clean
+
+quickstart: $(INSTALLED)
+	python launch/quickstart.py
+
+test: $(INSTALLED)
+	python -m pytest -q
+
+check: $(INSTALLED)
+	ruff format --check .
+	ruff check .
+	python -m pytest -q tests/house
+
+clean:
+	rm -rf $(VENV) data/quickstart runs build *.egg-info
+
+$(INSTALLED): setup.py
+	$(PYTHON) -m venv $(VENV)
+	python -m pip install --quiet --editable '.[hf,dev]'
+	touch $@

@@ -1,0 +1,57 @@
+"""Packaging of megavl. Exact pins have their reason beside them; every other bound is the version it was tried with."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "megavl" / "__init__.py").read_text(), re.MULTILINE)[1]
+
+setup(
+    name="megavl",
+    version=VERSION,
+    description="3D-parallel pretraining of DeepSeek-VL vision-language models on PyTorch and DeepSpeed",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["megavl", "megavl.*"]),
+    python_requires=">=3.11",
+    install_requires=[
+        # Exact: torch.distributed.pipelining and DCP's planner hooks are used below their stable surface. Exact also so
+        # that a machine whose pip is told of the CPU wheels of this version never falls back to gigabytes of CUDA.
+        "torch==2.13.0",
+        # Exact: its BF16 optimizer's fragments (`_hp_mapping`) are what a checkpoint is written from.
+        "deepspeed==0.19.8",
+        "numpy~=2.4",
+        "pyarrow>=26.0.1",
+        "sentencepiece~=0.2.3",
+        "tokenizers~=0.23.3",
+        "safetensors~=0.8.0",
+        "pydantic~=2.14",
+        "pyyaml~=6.0",
+        "pillow>=13.0.0",
+        "matplotlib~=3.11",
+        "tensorboard~=2.21",
+        "rich>=15.0",
+        "psutil~=7.2",
+        # DeepSpeed compiles its operators at first use: torch's extension builder needs both.
+        "ninja~=1.13",
+        "setuptools>=77",
+        "packaging",
+    ],
+    extras_require={
+        # Exact: exported checkpoints are proven against the classes of this version.
+        "hf": ["transformers==5.23.0"],
+        "dev": [
+            "pytest~=9.2",
+            # Exact: the formatter's output differs between versions.
+            "ruff==0.17.5",
+            # Exact: the reference for the bytes of an indexed dataset. It brings torch, numpy and packaging, no more.
+            "megatron-core==0.16.1",
+        ],
+        # NVIDIA apex is not here: the package of that name on the index is another project. It is built from source, as
+        # docker/Dockerfile does; every operation has a torch reference without it.
+        "gpu": ["flash-attn>=2.8"],
+    },
+)
