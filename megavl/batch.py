@@ -1,9 +1,10 @@
 """Batch: the one noun that crosses rooms."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 Kind = Literal["text", "multimodal"]
@@ -27,6 +28,16 @@ class Batch:
     cu_seqlens: Tensor
     pixels: Mapping[str, Tensor] | None
 
+    def to(self, device: torch.device) -> "Batch":
+        """The same micro-batch on another device; copies from pinned memory do not wait."""
+        return Batch(
+            *(
+                tensor.to(device, non_blocking=True)
+                for tensor in (self.tokens, self.labels, self.positions, self.cu_seqlens)
+            ),
+            self.pixels and {tower: pixels.to(device, non_blocking=True) for tower, pixels in self.pixels.items()},
+        )
+
 
 @dataclass(frozen=True)
 class StepBatch:
@@ -43,3 +54,7 @@ class StepBatch:
     tokens: int
     images: int
     squared_tokens: int
+
+    def to(self, device: torch.device) -> "StepBatch":
+        """The same step on another device."""
+        return replace(self, micro_batches=tuple(batch.to(device) for batch in self.micro_batches))

@@ -1,7 +1,13 @@
 """A problem on one rank ends the run on all ranks, with one message."""
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 import torch.distributed as dist
+
+
+Result = TypeVar("Result")
 
 
 class RunError(RuntimeError):
@@ -21,3 +27,14 @@ def agree(problem: str | None, device: torch.device) -> None:
     problems = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem)
     raise RunError("\n".join(dict.fromkeys(text for text in problems if text is not None)))
+
+
+def together(action: Callable[[], Result], device: torch.device) -> Result:
+    """Collective. Do what may fail on bad input (ValueError, OSError) on some ranks only, and then `agree`."""
+    problem, result = None, None
+    try:
+        result = action()
+    except (ValueError, OSError) as error:
+        problem = f"{error}"
+    agree(problem, device)
+    return result

@@ -63,7 +63,7 @@ def build_stages(config: RunConfig, mesh: Mesh, ops: Ops, device: torch.device) 
         initialise(vlm, config.model, config.train.seed)
         freeze(vlm.named_parameters(), config.optim)
         if config.train.recompute == "full":
-            recompute_blocks(vlm.recomputable_blocks())
+            recompute_blocks(vlm)
         with device:
             stages.append(Stage(vlm, mesh.tp.rank))
     return stages

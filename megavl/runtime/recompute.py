@@ -2,11 +2,12 @@
 
 from functools import partial
 
-from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from megavl.model.vlm import VLM
 
-def recompute_blocks(blocks: list[nn.Module]) -> None:
-    """Make each block recompute. Its name, parameters and results stay as they are."""
-    for block in blocks:
+
+def recompute_blocks(vlm: VLM) -> None:
+    """Make each decoder block recompute. Its name, parameters and results stay as they are."""
+    for block in vlm.blocks.values():
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)

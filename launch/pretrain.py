@@ -1,0 +1,55 @@
+"""Pretrain a DeepSeek-VL model.
+
+    deepspeed launch/pretrain.py --config launch/recipes/NAME.yaml [section.field=value ...]
+
+The same script runs under torchrun, srun and as one plain python process; data parallelism is what remains of the
+world after parallel.tensor and parallel.pipeline. `--dry-run --world N` prints the plan of the run and starts nothing.
+"""
+
+import argparse
+import sys
+from datetime import timedelta
+
+from megavl.config.load import load_run
+from megavl.config.rules import check, check_files
+from megavl.plan.report import describe
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--config", required=True, metavar="RECIPE.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan of the run, without GPUs, and stop")
+    parser.add_argument("--world", type=int, metavar="N", help="with --dry-run: number of ranks to plan for")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it; LOCAL_RANK says the same
+    return parser.parse_intermixed_args()
+
+
+def main() -> None:
+    args = arguments()
+    if args.dry_run:
+        config = load_run(args.config, args.overrides)
+        world = args.world or config.parallel.model
+        check(config, world)
+        print(describe(config, world))
+        return
+
+    # Imported here: --dry-run takes no torch and DeepSpeed, whose import is seconds.
+    from megavl.runtime.env import read_env, start_process_group
+    from megavl.runtime.loop import train
+
+    env = read_env()
+    config = load_run(args.config, args.overrides)
+    check(config, env.world)
+    check_files(config)
+    start_process_group(env, timeout=timedelta(minutes=10))
+    train(config, env)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, RuntimeError) as error:
+        raise

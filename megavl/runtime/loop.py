@@ -1,0 +1,112 @@
+"""The training loop, from a configuration to the last checkpoint."""
+
+import math
+import time
+from pathlib import Path
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from megavl.checkpoint.load import latest, load, load_weights, read_state
+from megavl.checkpoint.save import save
+from megavl.config.load import dump_run
+from megavl.config.run import RunConfig
+from megavl.data.loader import Loader
+from megavl.data.sampler import Sampler
+from megavl.ops.dispatch import Ops, choose
+from megavl.parallel.groups import Mesh, build_mesh
+from megavl.parallel.topology import Topology
+from megavl.runtime.engine import build_engine
+from megavl.runtime.env import Env
+from megavl.runtime.health import RunError, together
+from megavl.runtime.metrics import Metrics
+from megavl.runtime.optim import schedule_ratio, set_learning_rate
+from megavl.runtime.pipeline import Pipeline, build_stages
+from megavl.runtime.state import fragments, set_optimizer_step
+
+
+def train(config: RunConfig, env: Env) -> None:
+    """Train from the newest checkpoint in the output directory, or from the start, to the last step. Collective.
+
+    Raises RunError with the same message on every rank when the run cannot go on.
+    """
+    parallel = config.parallel
+    topology = Topology(parallel.pipeline, env.world // parallel.model, parallel.tensor)
+    mesh = build_mesh(topology, parallel.sequence)
+    ops = choose(env.device)
+    sampler = together(lambda: Sampler(config.data, config.model, config.train), env.device)
+
+    stages = build_stages(config, mesh, ops, env.device)
+    engine = build_engine(stages, config, mesh)
+    pipeline = Pipeline(engine, stages, config, mesh)
+    checkpoints = Path(config.output_dir) / "checkpoints"
+    first_step = _resume(engine, stages, config, mesh, checkpoints)
+
+    if env.rank == 0:
+        _introduce(config, topology, ops, first_step)
+    metrics = Metrics(config, env)
+    has_stem = any(stage.vlm.stem is not None for stage in stages)
+    loader = Loader(sampler, mesh.dp.rank, mesh.dp.size, with_pixels=has_stem, first_step=first_step)
+    batches = iter(loader)
+    try:
+        for step in range(first_step, config.train.steps):
+            started = time.perf_counter()
+            batch = together(lambda: next(batches), env.device).to(env.device)
+            lr = config.optim.lr * schedule_ratio(config.optim.schedule, step, config.train.steps)
+            set_learning_rate(engine.basic_optimizer, lr)
+            loss = _over_the_world(pipeline.run(batch), mesh)
+            if not math.isfinite(loss):
+                raise RunError(
+                    f"the loss of step {step} is {loss}: nothing was updated; resume from the last checkpoint with a "
+                    "lower optim.lr, or look at the data of this step"
+                )
+            engine.step()
+            metrics.record(batch, loss, float(engine.get_global_grad_norm()), lr, time.perf_counter() - started)
+            if (step + 1) % config.checkpoint.every == 0 or step + 1 == config.train.steps:
+                state = {"step": step + 1, "optimizer_step": step + 1, "config": dump_run(config)}
+                held = fragments(engine, stages, mesh.dp.rank)
+                saved = save(checkpoints, step + 1, held, state, config.checkpoint.keep)
+                if env.rank == 0:
+                    print(f"checkpoint {saved}", flush=True)
+    finally:
+        loader.close()
+        metrics.close()
+
+
+def _resume(
+    engine: deepspeed.DeepSpeedEngine, stages: nn.ModuleList, config: RunConfig, mesh: Mesh, checkpoints: Path
+) -> int:
+    """Read the newest checkpoint, if there is one. Returns the first step to run."""
+    newest = latest(checkpoints)
+    held = fragments(engine, stages, mesh.dp.rank)
+    if newest is None:
+        if config.checkpoint.init_from is not None:
+            load_weights(config.checkpoint.init_from, held, config.model)
+        return 0
+    state = read_state(newest)
+    load(newest, held, config.model)
+    set_optimizer_step(engine, state["optimizer_step"])
+    return state["step"]
+
+
+def _introduce(config: RunConfig, topology: Topology, ops: Ops, first_step: int) -> None:
+    parallel, train = config.parallel, config.train
+    micro_batches = train.global_batch // (topology.dp * train.micro_batch)
+    print(
+        f"{config.model.name} on {topology.world} ranks: tensor {topology.tp}{' with sequence' * parallel.sequence}, "
+        f"pipeline {topology.pp} x {parallel.virtual_stages} stages, data {topology.dp}, ZeRO-{parallel.zero}, "
+        f"{train.precision}\n"
+        f"a step: {train.global_batch} packs of {config.data.seq_len} tokens, {micro_batches} micro-batches a rank\n"
+        + "\n".join(ops.lines)
+        + f"\nfrom step {first_step} to {train.steps}, output in {config.output_dir}",
+        flush=True,
+    )
+
+
+def _over_the_world(loss: torch.Tensor, mesh: Mesh) -> float:
+    """Sum of the parts of the loss, of which every tensor rank has a copy."""
+    loss = loss / mesh.tp.size
+    dist.all_reduce(loss)
+    return loss.item()

@@ -1,0 +1,134 @@
+"""What a run shows: a console table, metrics.jsonl with one object per step, TensorBoard."""
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.utils.tensorboard import SummaryWriter
+
+from megavl.batch import StepBatch
+from megavl.config.run import RunConfig
+from megavl.plan.cost import step_flops
+from megavl.plan.hardware import peak_flops
+from megavl.runtime.env import Env
+
+_COLUMNS = (
+    ("step", 14),
+    ("kind", 10),
+    ("loss", 8),
+    ("grad norm", 9),
+    ("lr", 9),
+    ("tokens/s", 9),
+    ("images", 6),
+    ("MFU", 6),
+    ("s/step", 7),
+    ("memory", 8),
+)
+
+
+class Metrics:
+    """Rank 0 writes; the other ranks only take part in the collectives."""
+
+    def __init__(self, config: RunConfig, env: Env):
+        """Collective: on a device of unknown peak all ranks measure together."""
+        self._config, self._env = config, env
+        self._peak_flops, origin = _peak(env)
+        self._file = self._board = None
+        if env.rank == 0:
+            folder = Path(config.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = open(folder / "metrics.jsonl", "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+            self._board = SummaryWriter(folder / "tensorboard") if config.log.tensorboard else None
+            print(f"MFU is over {self._peak_flops * env.world / 1e12:.3g} TFLOP/s, {origin}")
+            print(" ".join(name.rjust(width) for name, width in _COLUMNS))
+
+    def record(self, batch: StepBatch, loss: float, grad_norm: float, lr: float, step_s: float) -> None:
+        """One step. Collective: memory is that of the fullest rank."""
+        memory = torch.tensor(_memory_bytes(self._env.device), dtype=torch.int64, device=self._env.device)
+        dist.all_reduce(memory, dist.ReduceOp.MAX)
+        if self._file is None:
+            return
+        flops = step_flops(
+            self._config, tokens=batch.tokens, squared_tokens=batch.squared_tokens, images=batch.images
+        )
+        capacity = self._peak_flops * self._env.world * step_s
+        row = {
+            "step": batch.step + 1,
+            "kind": batch.kind,
+            "loss": loss,
+            "loss_text": loss if batch.kind == "text" else None,
+            "loss_multimodal": loss if batch.kind == "multimodal" else None,
+            "grad_norm": grad_norm,
+            "lr": lr,
+            "tokens": batch.tokens,
+            "images": batch.images,
+            "tokens_per_s": batch.tokens / step_s,
+            "step_s": step_s,
+            "mfu": flops.model / capacity,
+            "hardware_utilization": flops.hardware / capacity,
+            "memory_bytes": memory.item(),
+            "time": time.time(),
+        }
+        self._file.write(json.dumps(row) + "\n")
+        if self._board is not None:
+            for name, value in row.items():
+                if isinstance(value, (int, float)) and name not in ("step", "time"):
+                    self._board.add_scalar(name, value, row["step"])
+        if row["step"] % self._config.log.every == 0 or row["step"] == self._config.train.steps:
+            self._print(row)
+
+    def _print(self, row: dict) -> None:
+        cells = (
+            f"{row['step']}/{self._config.train.steps}",
+            row["kind"],
+            f"{row['loss']:.4f}",
+            f"{row['grad_norm']:.3f}",
+            f"{row['lr']:.2e}",
+            f"{row['tokens_per_s']:.0f}",
+            f"{row['images']}",
+            f"{row['mfu']:.1%}",
+            f"{row['step_s']:.2f}",
+            f"{row['memory_bytes'] / 2**30:.2f}G",
+        )
+        print(" ".join(cell.rjust(width) for cell, (_, width) in zip(cells, _COLUMNS, strict=True)), flush=True)
+
+    def close(self) -> None:
+        """End the files."""
+        for output in (self._file, self._board):
+            if output is not None:
+                output.close()
+
+
+def _memory_bytes(device: torch.device) -> int:
+    """Most memory that this process has held: on the device, or resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit_bytes = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit_bytes
+
+
+def _peak(env: Env) -> tuple[float, str]:
+    """FLOP/s that one rank could do, and where the number is from."""
+    name = torch.cuda.get_device_name(env.device) if env.device.type == "cuda" else "cpu"
+    known = peak_flops(name)
+    if known is not None:
+        return known, f"the data sheet's dense bf16 rate of {env.world} x {name}"
+    rate = torch.tensor(_matmul_flops(env.device), dtype=torch.float64, device=env.device)
+    dist.all_reduce(rate)
+    return rate.item() / env.world, f"measured now: fp32 matrix products on all {env.world} ranks at once"
+
+
+def _matmul_flops(device: torch.device) -> float:
+    """FLOP/s of matrix products of 512 x 512, over a quarter of a second."""
+    size = 512
+    a = torch.ones(size, size, device=device)
+    dist.barrier()
+    started, products = time.perf_counter(), 0
+    while (elapsed := time.perf_counter() - started) < 0.25 or products == 0:
+        (a @ a).sum().item()  # .item() waits for the device
+        products += 1
+    return 2 * size**3 * products / elapsed

@@ -1,0 +1,93 @@
+"""The state of the run as named fragments: what this rank holds of every parameter, its fp32 master and Adam moments.
+
+DeepSpeed keeps masters and moments in flat buffers. Under ZeRO-1 and 2 each parameter knows its part of them
+(`_hp_mapping`); under ZeRO-3 each rank holds one flat range of every parameter; without ZeRO the parameter is its own
+master.
+"""
+
+from collections.abc import Iterator
+
+import deepspeed
+import torch
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from torch import Tensor, nn
+
+from megavl.checkpoint.fragments import Fragment
+from megavl.parallel.shard import shard_of
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def fragments(engine: deepspeed.DeepSpeedEngine, stages: nn.ModuleList, dp_rank: int) -> list[Fragment]:
+    """Everything that this rank holds, as views: what is written is what is there, what is read lands in place."""
+    _materialise_moments(engine)
+    return [
+        Fragment(name, kind, shard.full_shape(shape), shard.offsets(shape), shape, start, values)
+        for stage in stages
+        for name, parameter in stage.vlm.named_parameters()
+        for shape, shard in [(tuple(getattr(parameter, "ds_shape", parameter.shape)), shard_of(parameter))]
+        for kind, start, values in _tensors(engine, parameter, dp_rank)
+    ]
+
+
+def set_optimizer_step(engine: deepspeed.DeepSpeedEngine, step: int) -> None:
+    """Tell Adam, whose bias correction needs it, how many updates its moments have seen."""
+    for group in engine.basic_optimizer.param_groups:
+        group["step"] = step  # DeepSpeed's FusedAdam starts new states from here
+    for state in engine.basic_optimizer.state.values():
+        state["step"] = torch.full_like(state["step"], step) if torch.is_tensor(state["step"]) else step
+
+
+def _tensors(engine: deepspeed.DeepSpeedEngine, parameter: nn.Parameter, dp_rank: int) -> Iterator[tuple]:
+    """(kind, first element within the local parameter, flat values) of one parameter."""
+    if hasattr(parameter, "ds_id"):
+        yield from _zero3_tensors(engine, parameter, dp_rank)
+        return
+    yield "param", 0, parameter.data.view(-1)
+    if not parameter.requires_grad:
+        return
+    if not hasattr(parameter, "_hp_mapping"):
+        yield "master", 0, parameter.data.view(-1)
+        for moment in MOMENTS:
+            yield moment, 0, engine.basic_optimizer.state[parameter][moment].view(-1)
+    elif parameter._hp_mapping is not None:  # None: the flat part of this rank begins after or ends before it
+        held = parameter._hp_mapping
+        start = held.lp_fragment_address.start
+        yield "master", start, held.get_hp_fragment().data
+        for moment in MOMENTS:
+            yield moment, start, held.get_hp_fragment(moment)
+
+
+def _zero3_tensors(engine: deepspeed.DeepSpeedEngine, parameter: nn.Parameter, dp_rank: int) -> Iterator[tuple]:
+    """Each rank holds an equal range of the flat parameter; the last ones are padded."""
+    start = dp_rank * parameter.ds_tensor.numel()
+    length = min(parameter.ds_tensor.numel(), parameter.ds_numel - start)
+    if length <= 0:
+        return
+
+    def partition(key: str | None) -> Tensor:
+        flat, _ = engine.optimizer._get_fp32_opt_state_partition(
+            parameter, release_swap_buffers=False, optim_state_key=key
+        )
+        return flat.data[:length]
+
+    yield "param", start, parameter.ds_tensor.data.view(-1)[:length]
+    if parameter.requires_grad:
+        yield "master", start, partition(None)
+        for moment in MOMENTS:
+            yield moment, start, partition(moment)
+
+
+def _materialise_moments(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Adam makes its moments at its first step; a run that is resumed before that reads them from the checkpoint."""
+    adam, zero = engine.basic_optimizer, engine.optimizer
+    if isinstance(zero, DeepSpeedZeroOptimizer_Stage3):
+        masters = zero.fp32_partitioned_groups_flat
+    else:
+        masters = [master for group in adam.param_groups for master in group["params"]]
+    for master in masters:
+        if not adam.state[master]:
+            step = torch.zeros(()) if isinstance(adam, torch.optim.AdamW) else 0
+            adam.state[master] = {"step": step, **{moment: torch.zeros_like(master.data) for moment in MOMENTS}}
+    if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
+        zero._lazy_init_hp_params_optimizer_state()  # links each parameter to its part of the moments
