@@ -1,0 +1,253 @@
+"""Parameters and floating-point operations of a run, from its configuration alone.
+
+Conventions. A multiplication and its addition are two FLOPs; only matrix products and convolutions count. Causal
+attention in packs costs what it needs: a document of s tokens has s (s + 1) / 2 pairs of query and key. SAM's windowed
+layers are counted on the padded grid, as the released code computes them. The backward pass of a product is counted in
+its two halves, gradient of the input and gradient of the weight, each where autograd needs it: nothing flows back into
+a part with nothing trainable before it, and a frozen weight has no gradient. The backward pass of attention is four
+products, twice the forward; the scores that flash kernels compute again are not counted.
+
+What this implementation computes beyond that is `overhead`: see `Work`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from megavl.config.model import DecoderConfig, ModelConfig, SamConfig, SiglipConfig
+from megavl.config.parameters import parameters
+from megavl.config.run import RunConfig
+
+
+@dataclass(frozen=True)
+class Work:
+    """FLOPs of one item of the model list over a step, whatever the number of ranks that share them.
+
+    `overhead` is what the method does not ask for but the implementation computes: blocks again in the backward pass,
+    and the channels beside each head in which SAM's attention carries relative positions.
+    """
+
+    forward: int
+    input_grad: int
+    weight_grad: int
+    overhead: int
+
+    @property
+    def model(self) -> int:
+        """What training needs."""
+        return self.forward + self.input_grad + self.weight_grad
+
+    @property
+    def hardware(self) -> int:
+        """What is computed."""
+        return self.model + self.overhead
+
+
+@dataclass(frozen=True)
+class StepFlops:
+    """FLOPs of one optimizer step over all ranks. `model` is what MFU is made of; `hardware` is what the devices
+    compute: with the overhead, and the vision part on every tensor rank."""
+
+    model: int
+    hardware: int
+
+
+@dataclass(frozen=True)
+class Count:
+    """Parameters in elements."""
+
+    trainable: int
+    frozen: int
+
+    @property
+    def total(self) -> int:
+        return self.trainable + self.frozen
+
+
+def item_parameters(config: RunConfig) -> tuple[Count, ...]:
+    """Parameters of each item of the model list on one tensor rank."""
+    trainable, frozen = [0] * config.model.layers, [0] * config.model.layers
+    for parameter in parameters(config.model):
+        kind = trainable if config.optim.lr_multiplier(parameter.name) else frozen
+        kind[parameter.item] += parameter.local_size(config.parallel.tensor)
+    return tuple(map(Count, trainable, frozen))
+
+
+def item_work(config: RunConfig, *, tokens: int, squared_tokens: int, images: int) -> tuple[Work, ...]:
+    """Work of each item of the model list over `tokens` tokens (image placeholders included) in documents whose squared
+    lengths add up to `squared_tokens`, with `images` images among them. What is frozen is read from the optimizer's
+    rules, what is recomputed from `train.recompute`."""
+    model, decoder = config.model, config.model.decoder
+
+    def trains(name: str) -> bool:
+        return config.optim.lr_multiplier(name) > 0
+
+    stem = _Walk(trains)
+    _stem(stem, model, images)
+    works, live = [stem.work()], stem.live
+    for index in range(decoder.layers):
+        block = _Walk(trains, live)
+        _block(block, f"blocks.{index}", decoder, tokens, (squared_tokens + tokens) // 2)
+        if config.train.recompute == "full" and block.live:
+            block.recompute()
+        works.append(block.work())
+        live = block.live
+    head = _Walk(trains, live)
+    head.add("head.norm.weight")
+    head.linear(tokens, decoder.width, {"head.proj": decoder.vocab_size})
+    return (*works, head.work())
+
+
+def step_flops(config: RunConfig, *, tokens: int, squared_tokens: int, images: int) -> StepFlops:
+    """FLOPs of one step of the whole global batch; the arguments are those of `item_work`."""
+    stem, *rest = item_work(config, tokens=tokens, squared_tokens=squared_tokens, images=images)
+    return StepFlops(
+        model=stem.model + sum(work.model for work in rest),
+        hardware=stem.hardware * config.parallel.tensor + sum(work.hardware for work in rest),
+    )
+
+
+class _Walk:
+    """Follows activations from operation to operation and adds up what each costs.
+
+    `live` says whether the activation at this point needs a gradient: whether anything before it is trainable.
+    """
+
+    def __init__(self, trains: Callable[[str], bool], live: bool = False):
+        self.trains = trains
+        self.live = live
+        self.forward = self.input_grad = self.weight_grad = self.overhead = 0
+        self.last = 0
+
+    def work(self) -> Work:
+        return Work(self.forward, self.input_grad, self.weight_grad, self.overhead)
+
+    def recompute(self) -> None:
+        """The path is walked again in the backward pass, up to the last product: no gradient needs its result."""
+        self.overhead += self.forward - self.last
+
+    def add(self, *names: str) -> None:
+        """Parameters that are added or scaled with: no product to count, but a gradient to start from."""
+        self.live |= any(map(self.trains, names))
+
+    def multiply(self, products: dict[str, int]) -> None:
+        """Products of one activation with several parameters: name -> FLOPs."""
+        trained = {name: self.trains(name) for name in products}
+        self.last = sum(products.values())
+        self.forward += self.last
+        self.input_grad += self.last if self.live else 0
+        self.weight_grad += sum(flops for name, flops in products.items() if trained[name])
+        self.live |= any(trained.values())
+
+    def linear(self, rows: int, d_in: int, outputs: dict[str, int], bias: bool = False) -> None:
+        """Linear layers (or convolutions, with `rows` positions and `d_in` channels * kernel) on one input."""
+        self.multiply({f"{name}.weight": 2 * rows * d_in * d_out for name, d_out in outputs.items()})
+        if bias:
+            self.add(*(f"{name}.bias" for name in outputs))
+
+    def layer_norm(self, name: str) -> None:
+        self.add(f"{name}.weight", f"{name}.bias")
+
+    def attend(self, pairs: int, width: int, carried: int = 0) -> None:
+        """Scores and weighted values over `pairs` of query and key, `width` channels in all heads: two products of
+        activations, each with two gradients. `carried`: channels that ride along as overhead."""
+        self.forward += 4 * pairs * width
+        self.input_grad += 8 * pairs * width if self.live else 0
+        self.overhead += (12 if self.live else 4) * pairs * carried
+
+    def fork(self) -> "_Walk":
+        return _Walk(self.trains, self.live)
+
+    def join(self, other: "_Walk") -> None:
+        self.live |= other.live
+        self.forward += other.forward
+        self.input_grad += other.input_grad
+        self.weight_grad += other.weight_grad
+        self.overhead += other.overhead
+
+
+def _stem(walk: _Walk, model: ModelConfig, images: int) -> None:
+    rows, width = images * model.image_tokens, model.decoder.width
+    low = walk.fork()
+    _siglip(low, model.siglip, images)
+    if model.sam is None:
+        low.linear(rows, model.siglip.width, {"stem.adaptor.fc1": width}, bias=True)
+        low.linear(rows, width, {"stem.adaptor.fc2": width}, bias=True)
+    else:
+        low.linear(rows, model.siglip.width, {"stem.adaptor.low_up_proj": width // 2}, bias=True)
+        high = walk.fork()
+        _sam(high, model.sam, images, rows)
+        high.linear(rows, model.sam.output_width, {"stem.adaptor.high_up_proj": width // 2}, bias=True)
+        low.join(high)
+        low.linear(rows, width, {"stem.adaptor.proj": width}, bias=True)
+    walk.add("stem.embedding.weight")
+    walk.join(low)
+
+
+def _siglip(walk: _Walk, siglip: SiglipConfig, images: int) -> None:
+    tokens, width = siglip.grid**2, siglip.width
+    rows = images * tokens
+    walk.linear(rows, 3 * siglip.patch_size**2, {"stem.siglip.patch_embed": width}, bias=True)
+    walk.add("stem.siglip.pos_embed")
+    for index in range(siglip.layers):
+        block = f"stem.siglip.blocks.{index}"
+        walk.layer_norm(f"{block}.norm1")
+        walk.linear(rows, width, {f"{block}.attn.qkv": 3 * width}, bias=True)
+        walk.attend(images * tokens**2, width)
+        walk.linear(rows, width, {f"{block}.attn.proj": width}, bias=True)
+        walk.layer_norm(f"{block}.norm2")
+        walk.linear(rows, width, {f"{block}.mlp.fc1": siglip.mlp_width}, bias=True)
+        walk.linear(rows, siglip.mlp_width, {f"{block}.mlp.fc2": width}, bias=True)
+    walk.layer_norm("stem.siglip.norm")
+
+
+def _sam(walk: _Walk, sam: SamConfig, images: int, feature_rows: int) -> None:
+    """SAM-B down to its `feature_rows` features: blocks, both necks, and the convolutions that both share."""
+    rows, width = images * sam.grid**2, sam.width
+    walk.linear(rows, 3 * sam.patch_size**2, {"stem.sam.patch_embed": width}, bias=True)
+    walk.add("stem.sam.pos_embed")
+    for index in range(sam.layers):
+        _sam_block(
+            walk, f"stem.sam.blocks.{index}", sam, images, sam.grid if index in sam.global_layers else sam.window
+        )
+        if index == sam.global_layers[0]:
+            early = walk.fork()
+    for path, neck in ((walk, "stem.sam.neck"), (early, "stem.sam.neck_hd")):
+        path.linear(rows, width, {f"{neck}.0": sam.neck_width})
+        path.layer_norm(f"{neck}.1")
+        path.linear(rows, 9 * sam.neck_width, {f"{neck}.2": sam.neck_width})
+        path.layer_norm(f"{neck}.3")
+        # The map is resized to four times the side of the feature grid, and each convolution halves the side.
+        path.linear(4 * feature_rows, 9 * sam.neck_width, {"stem.sam.downsamples.0": 2 * sam.neck_width})
+        path.linear(feature_rows, 18 * sam.neck_width, {"stem.sam.downsamples.1": 4 * sam.neck_width})
+    early.add("stem.sam.hd_alpha_downsamples")
+    walk.join(early)
+
+
+def _sam_block(walk: _Walk, block: str, sam: SamConfig, images: int, side: int) -> None:
+    """One ViTDet block with attention within squares of `side`^2 patches, the grid padded to whole squares."""
+    width, squares = sam.width, images * (-(-sam.grid // side)) ** 2
+    rows, padded_rows = images * sam.grid**2, squares * side**2
+    walk.layer_norm(f"{block}.norm1")
+    walk.linear(padded_rows, width, {f"{block}.attn.qkv": 3 * width}, bias=True)
+    # Each query meets `side` relative positions in either direction.
+    walk.multiply({f"{block}.attn.rel_pos_{way}": 2 * padded_rows * side * width for way in "hw"})
+    walk.attend(squares * side**4, width, carried=sam.heads * 2 * side)
+    walk.linear(padded_rows, width, {f"{block}.attn.proj": width}, bias=True)
+    walk.layer_norm(f"{block}.norm2")
+    walk.linear(rows, width, {f"{block}.mlp.lin1": sam.mlp_width}, bias=True)
+    walk.linear(rows, sam.mlp_width, {f"{block}.mlp.lin2": width}, bias=True)
+
+
+def _block(walk: _Walk, block: str, decoder: DecoderConfig, tokens: int, pairs: int) -> None:
+    width, kv_width = decoder.width, decoder.kv_heads * decoder.head_width
+    walk.add(f"{block}.attn_norm.weight")
+    walk.linear(
+        tokens,
+        width,
+        {f"{block}.attn.q_proj": width, f"{block}.attn.k_proj": kv_width, f"{block}.attn.v_proj": kv_width},
+    )
+    walk.attend(pairs, width)
+    walk.linear(tokens, width, {f"{block}.attn.o_proj": width})
+    walk.add(f"{block}.mlp_norm.weight")
+    walk.linear(tokens, width, {f"{block}.mlp.gate_proj": decoder.mlp_width, f"{block}.mlp.up_proj": decoder.mlp_width})
+    walk.linear(tokens, decoder.mlp_width, {f"{block}.mlp.down_proj": width})
