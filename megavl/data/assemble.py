@@ -9,6 +9,7 @@ from torch import Tensor
 from megavl.batch import Batch, Kind
 from megavl.config.model import ModelConfig
 from megavl.data import image
+from megavl.data.decode import decode
 from megavl.data.errors import DataError
 from megavl.data.pack import Pack, Piece
 from megavl.data.store import IMAGE, Store
@@ -83,7 +84,7 @@ class Assembler:
         for sequence, offset, _ in self._segments(store, piece.document):
             if store.modes[sequence] == IMAGE and piece.start <= offset < piece.stop:
                 try:
-                    pixels.append(image.preprocess(image.decode(store.image(sequence)), self._model))
+                    pixels.append(image.preprocess(decode(store.image(sequence)), self._model))
                 except DataError as error:
                     raise DataError(
                         f"{store.where(piece.document)}: the image in its sequence {sequence} is broken: {error}; "

@@ -2,7 +2,7 @@
 
 from itertools import groupby
 
-from megavl.data import image
+from megavl.data.decode import decode
 from megavl.data.document import Document, Image, Text
 from megavl.data.errors import DataError
 from megavl.data.store import EncodedDocument, EncodedImage
@@ -33,7 +33,7 @@ def encode(document: Document, tokenizer: Tokenizer) -> EncodedDocument:
 
 def _check(document: Document, segment: Image) -> EncodedImage:
     try:
-        width, height = image.decode(segment.data).size
+        width, height = decode(segment.data).size
     except DataError as error:
         raise DataError(
             f"{document.source}: document {document.key}: image {segment.name}: {error}; replace or remove the image"

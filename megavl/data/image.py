@@ -5,9 +5,6 @@ differ from transformers' DeepseekVL(Hybrid)ImageProcessor: the resized sides ar
 the SigLIP image of the hybrid encoder is a bilinear resize of unquantised pixels, not a bicubic one of 8-bit pixels.
 """
 
-import io
-import warnings
-
 import numpy as np
 import torch
 from PIL import Image
@@ -15,26 +12,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from megavl.config.model import ModelConfig
-from megavl.data.errors import DataError
 
 # The shorter side of a very flat image is not resized below this.
 _MIN_SIDE = 14
 
 _Colour = tuple[float, float, float]
-
-
-def decode(data: bytes) -> Image.Image:
-    """The RGB image in the bytes of an image file.
-
-    Raises:
-        DataError: the bytes are no image, are cut off, or unpack to more pixels than Pillow allows.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            return Image.open(io.BytesIO(data)).convert("RGB")
-    except Exception as error:  # Pillow's decoders raise OSError, ValueError, SyntaxError, struct.error, ...
-        raise DataError(f"{len(data)} bytes that cannot be decoded as an image ({error})") from error
 
 
 def tower_sizes(model: ModelConfig) -> dict[str, int]:

@@ -44,6 +44,17 @@ def token_dtype(vocab_size: int, multimodal: bool) -> np.dtype:
     return np.dtype("<u2" if vocab_size < 65500 and not multimodal else "<i4")
 
 
+def refuse_existing(prefix: str) -> None:
+    """Raises DataError where files of a store have this prefix already."""
+    existing = [path for path in _paths(prefix).values() if os.path.exists(path)]
+    if existing:
+        raise DataError(f"{', '.join(existing)} exist already; choose another output prefix or pass --overwrite")
+
+
+def _paths(prefix: str) -> dict[str, str]:
+    return {suffix: f"{prefix}.{suffix}" for suffix in ("bin", "idx", "meta")}
+
+
 @dataclass(frozen=True)
 class EncodedImage:
     """An image as it goes into the store: the bytes of its file, and its size in pixels."""
@@ -86,12 +97,11 @@ class StoreWriter:
             DataError: files of that prefix exist and `overwrite` is false, or the directory cannot be written.
         """
         self.multimodal = multimodal
-        self._final = {suffix: f"{prefix}.{suffix}" for suffix in ("bin", "idx", "meta")}
+        self._final = _paths(prefix)
         self._temporary = {suffix: f"{path}.tmp" for suffix, path in self._final.items()}
         self._rows_path = f"{prefix}.rows.tmp"
-        existing = [path for path in self._final.values() if os.path.exists(path)]
-        if existing and not overwrite:
-            raise DataError(f"{', '.join(existing)} exist; choose another output prefix or pass --overwrite")
+        if not overwrite:
+            refuse_existing(prefix)
         self._tokenizer, self._vocab_size = tokenizer.identity, tokenizer.vocab_size
         self._dtype = token_dtype(tokenizer.vocab_size, multimodal)
         self._lengths, self._documents, self._modes = array("i"), array("q", [0]), array("b")
@@ -252,7 +262,7 @@ class Store:
             DataError: a file is missing, cut off, of another format, of another kind, or contradicts the others.
         """
         self.prefix, self.multimodal = prefix, multimodal
-        self._bin_path, self._idx_path, self._meta_path = (f"{prefix}.{suffix}" for suffix in ("bin", "idx", "meta"))
+        self._bin_path, self._idx_path, self._meta_path = _paths(prefix).values()
         missing = [path for path in (self._bin_path, self._idx_path, self._meta_path) if not os.path.isfile(path)]
         if missing:
             raise DataError(

@@ -1,0 +1,135 @@
+"""Build: input files to a store, over worker processes."""
+
+import multiprocessing
+import signal
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import cache, partial
+
+from megavl.data.encode import encode
+from megavl.data.errors import DataError
+from megavl.data.readers import jsonl
+from megavl.data.store import EncodedDocument, EncodedImage, StoreWriter
+from megavl.data.tokenizer import Tokenizer, load_tokenizer
+
+# Records that a worker gets at a time: so many, or so many bytes.
+_CHUNK_RECORDS = 64
+_CHUNK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What has been written so far. `input_bytes` are read from the input files, `image_bytes` from those they name."""
+
+    documents: int = 0
+    tokens: int = 0
+    images: int = 0
+    input_bytes: int = 0
+    image_bytes: int = 0
+
+
+_Chunk = list[jsonl.Record]
+
+
+def is_multimodal(paths: Iterable[str]) -> bool:
+    """Whether any record of the files holds an image. Reads on until the first one, so text is read twice."""
+    return any(jsonl.has_image(record) for path in paths for record in jsonl.records(path))
+
+
+def build(
+    paths: list[str],
+    prefix: str,
+    tokenizer_path: str,
+    multimodal: bool,
+    workers: int,
+    overwrite: bool,
+    report: Callable[[Progress], None],
+) -> Progress:
+    """Write the documents of the files, in order, as one store; the same bytes for any number of workers.
+
+    Args:
+        workers: processes that parse, tokenise and check images; 1 does it in this process.
+        report: called after every chunk.
+
+    Raises:
+        DataError: a record is malformed, an image is missing or broken, or the output exists; nothing is left behind.
+    """
+    tokenizer = load_tokenizer(tokenizer_path)
+    progress = Progress()
+    with StoreWriter(prefix, tokenizer, multimodal, overwrite) as writer:
+        work = partial(_encode, tokenizer_path)
+        for size, documents in _map(work, _chunks(paths), workers):
+            for document in documents:
+                writer.add(document)
+            images = [item for document in documents for item in document.sequences if isinstance(item, EncodedImage)]
+            texts = [
+                item for document in documents for item in document.sequences if not isinstance(item, EncodedImage)
+            ]
+            progress = Progress(
+                documents=progress.documents + len(documents),
+                tokens=progress.tokens + sum(map(len, texts)),
+                images=progress.images + len(images),
+                input_bytes=progress.input_bytes + size,
+                image_bytes=progress.image_bytes + sum(len(image.data) for image in images),
+            )
+            report(progress)
+    return progress
+
+
+def _chunks(paths: list[str]) -> Iterator[_Chunk]:
+    chunk: _Chunk = []
+    size = 0
+    for path in paths:
+        for record in jsonl.records(path):
+            chunk.append(record)
+            size += len(record.data)
+            if len(chunk) == _CHUNK_RECORDS or size >= _CHUNK_BYTES:
+                yield chunk
+                chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def _encode(tokenizer_path: str, chunk: _Chunk) -> tuple[int, list[EncodedDocument]]:
+    """(bytes of the records, their documents)."""
+    tokenizer = _tokenizer(tokenizer_path)
+    return sum(len(record.data) for record in chunk), [encode(jsonl.parse(record), tokenizer) for record in chunk]
+
+
+@cache
+def _tokenizer(path: str) -> Tokenizer:
+    """One tokenizer per process: it is too large to travel with every chunk."""
+    return load_tokenizer(path)
+
+
+def _map(
+    work: Callable[[_Chunk], tuple[int, list[EncodedDocument]]], chunks: Iterator[_Chunk], workers: int
+) -> Iterator[tuple[int, list[EncodedDocument]]]:
+    """Results in the order of the chunks. Only a few chunks per worker are under way, however large the input is."""
+    if workers == 1:
+        yield from map(work, chunks)
+        return
+    context = multiprocessing.get_context("forkserver")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_ignore_interrupt)
+    pending: deque[Future] = deque()
+    try:
+        for chunk in chunks:
+            pending.append(pool.submit(work, chunk))
+            if len(pending) == 4 * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    except BrokenProcessPool as error:
+        raise DataError(
+            "a worker process died (killed, or out of memory); run again with fewer --workers, or with 1 to see why"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _ignore_interrupt() -> None:
+    """Ctrl-C reaches every process of the terminal; the main process alone answers it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
