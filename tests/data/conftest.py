@@ -1,0 +1,122 @@
+"""A small corpus: a tokenizer, text and interleaved documents, and the stores made of them."""
+
+import io
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+from PIL import Image
+
+from megavl.config.model import DecoderConfig, ModelConfig, SamConfig, SiglipConfig
+from megavl.config.run import DataConfig, SourceConfig, TrainConfig
+from megavl.data.build import build
+
+IMAGE_SIZES = [(40, 90), (90, 40), (64, 64), (7, 120), (33, 21)]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Files under `root`: tokenizer.model, {text,more,multimodal}.jsonl and the stores of the same names."""
+
+    root: Path
+
+    @property
+    def tokenizer(self) -> str:
+        return str(self.root / "tokenizer.model")
+
+    def prefix(self, name: str) -> str:
+        return str(self.root / name)
+
+    def data(self, **changes) -> DataConfig:
+        """Both modalities, one source each."""
+        values = {
+            "tokenizer": self.tokenizer,
+            "text": (SourceConfig(prefix=self.prefix("text")),),
+            "multimodal": (SourceConfig(prefix=self.prefix("multimodal")),),
+            "text_ratio": 0.5,
+            "seq_len": 96,
+            "workers": 0,
+        }
+        return DataConfig(**values | changes)
+
+
+def image_bytes(seed: int, size: tuple[int, int], form: str = "PNG") -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, form)
+    return file.getvalue()
+
+
+def write_jsonl(path: Path, records: list) -> str:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Corpus:
+    root = tmp_path_factory.mktemp("corpus")
+    random_ = random.Random(0)
+    words = ["".join(random_.choice("abcdefghij") for _ in range(random_.randint(2, 7))) for _ in range(300)]
+
+    def text(most: int) -> str:
+        return " ".join(random_.choice(words) for _ in range(random_.randint(1, most)))
+
+    for index, size in enumerate(IMAGE_SIZES):
+        (root / f"{index}.png").write_bytes(image_bytes(index, size))
+    files = {
+        "text": [{"id": f"text-{index}", "text": text(40)} for index in range(150)],
+        "more": [{"id": f"more-{index}", "text": text(10)} for index in range(70)],
+        "multimodal": [
+            {
+                "id": index,
+                "segments": [
+                    {"image": f"{random_.randrange(len(IMAGE_SIZES))}.png"}
+                    if random_.random() < 0.4
+                    else {"text": text(60)}
+                    for _ in range(random_.randint(1, 5))
+                ],
+            }
+            for index in range(60)
+        ],
+    }
+    for name, records in files.items():
+        write_jsonl(root / f"{name}.jsonl", records)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(root / "text.jsonl"),
+        model_prefix=str(root / "tokenizer"),
+        vocab_size=300,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    for name in files:
+        build(
+            paths=[str(root / f"{name}.jsonl")],
+            prefix=str(root / name),
+            tokenizer_path=str(root / "tokenizer.model"),
+            multimodal=name == "multimodal",
+            workers=1,
+            overwrite=False,
+            report=lambda _: None,
+        )
+    return Corpus(root)
+
+
+@pytest.fixture(scope="session")
+def model() -> ModelConfig:
+    """Both towers, 16 tokens per image, room for the corpus's vocabulary; only its shapes matter here."""
+    return ModelConfig(
+        name="data",
+        siglip=SiglipConfig(image_size=32, patch_size=8, width=8, layers=1, heads=1, mlp_width=8),
+        sam=SamConfig(image_size=64, patch_size=8, width=8, layers=1, heads=1, mlp_width=8, global_layers=(0,)),
+        decoder=DecoderConfig(layers=1, width=8, heads=1, kv_heads=1, mlp_width=8, vocab_size=400),
+        image_token_id=399,
+    )
+
+
+@pytest.fixture(scope="session")
+def train() -> TrainConfig:
+    return TrainConfig(steps=8, global_batch=12, micro_batch=1, seed=7)

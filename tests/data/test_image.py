@@ -1,0 +1,147 @@
+"""Pixels against transformers where the rules agree; against the released rule, written out again, where they do not.
+
+transformers' processors round the resized sides, the released code truncates them: (100, 37) at 64 pixels is 64 x 23.68,
+so 64 x 24 there and 64 x 23 here. And transformers resizes SigLIP's image of the hybrid encoder from 8-bit pixels with a
+bicubic filter, the released code from float pixels with torchvision's default, a bilinear filter: on noise the worst pixel
+differs by 0.4 and the mean by 0.05 at most, of a range of 2.
+"""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers.models.deepseek_vl.image_processing_pil_deepseek_vl import DeepseekVLImageProcessorPil
+from transformers.models.deepseek_vl_hybrid.image_processing_pil_deepseek_vl_hybrid import (
+    DeepseekVLHybridImageProcessorPil,
+)
+
+from megavl.config.presets import PRESETS
+from megavl.data.decode import decode
+from megavl.data.errors import DataError
+from megavl.data.image import preprocess, tower_sizes
+from tests.data.conftest import image_bytes
+
+# (width, height) whose resized sides are whole numbers or round down, at 32, 64, 384 and 1024 pixels.
+AGREEING = [(64, 64), (128, 32), (32, 128), (90, 30), (500, 250), (5, 500)]
+DIFFERING = [(100, 37), (37, 100), (1000, 999)]
+HALF = [0.5, 0.5, 0.5]
+
+
+def picture(size, seed=0) -> Image.Image:
+    return decode(image_bytes(seed, size))
+
+
+def released_square(image, size, mean):
+    """VLMImageProcessor.resize in floats of 0..1, written out a second time."""
+    width, height = image.size
+    long = max(width, height)
+    new_height, new_width = max(int(height / long * size), 14), max(int(width / long * size), 14)
+    square = np.empty((size, size, 3), dtype=np.uint8)
+    square[:] = [int(channel * 255) for channel in mean]
+    top, left = (size - new_height) // 2, (size - new_width) // 2
+    resized = np.asarray(image.resize((new_width, new_height), Image.Resampling.BICUBIC))
+    square[top : top + new_height, left : left + new_width] = resized
+    return (square / 255).astype(np.float32)
+
+
+def released_low(square, size):
+    """torchvision's Resize (bilinear, antialias) of float pixels, by Pillow's filter on float images."""
+    channels = [Image.fromarray(square[:, :, channel]) for channel in range(3)]
+    return np.stack([np.asarray(one.resize((size, size), Image.Resampling.BILINEAR)) for one in channels])
+
+
+def worst(actual: torch.Tensor, expected) -> float:
+    return float(np.abs(actual.numpy() - np.asarray(expected)).max())
+
+
+@pytest.mark.parametrize("preset", ["vl_debug", "vl_7b"])
+@pytest.mark.parametrize("size", AGREEING)
+def test_sam_pixels_equal_transformers(preset, size):
+    model = PRESETS[preset]
+    processor = DeepseekVLHybridImageProcessorPil(
+        size=_sides(model.siglip.image_size),
+        high_res_size=_sides(model.sam.image_size),
+        image_mean=HALF,
+        image_std=HALF,
+    )
+    expected = processor(picture(size), return_tensors="np")["high_res_pixel_values"][0]
+    actual = preprocess(picture(size), model)["sam"]
+    assert actual.dtype == torch.float32 and actual.shape == expected.shape
+    assert worst(actual, expected) <= 1e-6  # measured 0
+
+
+@pytest.mark.parametrize("preset", ["vl_debug_siglip", "vl_1b"])
+@pytest.mark.parametrize("size", AGREEING)
+def test_siglip_only_pixels_equal_transformers(preset, size):
+    model = PRESETS[preset]
+    processor = DeepseekVLImageProcessorPil(size=_sides(model.siglip.image_size), image_mean=HALF, image_std=HALF)
+    expected = processor(picture(size), return_tensors="np")["pixel_values"][0]
+    actual = preprocess(picture(size), model)
+    assert list(actual) == ["siglip"]
+    assert worst(actual["siglip"], expected) <= 1e-6  # measured 0
+
+
+@pytest.mark.parametrize(("preset", "tolerance"), [("vl_debug", 1e-6), ("vl_7b", 5e-5)])
+@pytest.mark.parametrize("size", AGREEING + DIFFERING)
+def test_pixels_of_both_towers_follow_the_released_rule(preset, tolerance, size):
+    model = PRESETS[preset]
+    actual = preprocess(picture(size), model)
+    assert {tower: tuple(pixels.shape) for tower, pixels in actual.items()} == {
+        tower: (3, side, side) for tower, side in tower_sizes(model).items()
+    }
+    square = released_square(picture(size), model.sam.image_size, model.sam.pixel_mean)
+    high = (square - np.float32(model.sam.pixel_mean)) / np.float32(model.sam.pixel_std)
+    assert worst(actual["sam"], high.transpose(2, 0, 1)) <= 1e-6  # measured 2.4e-7
+    low = (released_low(square, model.siglip.image_size) - 0.5) / 0.5
+    # Measured 2.4e-7 and, with torch's float32 filter weights at 1024 pixels, 2.6e-5 (Pillow's are float64).
+    assert worst(actual["siglip"], low) <= tolerance
+
+
+@pytest.mark.parametrize("size", DIFFERING)
+def test_siglip_only_pixels_follow_the_released_rule(size):
+    model = PRESETS["vl_debug_siglip"]
+    low = (released_square(picture(size), model.siglip.image_size, HALF) - 0.5) / 0.5
+    assert worst(preprocess(picture(size), model)["siglip"], low.transpose(2, 0, 1)) <= 1e-6  # measured 0
+
+
+def test_truncation_is_what_differs_from_transformers():
+    processor = DeepseekVLImageProcessorPil(size=_sides(32), image_mean=HALF, image_std=HALF)
+    expected = processor(picture((100, 58)), return_tensors="np")["pixel_values"][0]
+    actual = preprocess(picture((100, 58)), PRESETS["vl_debug_siglip"])["siglip"].numpy()
+    background = (127 / 255 - 0.5) / 0.5
+    rows = [int((~np.isclose(pixels, background)).any(axis=(0, 2)).sum()) for pixels in (actual, expected)]
+    assert rows == [18, 19]  # 18.56
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "GIF", "WEBP"])
+def test_image_files_decode_to_rgb(form):
+    image = decode(image_bytes(0, (12, 9), form))
+    assert (image.mode, image.size) == ("RGB", (12, 9))
+
+
+def test_greyscale_and_transparent_images_become_rgb():
+    for mode in ("L", "LA", "RGBA", "P", "1", "CMYK"):
+        file = io.BytesIO()
+        Image.new(mode, (5, 4)).save(file, "TIFF")
+        assert decode(file.getvalue()).mode == "RGB"
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"no image", image_bytes(0, (50, 50))[:-200], image_bytes(0, (50, 50), "JPEG")[:500]]
+)
+def test_broken_images_are_refused(data):
+    with pytest.raises(DataError, match=f"{len(data)} bytes that cannot be decoded"):
+        decode(data)
+
+
+def test_an_image_that_unpacks_to_too_many_pixels_is_refused():
+    file = io.BytesIO()
+    Image.new("1", (20000, 10000)).save(file, "PNG")
+    with pytest.raises(DataError, match="exceeds limit"):
+        decode(file.getvalue())
+
+
+def _sides(size: int) -> dict[str, int]:
+    return {"height": size, "width": size}
