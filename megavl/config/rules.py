@@ -29,23 +29,7 @@ def check(config: RunConfig, world: int) -> None:
 
 def check_files(config: RunConfig) -> None:
     """Raise ConfigError with every file that the run reads and that is not there, and the command that makes it."""
-    data = config.data
-    problems = []
-    if not Path(data.tokenizer).is_file():
-        problems.append(f"data.tokenizer: no file {data.tokenizer}; {_tokenizer_remedy(data.tokenizer)}")
-    for kind in ("text", "multimodal"):
-        for index, source in enumerate(getattr(data, kind)):
-            missing = [f"{source.prefix}{end}" for end in (".bin", ".idx", ".meta") if not _is_file(source.prefix, end)]
-            if missing:
-                remedy = _dataset_remedy(source.prefix, data.tokenizer)
-                problems.append(f"data.{kind}[{index}].prefix: no file {', '.join(missing)}; {remedy}")
-    start = config.checkpoint.init_from
-    if start is not None and not Path(start).is_dir():
-        problems.append(
-            f"checkpoint.init_from: no directory {start}; give a checkpoint (DIR/step_00000010), or null to start from "
-            "random weights"
-        )
-    if problems:
+    if problems := [problem for rule in _FILE_RULES for problem in rule(config)]:
         raise ConfigError(f"files are missing (paths are relative to {Path.cwd()})", problems)
 
 
@@ -212,24 +196,45 @@ _RUN_RULES = (
 )
 
 
-def _is_file(prefix: str, end: str) -> bool:
-    return Path(prefix + end).is_file()
+def _tokenizer(config: RunConfig) -> list[str]:
+    path = config.data.tokenizer
+    if Path(path).is_file():
+        return []
+    remedy = _QUICKSTART_REMEDY if _from_quickstart(path) else "give a sentencepiece .model or a tokenizer.json"
+    return [f"data.tokenizer: no file {path}; {remedy}"]
+
+
+def _datasets(config: RunConfig) -> list[str]:
+    problems = []
+    for kind in ("text", "multimodal"):
+        for index, source in enumerate(getattr(config.data, kind)):
+            files = [source.prefix + suffix for suffix in (".bin", ".idx", ".meta")]
+            if missing := [file for file in files if not Path(file).is_file()]:
+                remedy = _QUICKSTART_REMEDY if _from_quickstart(source.prefix) else _preprocess(source.prefix, config)
+                problems.append(f"data.{kind}[{index}].prefix: no file {', '.join(missing)}; {remedy}")
+    return problems
+
+
+def _init_from(config: RunConfig) -> list[str]:
+    path = config.checkpoint.init_from
+    if path is None or Path(path).is_dir():
+        return []
+    return [
+        f"checkpoint.init_from: no directory {path}; give a checkpoint (`python tools/convert_checkpoint.py from-hf "
+        f"--input DIR --output {path}` makes one of published weights), or null to start from random weights"
+    ]
+
+
+_FILE_RULES = (_tokenizer, _datasets, _init_from)
+_QUICKSTART_REMEDY = "`make quickstart` makes it"
 
 
 def _from_quickstart(path: str) -> bool:
     return Path(path).parts[:2] == ("data", "quickstart")
 
 
-def _tokenizer_remedy(path: str) -> str:
-    if _from_quickstart(path):
-        return "`make quickstart` makes it"
-    return "give a sentencepiece .model or a tokenizer.json"
-
-
-def _dataset_remedy(prefix: str, tokenizer: str) -> str:
-    if _from_quickstart(prefix):
-        return "`make quickstart` makes it"
+def _preprocess(prefix: str, config: RunConfig) -> str:
     return (
         "make it with `python tools/preprocess_data.py --input DOCUMENTS.jsonl "
-        f"--output-prefix {prefix} --tokenizer {tokenizer}`"
+        f"--output-prefix {prefix} --tokenizer {config.data.tokenizer}`"
     )

@@ -45,7 +45,8 @@ class Work:
 @dataclass(frozen=True)
 class StepFlops:
     """FLOPs of one optimizer step over all ranks. `model` is what MFU is made of; `hardware` is what the devices
-    compute: with the overhead, and the vision part on every tensor rank."""
+    compute: with the overhead, and the vision part on every tensor rank. (A pipeline also sends gradients into stages
+    with nothing trainable before them; those are in neither.)"""
 
     model: int
     hardware: int

@@ -55,9 +55,8 @@ def _stages(config: RunConfig) -> str:
         )
     images = _images_per_pack(config)
     caption = (
-        "Stages: parameters on one tensor rank, and the stage's share of a step's FLOPs per rank.\n"
-        f"A text step has documents of {config.data.seq_len} tokens, a multimodal step {images} images in each of them; "
-        "every tensor rank computes the whole vision part."
+        "Stages: parameters on one tensor rank, and share of a step's FLOPs (vision: on every tensor rank).\n"
+        f"A text step has documents of {config.data.seq_len} tokens, a multimodal step {images} images in each."
     )
     return f"{caption}\n{_table(rows)}"
 

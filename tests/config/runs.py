@@ -1,0 +1,29 @@
+"""A small valid run for tests, and how to change it."""
+
+from megavl.config.presets import PRESETS
+from megavl.config.run import RunConfig
+
+RUN = {
+    "output_dir": "runs/test",
+    "model": PRESETS["vl_debug"].model_dump(mode="json"),
+    "data": {
+        "tokenizer": "data/tokenizer.model",
+        "text": [{"prefix": "data/text"}],
+        "multimodal": [{"prefix": "data/multimodal"}],
+        "text_ratio": 0.5,
+        "seq_len": 192,
+    },
+    "optim": {"lr": 1e-3},
+    "train": {"steps": 20, "global_batch": 24},
+}
+
+
+def make_run(**changes) -> RunConfig:
+    """`make_run(parallel={"tensor": 2}, model={"decoder": {"layers": 4}})`: the small run with fields changed."""
+    return RunConfig.model_validate(_merge(RUN, changes))
+
+
+def _merge(base, changes):
+    if not (isinstance(base, dict) and isinstance(changes, dict)):
+        return changes
+    return base | {key: _merge(base.get(key), value) for key, value in changes.items()}

@@ -1,0 +1,215 @@
+import pytest
+
+from megavl.config.error import ConfigError
+from megavl.config.rules import check, check_files
+from tests.config.runs import make_run
+
+
+def problems(world: int, **changes) -> list[str]:
+    with pytest.raises(ConfigError) as raised:
+        check(make_run(**changes), world)
+    return raised.value.problems
+
+
+def only_problem(world: int, **changes) -> str:
+    (problem,) = problems(world, **changes)
+    return problem
+
+
+def test_every_small_topology_fits_the_debug_model():
+    for world in (1, 2, 3, 4, 6, 8):
+        for tensor in range(1, world + 1):
+            for pipeline in range(1, world + 1):
+                if world % (tensor * pipeline) == 0:
+                    for sequence in (False, True):
+                        check(
+                            make_run(parallel={"tensor": tensor, "pipeline": pipeline, "sequence": sequence}),
+                            world,
+                        )
+
+
+class TestWorld:
+    def test_does_not_divide(self):
+        assert only_problem(9, parallel={"tensor": 2, "pipeline": 2}) == (
+            "9 ranks do not divide by parallel.tensor * parallel.pipeline = 2 * 2 = 4: start a multiple of 4 ranks, or "
+            "cut the model otherwise"
+        )
+
+    def test_too_small(self):
+        assert "1 ranks do not divide" in only_problem(1, parallel={"tensor": 2})
+
+
+class TestTensor:
+    @pytest.mark.parametrize(
+        ("field", "size"), [("heads", 24), ("kv_heads", 24), ("mlp_width", 240), ("vocab_size", 2400)]
+    )
+    def test_does_not_divide(self, field, size):
+        found = problems(7, parallel={"tensor": 7})
+        assert (
+            f"model.decoder.{field} = {size} does not divide by parallel.tensor = 7, over which it is cut: choose a "
+            f"divisor of {size}"
+        ) in found
+
+    def test_sequence(self):
+        changes = {"data": {"seq_len": 190}, "parallel": {"tensor": 4, "sequence": True}}
+        problem = only_problem(4, **changes)
+        assert "train.micro_batch * seq_len = 1 * 190 = 190, do not divide by parallel.tensor = 4" in problem
+        assert "parallel.sequence=false" in problem
+        check(make_run(data={"seq_len": 190}, parallel={"tensor": 4}), 4)
+
+    def test_sequence_on_one_tensor_rank_is_harmless(self):
+        check(make_run(data={"seq_len": 191}, parallel={"sequence": True}), 1)
+
+
+class TestStages:
+    def test_do_not_divide(self):
+        problem = only_problem(5, parallel={"pipeline": 5})
+        assert "the model list has 24 items (stem, 22 blocks, head)" in problem
+        assert "parallel.pipeline * parallel.virtual_stages = 5 * 1 = 5" in problem
+        assert problem.endswith("parallel.stages=[4, 5, 5, 5, 5]")
+
+    def test_the_proposal_is_accepted(self):
+        check(make_run(parallel={"pipeline": 5, "stages": [4, 5, 5, 5, 5]}), 5)
+
+    @pytest.mark.parametrize("stages", [[12, 11], [8, 8, 8]])
+    def test_do_not_add_up(self, stages):
+        problem = only_problem(2, parallel={"pipeline": 2, "stages": stages})
+        assert f"parallel.stages = {stages} has {len(stages)} entries with the sum {sum(stages)}" in problem
+        assert "= 2 stages are asked for" in problem and "24 items" in problem
+
+    def test_more_than_items(self):
+        problem = only_problem(
+            8, parallel={"pipeline": 8}, model={"decoder": {"layers": 4}}, train={"global_batch": 24}
+        )
+        assert "6 items (stem, 4 blocks, head), fewer than the 8 stages" in problem
+
+    def test_virtual_without_pipeline(self):
+        assert "nothing to interleave" in only_problem(1, parallel={"virtual_stages": 2})
+
+
+class TestZero:
+    @pytest.mark.parametrize("zero", [2, 3])
+    def test_partitioned_gradients_in_a_pipeline(self, zero):
+        problem = only_problem(2, parallel={"zero": zero, "pipeline": 2})
+        assert f"parallel.zero = {zero} with parallel.pipeline = 2" in problem
+        assert "hooks of each backward pass" in problem and "use parallel.zero=1" in problem
+        check(make_run(parallel={"zero": zero}), 2)
+
+    def test_0_in_bf16(self):
+        problem = only_problem(1, parallel={"zero": 0})
+        assert "accumulates bf16 gradients in fp32 only under ZeRO-1" in problem and "use parallel.zero=1" in problem
+        check(make_run(parallel={"zero": 0}, train={"precision": "fp32"}), 1)
+
+
+class TestBatch:
+    def test_does_not_divide(self):
+        problem = only_problem(4, train={"micro_batch": 4})
+        assert "train.global_batch = 24 does not divide by" in problem and "4 * 4 = 16" in problem
+
+    def test_1f1b_needs_a_micro_batch_per_stage(self):
+        problem = only_problem(4, parallel={"pipeline": 4}, train={"global_batch": 3})
+        assert "3 micro-batches on each rank" in problem and "fewer than the 4 stages" in problem
+        check(make_run(parallel={"pipeline": 4}, train={"global_batch": 4}), 4)
+
+    @pytest.mark.parametrize(("pipeline", "count", "rounds"), [(2, 7, 3), (4, 9, 2), (3, 11, 3)])
+    def test_rounds_of_the_interleaved_schedule(self, pipeline, count, rounds):
+        stages = {"pipeline": pipeline, "virtual_stages": 2}
+        problem = only_problem(pipeline, parallel=stages, train={"global_batch": count})
+        assert f"{count} micro-batches on each rank do not divide into {rounds} rounds" in problem
+        assert "multiple of parallel.pipeline" in problem
+
+    @pytest.mark.parametrize(("pipeline", "count"), [(2, 6), (4, 10), (4, 3), (3, 5)])
+    def test_rounds_that_fit(self, pipeline, count):
+        check(make_run(parallel={"pipeline": pipeline, "virtual_stages": 2}, train={"global_batch": count}), pipeline)
+
+
+class TestData:
+    def test_positions(self):
+        assert "data.seq_len = 600 is above model.decoder.max_positions = 512" in only_problem(1, data={"seq_len": 600})
+
+    def test_image_room(self):
+        assert "an image takes 16 tokens, and data.seq_len = 16" in only_problem(1, data={"seq_len": 16})
+        check(make_run(data={"seq_len": 16, "multimodal": [], "text_ratio": 1}), 1)
+
+    @pytest.mark.parametrize(("ratio", "empty"), [(0.5, "text"), (1, "text"), (0.5, "multimodal"), (0, "multimodal")])
+    def test_modality_without_a_source(self, ratio, empty):
+        other = {"text": 0, "multimodal": 1}[empty]
+        problem = only_problem(1, data={"text_ratio": ratio, empty: []})
+        assert f"asks for {empty} steps, but data.{empty} is empty" in problem
+        assert problem.endswith(f"set data.text_ratio={other}")
+        check(make_run(data={"text_ratio": other, empty: []}), 1)
+
+
+class TestOptim:
+    def test_rule_that_matches_nothing(self):
+        problem = only_problem(1, optim={"rules": [{"match": "stem.sma", "lr_multiplier": 0}]})
+        assert "optim.rules[0].match = 'stem.sma' matches no parameter of the model" in problem
+
+    def test_everything_frozen(self):
+        assert "freeze every parameter" in only_problem(1, optim={"rules": [{"match": "", "lr_multiplier": 0}]})
+
+    def test_warmup_longer_than_the_run(self):
+        problem = only_problem(1, optim={"schedule": {"warmup_steps": 21}})
+        assert "optim.schedule.warmup_steps = 21 is above train.steps = 20" in problem
+
+
+def test_all_rules_at_once():
+    found = problems(
+        6,
+        parallel={"tensor": 4, "pipeline": 5, "zero": 2, "sequence": True},
+        model={"decoder": {"vocab_size": 2402}},
+        data={"seq_len": 513, "text": []},
+        optim={"rules": [{"match": "nothing"}], "schedule": {"warmup_steps": 99}},
+    )
+    parts = ("ranks do not", "vocab_size", "parallel.sequence", "model list", "ZeRO-2", "max_positions", "data.text ")
+    for part in (*parts, "matches no parameter", "warmup_steps"):
+        assert sum(part in problem for problem in found) == 1, part
+    assert len(found) == len(parts) + 2
+
+
+class TestFiles:
+    @pytest.fixture(autouse=True)
+    def directory(self, monkeypatch, tmp_path):
+        monkeypatch.chdir(tmp_path)
+        self.path = tmp_path
+
+    def problems(self, **changes) -> list[str]:
+        with pytest.raises(ConfigError) as raised:
+            check_files(make_run(**changes))
+        assert str(self.path) in str(raised.value)
+        return raised.value.problems
+
+    def make_all(self):
+        (self.path / "data").mkdir()
+        for name in (
+            "tokenizer.model",
+            *(f"{kind}{end}" for kind in ("text", "multimodal") for end in (".bin", ".idx", ".meta")),
+        ):
+            (self.path / "data" / name).touch()
+
+    def test_all_there(self):
+        self.make_all()
+        check_files(make_run())
+
+    def test_one_missing(self):
+        self.make_all()
+        (self.path / "data/text.idx").unlink()
+        assert self.problems() == [
+            "data.text[0].prefix: no file data/text.idx; make it with `python tools/preprocess_data.py --input "
+            "DOCUMENTS.jsonl --output-prefix data/text --tokenizer data/tokenizer.model`"
+        ]
+
+    def test_quickstart_paths_name_its_command(self):
+        data = {"tokenizer": "data/quickstart/tokenizer.model", "text": [{"prefix": "data/quickstart/text"}]}
+        tokenizer, text, multimodal = self.problems(data=data)
+        assert tokenizer == "data.tokenizer: no file data/quickstart/tokenizer.model; `make quickstart` makes it"
+        assert text.startswith("data.text[0].prefix: no file data/quickstart/text.bin, data/quickstart/text.idx")
+        assert text.endswith("`make quickstart` makes it")
+        assert "preprocess_data.py" in multimodal
+
+    def test_weights_to_start_from(self):
+        self.make_all()
+        (problem,) = self.problems(checkpoint={"init_from": "elsewhere"})
+        assert "checkpoint.init_from: no directory elsewhere" in problem and "convert_checkpoint.py from-hf" in problem
+        (self.path / "elsewhere").mkdir()
+        check_files(make_run(checkpoint={"init_from": "elsewhere"}))

@@ -1,0 +1,58 @@
+"""Rules within one section: each defect is refused with its field, value and reason."""
+
+import pytest
+from pydantic import ValidationError
+
+from megavl.config.model import DecoderConfig, ModelConfig, SamConfig, SiglipConfig
+from megavl.config.presets import PRESETS
+from megavl.config.run import OptimConfig, ParameterRule, ScheduleConfig
+
+DECODER = {"layers": 2, "width": 96, "heads": 8, "kv_heads": 8, "mlp_width": 64, "vocab_size": 100}
+
+
+@pytest.mark.parametrize(
+    ("section", "fields", "problem"),
+    [
+        (SiglipConfig, {"patch_size": 15}, "image_size = 384 does not divide by patch_size = 15"),
+        (SiglipConfig, {"heads": 7}, "width = 1024 does not divide by heads = 7"),
+        (SiglipConfig, {"pixel_std": (0.5, 0.0, 0.5)}, "greater than 0"),
+        (SamConfig, {"patch_size": 15}, "image_size = 1024 does not divide by patch_size = 15"),
+        (SamConfig, {"heads": 7}, "width = 768 does not divide by heads = 7"),
+        (SamConfig, {"global_layers": (2, 12)}, "global_layers = [2, 12] must rise within 0 ... 11"),
+        (SamConfig, {"global_layers": (5, 2)}, "global_layers = [5, 2] must rise"),
+        (SamConfig, {"global_layers": (-1, 2)}, "global_layers = [-1, 2] must rise"),
+        (SamConfig, {"global_layers": ()}, "name at least one, whose output feeds neck_hd"),
+        (DecoderConfig, DECODER | {"heads": 7, "kv_heads": 7}, "width = 96 does not divide by heads = 7"),
+        (DecoderConfig, DECODER | {"kv_heads": 3}, "heads = 8 does not divide by kv_heads = 3"),
+        (DecoderConfig, DECODER | {"heads": 32, "kv_heads": 32}, "width / heads = 3 is odd"),
+        (
+            ModelConfig,
+            PRESETS["vl_debug"].model_dump() | {"image_token_id": 2400},
+            "image_token_id = 2400 is outside decoder.vocab_size = 2400",
+        ),
+        (ScheduleConfig, {"milestones": (0.9, 0.8)}, "milestones = [0.9, 0.8] must rise between 0 and 1"),
+        (ScheduleConfig, {"milestones": (0.8, 1.0)}, "milestones = [0.8, 1.0] must rise between 0 and 1"),
+        (ScheduleConfig, {"ratios": (0.1,)}, "ratios = [0.1] needs one entry per milestone, of which there are 2"),
+        (ParameterRule, {"match": "("}, "match = '(' is not a regular expression: missing )"),
+        (OptimConfig, {"lr": 1.0, "betas": (0.9, 1.0)}, "less than 1"),
+        (OptimConfig, {"lr": float("nan")}, "finite number"),
+    ],
+)
+def test_refused(section, fields, problem):
+    with pytest.raises(ValidationError) as raised:
+        section(**fields)
+    assert problem in str(raised.value)
+
+
+def test_all_problems_of_a_section_at_once():
+    with pytest.raises(ValidationError) as raised:
+        SiglipConfig(patch_size=15, heads=7)
+    assert "patch_size = 15" in str(raised.value) and "heads = 7" in str(raised.value)
+
+
+def test_last_matching_rule_holds():
+    rules = [{"match": "stem", "lr_multiplier": 0}, {"match": "stem.sam.neck", "lr_multiplier": 0.5}]
+    optim = OptimConfig(lr=1.0, rules=rules)
+    assert optim.lr_multiplier("stem.sam.pos_embed") == 0
+    assert optim.lr_multiplier("stem.sam.neck.0.weight") == 0.5
+    assert optim.lr_multiplier("head.proj.weight") == 1

@@ -1,0 +1,57 @@
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from megavl.config.load import load_run
+from megavl.config.parameters import parameters
+from megavl.plan.report import describe
+from tests.config.runs import make_run
+
+ROOT = Path(__file__).parents[2]
+
+
+def rows(text: str, heading: str) -> list[list[str]]:
+    """Cells of the table whose heading begins so."""
+    lines = text.splitlines()
+    start = next(index for index, line in enumerate(lines) if line.strip().startswith(heading)) + 2
+    stop = lines.index("", start) if "" in lines[start:] else len(lines)
+    return [re.split(r"  +", line.strip()) for line in lines[start:stop]]
+
+
+def test_7b_on_512_ranks():
+    config = load_run(ROOT / "launch/recipes/vl_7b_stage2.yaml", ["parallel.tensor=2", "parallel.pipeline=8"])
+    text = describe(config, 512)
+    assert "tensor 2 (sequence parallel) x pipeline 8 x data 32, ZeRO-1, bf16" in text
+    assert "7,331,390,721 = 6,938,818,561 trainable + 392,572,160 frozen" in text
+    assert "2304 packs of 4096 tokens = 9,437,184 tokens; each rank runs 72 micro-batches of 4,096 tokens" in text
+    stages = rows(text, "stage")
+    assert [stage[2] for stage in stages] == [
+        "stem, blocks 0-2",
+        *(f"blocks {first}-{first + 3}" for first in range(3, 27, 4)),
+        "blocks 27-29, head",
+    ]
+    for column in (5, 6):  # shares of a step
+        assert abs(sum(float(stage[column].rstrip("%")) for stage in stages) - 100) < 0.5
+    # Each of the eight ranks of a pipeline holds one half of every cut matrix, and everything else whole.
+    held = sum(parameter.local_size(2) for parameter in parameters(config.model)) / 1e6
+    assert abs(sum(float(stage[3].split()[0]) + float(stage[4].split()[0]) for stage in stages) - held) < 0.1
+
+
+def test_interleaved_ranks_hold_several_stages():
+    text = describe(make_run(parallel={"pipeline": 3, "virtual_stages": 2}), 6)
+    assert [stage[1] for stage in rows(text, "stage")] == ["0", "1", "2", "0", "1", "2"]
+    assert [rank[0] for rank in rows(text, "pp rank")] == ["0", "1", "2"]
+    stages, ranks = rows(text, "stage"), rows(text, "pp rank")
+    first = sum(float(stages[s][3].split()[0]) for s in (0, 3))
+    assert abs(first - float(ranks[0][1].split()[0])) < 0.02
+
+
+def test_names_of_single_items():
+    text = describe(make_run(parallel={"pipeline": 4, "stages": [1, 1, 21, 1]}), 4)
+    assert [stage[2] for stage in rows(text, "stage")] == ["stem", "block 0", "blocks 1-21", "head"]
+
+
+def test_plan_needs_no_torch():
+    code = "import sys, megavl.plan.report; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
