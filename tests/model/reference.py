@@ -8,12 +8,18 @@ from transformers import (
     DeepseekVLHybridConfig,
     DeepseekVLHybridForConditionalGeneration,
 )
+from transformers.initialization import no_init_weights
 
 from megavl.config.model import ModelConfig
 
 
 def build(config: ModelConfig, attention: str = "eager") -> nn.Module:
-    """The same model in transformers, with the weights of its own initialisation."""
+    """The same model in transformers. Its weights have no values yet: `tiny.randomise` gives them."""
+    with no_init_weights():
+        return _build(config, attention)
+
+
+def _build(config: ModelConfig, attention: str) -> nn.Module:
     decoder, siglip, sam = config.decoder, config.siglip, config.sam
     common = {
         "text_config": {
@@ -65,23 +71,6 @@ def build(config: ModelConfig, attention: str = "eager") -> nn.Module:
     return DeepseekVLHybridForConditionalGeneration(
         DeepseekVLHybridConfig(high_res_vision_config=high_res, **common)
     ).eval()
-
-
-@torch.no_grad()
-def randomise(model: nn.Module, seed: int) -> None:
-    """Weights with which every branch speaks: transformers starts hd_alpha, relative positions and biases at zero, and
-    all norms at one, so that an error there would not show."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
-        if "norm" in name and name.endswith("weight"):
-            parameter.copy_(1 + 0.2 * noise)
-        elif name.endswith("high_res_vision_alpha"):
-            parameter.fill_(0.7)
-        elif parameter.dim() == 1 or "rel_pos" in name or "pos_embed" in name or "position_embedding" in name:
-            parameter.copy_(0.3 * noise)
-        else:
-            parameter.copy_(noise / parameter[0].numel() ** 0.5)
 
 
 def translate(config: ModelConfig, theirs: dict[str, Tensor]) -> dict[str, Tensor]:

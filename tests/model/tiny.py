@@ -1,7 +1,7 @@
 """A model of a few ten thousand parameters that has every part, and batches for it."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megavl.batch import Batch
 from megavl.config.model import DecoderConfig, ModelConfig, SamConfig, SiglipConfig
@@ -35,11 +35,38 @@ HYBRID = ModelConfig(
     init_std=0.02,
 )
 SIGLIP_ONLY = HYBRID.model_copy(update={"name": "siglip_only", "sam": None})
+GROUPED = SIGLIP_ONLY.model_copy(
+    update={"name": "grouped_queries", "decoder": HYBRID.decoder.model_copy(update={"kv_heads": 2})}
+)
 
 
 def model(config: ModelConfig) -> VLM:
     """The whole model in this process, without values."""
     return VLM(config, ONE, OPS, 0, config.layers)
+
+
+@torch.no_grad()
+def randomise(model: nn.Module, seed: int) -> None:
+    """Values with which every part speaks, for megavl's models and for transformers'. What training starts at zero
+    (hd_alpha, relative positions, biases) or at one (norms) would hide errors."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if "alpha" in name:
+            parameter.fill_(0.7)
+        elif "norm" in name and name.endswith("weight"):
+            parameter.copy_(1 + 0.2 * noise)
+        elif parameter.dim() == 1 or "rel_pos" in name or "pos_embed" in name or "position_embedding" in name:
+            parameter.copy_(0.3 * noise)
+        else:
+            parameter.copy_(noise / parameter[0].numel() ** 0.5)
+
+
+def random_model(config: ModelConfig, seed: int = 0) -> VLM:
+    """The whole model in this process with the values of `randomise`."""
+    whole = model(config)
+    randomise(whole, seed)
+    return whole
 
 
 def pixels(config: ModelConfig, images: int, seed: int) -> dict[str, Tensor]:

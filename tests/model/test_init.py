@@ -1,0 +1,85 @@
+"""Initial weights: their distributions, and that no topology changes them."""
+
+import pytest
+import torch
+
+from megavl.model.init import initialise
+from megavl.model.vlm import VLM
+from megavl.parallel.groups import TensorAxis
+from megavl.parallel.shard import shard_of
+from tests.model import tiny
+
+CONFIG = tiny.HYBRID
+
+
+def weights(axis: TensorAxis = tiny.ONE, first: int = 0, stop: int = 4, seed: int = 7) -> dict[str, torch.nn.Parameter]:
+    model = VLM(CONFIG, axis, tiny.OPS, first, stop)
+    initialise(model, CONFIG, seed)
+    return dict(model.named_parameters())
+
+
+def test_same_seed_same_weights_whatever_torch_drew_before():
+    torch.manual_seed(1)
+    one = weights()
+    torch.manual_seed(2)
+    torch.rand(5)
+    two = weights()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    other = weights(seed=8)
+    drawn = [name for name, p in one.items() if p.unique().numel() > 1]
+    assert len(drawn) > 20
+    assert not any(torch.equal(one[name], other[name]) for name in drawn)
+
+
+def test_no_two_parameters_are_drawn_alike():
+    drawn = [p.flatten()[:16] for p in weights().values() if p.unique().numel() > 1]
+    for i, left in enumerate(drawn):
+        for right in drawn[:i]:
+            assert not torch.allclose(left / left.norm(), right / right.norm())
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize(("first", "stop"), [(0, 4), (2, 4)])
+def test_shards_are_slices_of_the_whole(size, first, stop):
+    whole = weights()
+    parts = [weights(TensorAxis(rank, size), first, stop) for rank in range(size)]
+    cut = 0
+    for name, part in parts[0].items():
+        dim = shard_of(part).dim
+        if shard_of(part).count == 1:
+            assert all(torch.equal(other[name], whole[name]) for other in parts), name
+        else:
+            cut += 1
+            assert torch.equal(torch.cat([other[name] for other in parts], dim), whole[name]), name
+    assert cut > 7
+
+
+def test_distributions():
+    model = VLM(
+        CONFIG.model_copy(update={"decoder": CONFIG.decoder.model_copy(update={"width": 128, "vocab_size": 512})}),
+        tiny.ONE,
+        tiny.OPS,
+        0,
+        4,
+    )
+    initialise(model, CONFIG, seed=0)
+    stem, block = model.stem, model.blocks["1"]
+    for weight in (stem.embedding.weight, block.attn.q_proj.weight, block.mlp.down_proj.weight, model.head.proj.weight):
+        assert weight.std().item() == pytest.approx(CONFIG.init_std, rel=0.05)
+    for weight in (stem.adaptor.proj.weight, stem.siglip.blocks[0].attn.qkv.weight, stem.sam.pos_embed):
+        assert weight.std().item() == pytest.approx(0.02, rel=0.05)
+    convolution = stem.sam.downsamples[1].weight  # [24, 12, 3, 3]: fan out 24 * 9
+    assert convolution.std().item() == pytest.approx((2 / (24 * 9)) ** 0.5, rel=0.05)
+    for norm in (block.attn_norm, model.head.norm, stem.siglip.norm, stem.sam.neck[1]):
+        assert (norm.weight == 1).all()
+    for zero in (stem.sam.hd_alpha_downsamples, stem.sam.blocks[0].attn.rel_pos_h, stem.siglip.norm.bias):
+        assert not zero.any()
+
+
+def test_every_value_is_set():
+    model = VLM(CONFIG, tiny.ONE, tiny.OPS, 0, 4)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(float("nan"))
+    initialise(model, CONFIG, seed=0)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())

@@ -1,0 +1,109 @@
+"""What serves each op where. Packages that this machine lacks are played by stand-ins, so that the choice itself and
+the arguments that the kernels get are tested on any machine."""
+
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+
+from megavl.ops.attention import reference_attention
+from megavl.ops.dispatch import choose
+from megavl.ops.norm import rms_norm
+
+CUDA = torch.device("cuda")
+
+
+def qkv(dtype: torch.dtype):
+    generator = torch.Generator().manual_seed(0)
+    cu_seqlens = torch.tensor([0, 3, 7], dtype=torch.int32)
+    return *(torch.randn(7, heads, 8, generator=generator).to(dtype) for heads in (4, 2, 2)), cu_seqlens
+
+
+def stand_in(monkeypatch, name: str, **attributes) -> None:
+    module = ModuleType(name)
+    for attribute, value in attributes.items():
+        setattr(module, attribute, value)
+    monkeypatch.setitem(sys.modules, name, module)
+
+
+@pytest.fixture
+def bare_gpu(monkeypatch):
+    """A Hopper GPU without flash-attn and apex."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Stand-in")
+    for name in ("flash_attn", "fused_layer_norm_cuda"):
+        monkeypatch.setitem(sys.modules, name, None)
+
+
+def test_cpu_is_served_by_torch():
+    ops = choose(torch.device("cpu"))
+    assert ops.attention is reference_attention
+    assert ops.rms_norm is rms_norm
+    assert [line.split(":")[0] for line in ops.lines] == ["attention", "rms_norm", "swiglu"]
+    assert "cpu" in ops.lines[0]
+
+
+@pytest.mark.parametrize(("dtype", "fused"), [(torch.bfloat16, True), (torch.float32, False)])
+def test_flash_attn_serves_half_precision(bare_gpu, monkeypatch, dtype, fused):
+    calls = []
+
+    def flash_attn_varlen_func(q, k, v, cu_q, cu_k, longest_q, longest_k, causal):
+        calls.append((longest_q, longest_k, causal, cu_q is cu_k))
+        return reference_attention(q, k, v, cu_q)
+
+    stand_in(monkeypatch, "flash_attn", flash_attn_varlen_func=flash_attn_varlen_func)
+    ops = choose(CUDA)
+    assert "flash-attn" in ops.lines[0]
+    assert torch.equal(ops.attention(*qkv(dtype)), reference_attention(*qkv(dtype)))
+    assert calls == ([(7, 7, True, True)] if fused else [])
+
+
+def test_torch_varlen_serves_without_flash_attn(bare_gpu, monkeypatch):
+    calls = []
+
+    def varlen_attn(q, k, v, cu_q, cu_k, longest_q, longest_k, *, window_size, enable_gqa):
+        calls.append((longest_q, longest_k, window_size, enable_gqa))
+        return reference_attention(q, k, v, cu_q)
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+    ops = choose(CUDA)
+    assert "varlen_attn" in ops.lines[0]
+    assert "flash-attn does not import" in ops.lines[0]
+    ops.attention(*qkv(torch.bfloat16))
+    ops.attention(*qkv(torch.float32))
+    assert calls == [(7, 7, (-1, 0), True)]
+
+
+def test_reference_serves_a_torch_without_varlen(bare_gpu, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", None)
+    ops = choose(CUDA)
+    assert ops.attention is reference_attention
+    assert "flash_attn" in ops.lines[0]
+
+
+def test_reference_serves_an_old_gpu(bare_gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    ops = choose(CUDA)
+    assert ops.attention is reference_attention
+    assert "Stand-in" in ops.lines[0]
+
+
+def test_apex_serves_the_norm_only_with_its_extension(bare_gpu, monkeypatch):
+    calls = []
+
+    def fused_rms_norm_affine(x, weight, shape, eps):
+        calls.append((tuple(shape), eps))
+        return rms_norm(x, weight, eps)
+
+    for name in ("apex", "apex.normalization"):
+        stand_in(monkeypatch, name)
+    stand_in(monkeypatch, "apex.normalization.fused_layer_norm", fused_rms_norm_affine=fused_rms_norm_affine)
+    assert choose(CUDA).rms_norm is rms_norm
+
+    stand_in(monkeypatch, "fused_layer_norm_cuda")
+    ops = choose(CUDA)
+    x, weight = torch.randn(3, 8), torch.randn(8)
+    assert torch.equal(ops.rms_norm(x, weight, 1e-6), rms_norm(x, weight, 1e-6))
+    assert calls == [((8,), 1e-6)]
+    assert "apex" in ops.lines[1]
