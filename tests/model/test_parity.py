@@ -35,7 +35,8 @@ def test_tower_and_adaptor_features(config):
     errors["siglip"] = worst(ours.stem.siglip(pixels["siglip"]), expected["siglip"])
     if config.sam:
         errors["sam"] = worst(ours.stem.sam(pixels["sam"]), expected["sam"])
-    assert max(errors.values()) < 5e-6, errors  # measured 4.4e-7
+    # measured 4.4e-7; an eps of 1e-5 in place of 1e-6 makes 5e-6, GELU's tanh form 1.5e-4
+    assert max(errors.values()) < 2e-6, errors
 
 
 @CONFIGS
