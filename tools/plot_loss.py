@@ -1,0 +1,95 @@
+"""Draw the loss of a run, one curve per modality, with a mark wherever it was interrupted and resumed.
+
+    python tools/plot_loss.py --metrics runs/NAME/metrics.jsonl --output loss.png
+
+A resumed run appends to the file and repeats the steps after its checkpoint: those are drawn twice, the first time as
+open circles, the second time as the curve, which must go through them.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # before pyplot: no window, also where there is a display
+
+import matplotlib.pyplot as plt
+
+_COLOURS = {"text": "#1f6fb4", "multimodal": "#d9622b"}
+
+
+def read_attempts(path: Path) -> list[list[dict]]:
+    """The steps of each attempt at the run, in order: an attempt ends where the step number does not rise.
+
+    Raises ValueError naming the line that is not a step.
+    """
+    attempts, last = [], None
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            step, _, _ = row["step"], row["kind"], row["loss"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}:{number}: not a step of metrics.jsonl ({error})") from error
+        if last is None or step <= last:
+            attempts.append([])
+        attempts[-1].append(row)
+        last = step
+    if not attempts:
+        raise ValueError(f"{path} holds no step yet: nothing to draw")
+    return attempts
+
+
+def lost_steps(attempts: list[list[dict]]) -> list[dict]:
+    """The steps of every attempt that a later attempt did again."""
+    return [
+        row
+        for attempt, following in zip(attempts, attempts[1:], strict=False)
+        for row in attempt
+        if row["step"] >= following[0]["step"]
+    ]
+
+
+def draw(attempts: list[list[dict]], title: str) -> plt.Figure:
+    """The figure: curves of the steps that count, circles for those that were lost, marks between attempts."""
+    final = {row["step"]: row for attempt in attempts for row in attempt}
+    rows, lost = [final[step] for step in sorted(final)], lost_steps(attempts)
+    figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
+    for kind, colour in _COLOURS.items():
+        mine = [row for row in rows if row["kind"] == kind]
+        axes.plot([r["step"] for r in mine], [r["loss"] for r in mine], ".-", color=colour, label=kind, lw=1.2, ms=4)
+        again = [row for row in lost if row["kind"] == kind]
+        axes.plot([r["step"] for r in again], [r["loss"] for r in again], "o", color=colour, mfc="none", ms=9)
+    if lost:
+        axes.plot([], [], "o", color="grey", mfc="none", ms=9, label="before the kill, done again after it")
+    for attempt, following in zip(attempts, attempts[1:], strict=False):
+        for step, style, word in (
+            (attempt[-1]["step"], "-", f"stopped after step {attempt[-1]['step']}"),
+            (following[0]["step"], "--", f"resumed at step {following[0]['step']}"),
+        ):
+            axes.axvline(step, color="black", ls=style, lw=1, label=word)
+    axes.set(xlabel="step", ylabel="loss, nats per supervised token", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--metrics", type=Path, required=True, help="metrics.jsonl of a run")
+    parser.add_argument("--output", type=Path, required=True, help="picture to write (.png, .svg, .pdf)")
+    arguments = parser.parse_args()
+    try:
+        figure = draw(read_attempts(arguments.metrics), str(arguments.metrics.parent))
+        partial = arguments.output.with_name(f"partial.{arguments.output.name}")
+        figure.savefig(partial, dpi=120)
+        os.replace(partial, arguments.output)
+    except (ValueError, OSError) as error:
+        sys.exit(f"plot_loss: {error}")
+    print(f"  {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()
