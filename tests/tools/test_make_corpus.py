@@ -91,7 +91,9 @@ def corpus(monkeypatch):
 
 
 def test_documentation_becomes_blocks(corpus):
-    text = "Title\n*****\n\nProse over\ntwo lines.\n\n   if a:\n       b()\n\n   Indented prose is prose.\n\n* an item\n"
+    text = (
+        "Title\n*****\n\nProse over\ntwo lines.\n\n   if a:\n       b()\n\n   Indented prose is prose.\n\n* an item\n"
+    )
     assert [(block.kind, block.text) for block in corpus.library.blocks_of(text)] == [
         ("heading", "Title"),
         ("paragraph", "Prose over two lines."),

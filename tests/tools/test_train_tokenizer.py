@@ -20,7 +20,9 @@ def train(inputs, output, *options):
 @pytest.fixture
 def documents(tmp_path):
     path = tmp_path / "a.jsonl"
-    lines = [" ".join(kwlist[(i * k) % len(kwlist)] for k in range(1, 12)) + f" {i}\n    code_{i}()" for i in range(200)]
+    lines = [
+        " ".join(kwlist[(i * k) % len(kwlist)] for k in range(1, 12)) + f" {i}\n    code_{i}()" for i in range(200)
+    ]
     records = [{"text": line} for line in lines[:100]]
     records += [{"segments": [{"image": "x.png"}, {"text": line}]} for line in lines[100:]]
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
