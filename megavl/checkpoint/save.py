@@ -5,10 +5,11 @@ import os
 import platform
 import shutil
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
 from math import prod
 from pathlib import Path
+from queue import Queue
 
 import torch
 import torch.distributed as dist
@@ -16,12 +17,15 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import CheckpointException, Metadata
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import MetadataIndex
-from torch.distributed.checkpoint.planner import SavePlan
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem
+from torch.futures import Future
 
 from megavl import __version__
 from megavl.checkpoint import layout
 from megavl.checkpoint.agree import CheckpointError, every_rank, first_rank, is_first, some
 from megavl.checkpoint.fragments import Boxes, Fragment, by_key
+
+_FILE_BYTES = 1 << 30
 
 
 def save(directory: str | Path, step: int, fragments: Iterable[Fragment], state: dict, keep: int) -> Path:
@@ -36,18 +40,24 @@ def save(directory: str | Path, step: int, fragments: Iterable[Fragment], state:
     Raises:
         CheckpointError: on all ranks, when any of them failed; no checkpoint of this step is there then.
     """
+    boxes = every_rank(lambda: by_key(fragments))
+    return save_boxes(directory, step, boxes, state, keep)
+
+
+def save_boxes(directory: str | Path, step: int, boxes: dict[str, Boxes], state: dict, keep: int | None) -> Path:
+    """As `save`, of boxes that are grouped by tensor already; `keep` None removes nothing. Collective."""
     directory = Path(directory)
     final, saving = layout.step_path(directory, step), layout.saving_path(directory, step)
     first_rank(partial(_begin, directory, final))
     try:
-        boxes = every_rank(lambda: by_key(fragments))
         metadata = every_rank(lambda: _write(saving, boxes))
         first_rank(lambda: _finish(saving, final, {**state, "step": step}, metadata))
     except CheckpointError:
         if is_first():
             shutil.rmtree(saving, ignore_errors=True)
         raise
-    first_rank(lambda: _remove(layout.checkpoints(directory)[:-keep]))
+    if keep is not None:
+        first_rank(lambda: _remove(layout.checkpoints(directory)[:-keep]))
     return final
 
 
@@ -72,6 +82,30 @@ class _Planner(DefaultSavePlanner):
         return plans, metadata
 
 
+class _Writer(dcp.FileSystemWriter):
+    """DCP's writer with bounded files: it keeps host copies of the boxes of a file until the file is written."""
+
+    def write_data(self, plan: SavePlan, planner: _Planner) -> Future:
+        files: Queue = Queue()
+        for index, items in enumerate(_by_file(plan.items)):
+            name = f"{plan.storage_data.prefix}{index}.distcp"
+            files.put((self.path / name, name, items))
+        return self._write_data(planner, files)
+
+
+def _by_file(items: list[WriteItem]) -> Iterator[list[WriteItem]]:
+    """Cut the items of a rank, in their order, into files of about `_FILE_BYTES`."""
+    file, size = [], 0
+    for item in items:
+        file.append(item)
+        size += prod(item.tensor_data.chunk.sizes) * item.tensor_data.properties.dtype.itemsize
+        if size >= _FILE_BYTES:
+            yield file
+            file, size = [], 0
+    if file:
+        yield file
+
+
 def _begin(directory: Path, final: Path) -> None:
     if final.exists():
         raise CheckpointError(f"{final} is already there and is not overwritten: remove it, or write to another place")
@@ -86,7 +120,7 @@ def _write(saving: Path, boxes: dict[str, Boxes]) -> Metadata:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a process without a group is fine
-            writer = dcp.FileSystemWriter(saving, overwrite=False)
+            writer = _Writer(saving, overwrite=False)
             return dcp.save(boxes, storage_writer=writer, planner=_Planner(), no_dist=alone)
     except CheckpointException as error:
         causes = [f"rank {rank}: {cause}" for rank, (cause, _) in sorted(error.failures.items())]

@@ -1,0 +1,58 @@
+"""Small models with random weights, as checkpoints."""
+
+from pathlib import Path
+
+import sentencepiece
+import torch
+
+from megavl.checkpoint.fragments import Fragment
+from megavl.checkpoint.save import save
+from megavl.config.model import DecoderConfig, ModelConfig
+from megavl.config.parameters import parameters
+from megavl.config.presets import PRESETS
+
+# Two blocks, grouped keys and values, and a placeholder some ids after the vocabulary of the tokenizer below.
+_DECODER = DecoderConfig(layers=2, width=96, heads=8, kv_heads=4, mlp_width=80, vocab_size=640, max_positions=256)
+_UPDATE = {"name": "tiny", "decoder": _DECODER, "image_token_id": 630}
+HYBRID: ModelConfig = PRESETS["vl_debug"].model_copy(update=_UPDATE)
+SIGLIP_ONLY: ModelConfig = PRESETS["vl_debug_siglip"].model_copy(update=_UPDATE)
+
+TEXTS = (
+    "The page shows a table with four columns: name, price, count and total.",
+    "def area(width: float, height: float) -> float:\n    return width * height\n",
+    "Zürich, 12 June 1985: 3.14159 and 2.71828 are numbers; naïve café, 中文, ½ € 🎉.",
+    "    indented    text\twith  runs   of blanks  ",
+)
+
+
+def weights(model: ModelConfig, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Random values for every parameter; hd_alpha_downsamples is not zero, as it is at initialisation."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        parameter.name: torch.randn(parameter.shape, generator=generator).mul_(0.05).to(dtype)
+        for parameter in parameters(model)
+    }
+
+
+def write_checkpoint(directory: Path, model: ModelConfig, dtype: torch.dtype, tokenizer: Path | None = None) -> Path:
+    """A checkpoint of step 3 with parameters and, for bf16, masters, as one process writes it."""
+    fragments = []
+    for name, weight in weights(model, dtype).items():
+        origin = (0,) * weight.dim()
+        fragments.append(Fragment.whole(name, "param", tuple(weight.shape), origin, weight))
+        if dtype != torch.float32:
+            fragments.append(Fragment.whole(name, "master", tuple(weight.shape), origin, weight.float() + 1e-6))
+    config = {"model": model.model_dump(mode="json")}
+    if tokenizer is not None:
+        config["data"] = {"tokenizer": str(tokenizer)}
+    return save(directory, 3, fragments, {"config": config, "seed": 0}, keep=1)
+
+
+def train_tokenizer(path: Path, **options) -> Path:
+    """A small sentencepiece model of `TEXTS`."""
+    settings = {"model_type": "bpe", "byte_fallback": True, "vocab_size": 400} | options
+    with open(path, "wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(TEXTS * 3), model_writer=file, split_digits=True, pad_id=3, minloglevel=2, **settings
+        )
+    return path

@@ -1,0 +1,266 @@
+"""Both layouts: transformers loads what is exported, and what is read back is what was written, bit for bit."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megavl.checkpoint.agree import CheckpointError
+from megavl.checkpoint.fragments import Fragment
+from megavl.checkpoint.hf import from_hf, to_hf
+from megavl.checkpoint.layout import latest, read_state
+from megavl.checkpoint.load import load_weights
+from megavl.checkpoint.maps import deepseek, transformers
+from megavl.checkpoint.maps.fields import Fields
+from megavl.checkpoint.reader import Checkpoint
+from megavl.config.parameters import parameters
+from megavl.config.presets import PRESETS
+from tests.checkpoint.models import HYBRID, SIGLIP_ONLY, train_tokenizer, weights, write_checkpoint
+
+MODELS = {"hybrid": HYBRID, "siglip": SIGLIP_ONLY}
+
+
+def silent(line: str) -> None:
+    """A report that nobody reads."""
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> Path:
+    return train_tokenizer(tmp_path_factory.mktemp("tokenizer") / "tokenizer.model")
+
+
+@pytest.fixture(params=MODELS)
+def model(request):
+    return MODELS[request.param]
+
+
+def _all_tensors(directory: Path) -> dict[str, torch.Tensor]:
+    return {key: tensor for file in directory.glob("*.safetensors") for key, tensor in load_file(file).items()}
+
+
+# -- transformers
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_transformers_loads_the_export(tmp_path, tokenizer, model, dtype):
+    classes = pytest.importorskip("transformers")
+    path = write_checkpoint(tmp_path / "checkpoints", model, dtype, tokenizer)
+    to_hf(path, tmp_path / "hf", "transformers", report=silent)
+    name = "DeepseekVLHybridForConditionalGeneration" if model.sam else "DeepseekVLForConditionalGeneration"
+    loaded, report = getattr(classes, name).from_pretrained(tmp_path / "hf", output_loading_info=True, dtype="auto")
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
+    assert loaded.dtype == dtype
+    state, expected = loaded.state_dict(), weights(model, dtype)
+    assert len(state) == sum(len(rule.theirs) for rule in transformers.tensor_rules(model))
+    for rule in transformers.tensor_rules(model):
+        for theirs, tensor in rule.export(expected[rule.ours]).items():
+            key = theirs.replace("model.vision_model.vision_model.", "model.vision_model.")  # as this version names it
+            assert torch.equal(state[key], tensor), key
+    assert not torch.equal(loaded.lm_head.weight, loaded.get_input_embeddings().weight)
+    text = loaded.config.text_config
+    assert (text.rope_parameters["rope_theta"], text.rms_norm_eps) == (10000.0, 1e-6)
+    assert (text.bos_token_id, text.eos_token_id) == (1, 2)
+    assert loaded.generation_config.eos_token_id == 2
+
+
+def test_config_describes_the_model_again(model):
+    for layout in (transformers, deepseek):
+        config = json.loads(json.dumps(layout.config_json(model, "float32", {})))
+        image = json.loads(json.dumps(layout.processor_json(model)["preprocessor_config.json"]))
+        assert layout.model_config(Fields(config, "config"), Fields(image, "image"), model.name) == model
+
+
+def test_config_saved_by_transformers_is_read(tmp_path, model):
+    """save_pretrained nests the tower once and writes another form of config.json; all of it is read."""
+    classes = pytest.importorskip("transformers")
+    path = write_checkpoint(tmp_path / "checkpoints", model, torch.float32)
+    to_hf(path, tmp_path / "hf", "transformers", report=silent)
+    name = "DeepseekVLHybridForConditionalGeneration" if model.sam else "DeepseekVLForConditionalGeneration"
+    loaded = getattr(classes, name).from_pretrained(tmp_path / "hf")
+    anew = getattr(classes, name)(loaded.config)  # one that was loaded is saved under the names that it came with
+    anew.load_state_dict(loaded.state_dict())
+    anew.save_pretrained(tmp_path / "saved")
+    assert any(key.startswith("model.vision_model.embeddings.") for key in _all_tensors(tmp_path / "saved"))
+    _equal_weights(from_hf(tmp_path / "saved", tmp_path / "back"), model, torch.float32)
+
+
+def test_published_shapes():
+    """The 7B and 1.3B as published: numbers of tensors, and the shapes that config.json leads back to."""
+    for name, count in {"vl_7b": 854, "vl_1b": 612}.items():
+        assert sum(len(rule.theirs) for rule in transformers.tensor_rules(PRESETS[name])) == count
+    released = deepseek.config_json(PRESETS["vl_7b"], "float16", {})
+    params = released["vision_config"]["params"]
+    assert params["high_res_cfg"]["model_name"] == "sam_b_downsample"
+    assert params["low_res_cfg"]["model_name"] == "siglip_large_patch16_384"
+    sizes = {
+        shape: sum(torch.Size(s).numel() for n, s in deepseek.unused_shapes(PRESETS["vl_7b"]).items() if shape in n)
+        for shape in ("attn_pool", "layer_norm")
+    }
+    assert sizes == {"attn_pool": 12_595_200, "layer_norm": 4 * 1024}
+
+
+# -- round trips
+
+
+def _equal_weights(path: Path, model, dtype) -> None:
+    """A converted checkpoint holds exactly the weights of `write_checkpoint`, and nothing else."""
+    checkpoint = Checkpoint(path)
+    expected = weights(model, dtype)
+    assert set(checkpoint.tensors) == {f"param.{name}" for name in expected}
+    for name, tensor in expected.items():
+        read = checkpoint.read_tensor(f"param.{name}", dtype)
+        assert checkpoint.dtype(f"param.{name}") == dtype
+        assert torch.equal(read, tensor), name
+
+
+@pytest.mark.parametrize("layout", ["transformers", "deepseek"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_round_trip_is_bit_exact(tmp_path, tokenizer, model, layout, dtype):
+    path = write_checkpoint(tmp_path / "checkpoints", model, dtype, tokenizer)
+    to_hf(tmp_path / "checkpoints", tmp_path / "hf", layout, max_shard_bytes=200_000, report=silent)
+    assert len(list((tmp_path / "hf").glob("*.safetensors"))) >= 3
+    back = from_hf(tmp_path / "hf", tmp_path / "back")
+    _equal_weights(back, model, dtype)
+    assert back == latest(tmp_path / "back")
+    assert Checkpoint(back).state["config"]["model"] == read_state(path)["config"]["model"] | {"name": "hf"}
+
+
+def test_a_run_starts_from_a_converted_checkpoint(tmp_path, model):
+    to_hf(write_checkpoint(tmp_path / "a", model, torch.float32), tmp_path / "hf", "deepseek", report=silent)
+    back = from_hf(tmp_path / "hf", tmp_path / "back")
+    fragments = [
+        Fragment.whole(p.name, "param", p.shape, (0,) * len(p.shape), torch.zeros(p.shape)) for p in parameters(model)
+    ]
+    load_weights(back, fragments, model)
+    for fragment in fragments:
+        assert torch.equal(fragment.values, weights(model, torch.float32)[fragment.name].view(-1))
+
+
+def test_deepseek_layout_has_what_the_released_code_builds(tmp_path, model):
+    to_hf(write_checkpoint(tmp_path / "a", model, torch.float32), tmp_path / "one", "deepseek", report=silent)
+    to_hf(tmp_path / "a", tmp_path / "two", "deepseek", report=silent)
+    tensors, again = _all_tensors(tmp_path / "one"), _all_tensors(tmp_path / "two")
+    tower = "vision_model.vision_tower_low.vision_tower" if model.sam else "vision_model.vision_tower"
+    width = model.siglip.width
+    assert tensors[f"{tower}.attn_pool.kv.weight"].shape == (2 * width, width)
+    assert tensors[f"{tower}.attn_pool.latent"].shape == (1, 1, width)
+    assert tensors[f"{tower}.blocks.1.attn.qkv.weight"].shape == (3 * width, width)
+    assert ("vision_model.high_layer_norm.weight" in tensors) == (model.sam is not None)
+    assert tensors.keys() == again.keys()
+    assert all(torch.equal(tensor, again[key]) for key, tensor in tensors.items())
+    config = json.loads((tmp_path / "one" / "config.json").read_text())
+    assert config["vision_config"]["cls"] == ("HybridVisionTower" if model.sam else "CLIPVisionTower")
+    assert config["aligner_config"]["params"]["n_embed"] == model.decoder.width
+
+
+# -- refusals
+
+
+@pytest.fixture
+def exported(tmp_path) -> Path:
+    to_hf(write_checkpoint(tmp_path / "a", HYBRID, torch.float32), tmp_path / "hf", "transformers", report=silent)
+    return tmp_path / "hf"
+
+
+def _edit(directory: Path, change) -> None:
+    tensors = _all_tensors(directory)
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+
+
+def test_missing_unknown_and_misshaped_tensors_are_listed(exported, tmp_path):
+    def change(tensors):
+        del tensors["lm_head.weight"]
+        tensors["model.extra.weight"] = torch.zeros(2)
+        tensors["model.aligner.proj.bias"] = torch.zeros(3)
+
+    _edit(exported, change)
+    with pytest.raises(CheckpointError) as error:
+        from_hf(exported, tmp_path / "back")
+    for part in (
+        "1 missing: lm_head.weight",
+        "1 unknown: model.extra.weight",
+        r"model.aligner.proj.bias [3] instead of [96]",
+    ):
+        assert part in str(error.value)
+    assert not (tmp_path / "back").exists()
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value", "message"),
+    [
+        (None, "model_type", "llava", "model_type 'llava' is none of"),
+        ("text_config", "hidden_act", "gelu", "text_config: hidden_act is 'gelu'"),
+        ("text_config", "rope_scaling", {"type": "linear"}, "rope_scaling"),
+        ("vision_config", "hidden_act", "gelu_pytorch_tanh", "vision_config: hidden_act"),
+        ("text_config", "hidden_size", -1, "does not describe a model"),
+    ],
+)
+def test_other_models_are_refused(exported, tmp_path, section, field, value, message):
+    config = json.loads((exported / "config.json").read_text())
+    (config if section is None else config[section])[field] = value
+    (exported / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=message):
+        from_hf(exported, tmp_path / "back")
+
+
+def test_truncated_and_absent_files_are_refused(exported, tmp_path):
+    data = (exported / "model.safetensors").read_bytes()
+    (exported / "model.safetensors").write_bytes(data[:-10])
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        from_hf(exported, tmp_path / "back")
+    (exported / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="only safetensors checkpoints are read"):
+        from_hf(exported, tmp_path / "back")
+
+
+def test_nothing_is_overwritten_or_left_half_written(tmp_path):
+    path = write_checkpoint(tmp_path / "a", HYBRID, torch.float32, tokenizer=tmp_path / "gone.model")
+    with pytest.raises(CheckpointError, match="tokenizer .*gone.model is not there.*--tokenizer"):
+        to_hf(path, tmp_path / "hf", "transformers", report=silent)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a"]
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "precious").touch()
+    with pytest.raises(CheckpointError, match="not overwritten"):
+        to_hf(path, tmp_path / "hf", "transformers", report=silent)
+
+
+def test_deepseek_layout_refuses_towers_of_different_widths(tmp_path):
+    wider = HYBRID.model_copy(update={"siglip": HYBRID.siglip.model_copy(update={"width": 64})})
+    with pytest.raises(CheckpointError, match="48 channels, SigLIP's 64"):
+        to_hf(write_checkpoint(tmp_path / "a", wider, torch.float32), tmp_path / "hf", "deepseek", report=silent)
+    assert not (tmp_path / "hf").exists()
+
+
+# -- memory
+
+_MEASURE = """
+import resource, sys
+from megavl.checkpoint.hf import from_hf, to_hf
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+before = peak()
+if sys.argv[1] == "to":
+    to_hf(sys.argv[2], sys.argv[3], "transformers", max_shard_bytes=12_000_000, report=lambda line: None)
+else:
+    from_hf(sys.argv[2], sys.argv[3])
+print(peak() - before)
+"""
+
+
+def test_memory_is_about_one_shard(tmp_path):
+    """108 MB of parameters in shards of 12 MB; measured growth of the peak: 28 MB to, 20 MB from."""
+    decoder = HYBRID.decoder.model_copy(update={"layers": 6, "width": 512, "mlp_width": 1536, "vocab_size": 5800})
+    model = HYBRID.model_copy(update={"decoder": decoder})
+    assert sum(parameter.size for parameter in parameters(model)) * 4 > 100e6
+    write_checkpoint(tmp_path / "a", model, torch.float32)
+    grown_mb = {}
+    for way, source, target in (("to", "a", "hf"), ("from", "hf", "b")):
+        command = [sys.executable, "-c", _MEASURE, way, str(tmp_path / source), str(tmp_path / target)]
+        grown_mb[way] = float(subprocess.check_output(command, text=True))
+    print(grown_mb)
+    assert len(list((tmp_path / "hf").glob("*.safetensors"))) >= 8
+    assert max(grown_mb.values()) < 60
