@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 # First-fit looks at this many packs: the oldest is closed when another one opens.
-_OPEN_PACKS = 16
+_OPEN_PACKS = 32
 
 
 class Piece(NamedTuple):

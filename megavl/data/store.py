@@ -91,10 +91,10 @@ class StoreWriter:
     """
 
     def __init__(self, prefix: str, tokenizer: Tokenizer, multimodal: bool, overwrite: bool = False) -> None:
-        """Start the three files under temporary names.
+        """Nothing is written before the `with` block is entered.
 
         Raises:
-            DataError: files of that prefix exist and `overwrite` is false, or the directory cannot be written.
+            DataError: files of that prefix exist and `overwrite` is false.
         """
         self.multimodal = multimodal
         self._final = _paths(prefix)
@@ -108,15 +108,7 @@ class StoreWriter:
         self._rows: dict[str, list] = {field.name: [] for field in _COLUMNS}
         self._schema = pa.schema(_COLUMNS)
         self._sha256 = hashlib.sha256()
-        try:
-            Path(prefix).parent.mkdir(parents=True, exist_ok=True)
-            self._bin = open(self._temporary["bin"], "wb")  # noqa: SIM115  closed by finish or abort
-        except OSError as error:
-            raise DataError(
-                f"{error.filename} cannot be written ({error.strerror}); check the output prefix"
-            ) from error
-        self._rows_file = pa.OSFile(self._rows_path, "wb")
-        self._rows_writer = pa.ipc.new_stream(self._rows_file, self._schema)
+        self._open = contextlib.ExitStack()
 
     def add(self, document: EncodedDocument) -> None:
         """Append one document.
@@ -152,11 +144,9 @@ class StoreWriter:
         """
         if len(self._documents) == 1:
             raise DataError(f"{self._final['bin']}: there is no document to write, and an empty store cannot be read")
-        self._bin.close()
-        self._write_index()
         self._flush_rows()
-        self._rows_writer.close()
-        self._rows_file.close()
+        self._open.close()
+        self._write_index()
         self._write_meta()
         os.remove(self._rows_path)
         # An old .meta goes first and the new one comes last: whatever stops this half-way leaves no store that opens.
@@ -167,13 +157,25 @@ class StoreWriter:
 
     def abort(self) -> None:
         """Remove what was written so far."""
-        self._bin.close()
-        self._rows_file.close()
+        self._open.close()
         for path in (*self._temporary.values(), self._rows_path):
             with contextlib.suppress(FileNotFoundError):
                 os.remove(path)
 
     def __enter__(self) -> "StoreWriter":
+        try:
+            Path(self._temporary["bin"]).parent.mkdir(parents=True, exist_ok=True)
+            self._bin = self._open.enter_context(open(self._temporary["bin"], "wb"))
+            rows = self._open.enter_context(pa.OSFile(self._rows_path, "wb"))
+            self._rows_writer = self._open.enter_context(pa.ipc.new_stream(rows, self._schema))
+        except OSError as error:
+            self.abort()
+            raise DataError(
+                f"{error.filename} cannot be written ({error.strerror}); check the output prefix"
+            ) from error
+        except BaseException:
+            self.abort()
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:

@@ -1,9 +1,9 @@
 """Pixels against transformers where the rules agree; against the released rule, written out again, where they do not.
 
-transformers' processors round the resized sides, the released code truncates them: (100, 37) at 64 pixels is
-64 x 23.68, so 64 x 24 there and 64 x 23 here. And transformers resizes SigLIP's image of the hybrid encoder from 8-bit pixels with
-a bicubic filter, the released code from float pixels with torchvision's default, a bilinear filter: on noise the worst
-pixel differs by 0.4 and the mean by 0.05 at most, of a range of 2.
+transformers' processors round the resized sides, the released code truncates them: (100, 37) at 64 pixels is 64 x
+23.68, so 64 x 24 there and 64 x 23 here. And transformers resizes SigLIP's image of the hybrid encoder from 8-bit
+pixels with a bicubic filter, the released code from float pixels with torchvision's default, a bilinear one: on noise
+the worst pixel differs by 0.4 and the mean by 0.05 at most, of a range of 2.
 """
 
 import io

@@ -289,3 +289,9 @@ def test_an_image_payload_with_an_impossible_padding_is_refused(tmp_path):
     path.write_bytes(data[:12] + struct.pack("<i", 4) + data[16:])  # after the three tokens of the first sequence
     with pytest.raises(DataError, match="sequence 1 starts with 4, not a number of pad bytes"):
         Store(str(tmp_path / "p"), True).image(1)
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(DataError, match="cannot be written \\(.*; check the output prefix"):
+        write(tmp_path / "file" / "p", documents(300))

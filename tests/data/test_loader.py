@@ -1,0 +1,230 @@
+"""The batches themselves: what is in them, and that nothing but (seed, step) decides it."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from megavl.config.run import SourceConfig
+from megavl.data.decode import decode
+from megavl.data.errors import DataError
+from megavl.data.image import preprocess
+from megavl.data.loader import Loader
+from megavl.data.sampler import Sampler
+from megavl.data.store import IMAGE, EncodedDocument, EncodedImage, Store, StoreWriter
+from megavl.data.tokenizer import load_tokenizer
+from tests.data.conftest import image_bytes
+
+SEQ_LEN, IMAGE_TOKENS, PLACEHOLDER = 96, 16, 399
+
+
+def steps(corpus, model, train, dp=1, micro_batch=1, workers=0, first_step=0, stop=None, **changes):
+    """The step batches of all ranks: [step][rank]."""
+    train = train.model_copy(update={"micro_batch": micro_batch})
+    sampler = Sampler(corpus.data(workers=workers, **changes), model, train)
+    loaders = [Loader(sampler, rank, dp, True, first_step) for rank in range(dp)]
+    try:
+        return list(itertools.islice(zip(*loaders, strict=True), stop))
+    finally:
+        for loader in loaders:
+            loader.close()
+
+
+def packs(ranks):
+    """Everything in a step as one list of packs: (tokens, labels, positions, document lengths), and all its pixels."""
+    rows, pixels = [], {"siglip": [], "sam": []}
+    for batch in (batch for rank in ranks for batch in rank.micro_batches):
+        lengths = np.diff(batch.cu_seqlens.numpy())
+        ends = np.cumsum(lengths)
+        for start in range(0, len(batch.tokens), SEQ_LEN):
+            inside = lengths[(ends > start) & (ends <= start + SEQ_LEN)]
+            assert inside.sum() == SEQ_LEN, "a document crosses the border of two packs"
+            part = slice(start, start + SEQ_LEN)
+            fields = (batch.tokens[part], batch.labels[part], batch.positions[part])
+            rows.append((*(field.tolist() for field in fields), inside.tolist()))
+        for tower in pixels:
+            pixels[tower].append(batch.pixels[tower])
+    return rows, {tower: torch.cat(parts) for tower, parts in pixels.items()}
+
+
+def assert_same(left, right):
+    for one, other in zip(left, right, strict=True):
+        (rows, pixels), (other_rows, other_pixels) = packs(one), packs(other)
+        assert rows == other_rows
+        assert all(torch.equal(pixels[tower], other_pixels[tower]) for tower in pixels)
+        facts = ("step", "kind", "supervised_tokens", "tokens", "images", "squared_tokens")
+        assert all(getattr(one[0], fact) == getattr(rank, fact) for rank in other for fact in facts)
+
+
+@pytest.fixture(scope="module")
+def reference(corpus, model, train):
+    return steps(corpus, model, train)
+
+
+@pytest.mark.parametrize(("dp", "micro_batch"), [(1, 12), (2, 1), (3, 2), (4, 3), (12, 1)])
+def test_samples_do_not_depend_on_ranks_and_micro_batches(corpus, model, train, reference, dp, micro_batch):
+    assert_same(reference, steps(corpus, model, train, dp, micro_batch))
+
+
+def test_samples_do_not_depend_on_worker_processes_nor_on_a_resume(corpus, model, train, reference):
+    assert_same(reference[3:6], steps(corpus, model, train, dp=1, micro_batch=3, workers=2, first_step=3, stop=3))
+    assert_same(reference[5:], steps(corpus, model, train, dp=3, micro_batch=2, first_step=5))
+
+
+def test_batches_have_the_declared_shapes_and_types(reference, train):
+    assert [ranks[0].step for ranks in reference] == list(range(train.steps))
+    assert {ranks[0].kind for ranks in reference} == {"text", "multimodal"}
+    for (step,) in reference:
+        assert len(step.micro_batches) == train.global_batch
+        for batch in step.micro_batches:
+            for field in (batch.tokens, batch.labels, batch.positions):
+                assert (field.dtype, field.shape) == (torch.int64, (SEQ_LEN,))
+            assert batch.cu_seqlens.dtype == torch.int32
+            assert batch.cu_seqlens[0] == 0 and batch.cu_seqlens[-1] == SEQ_LEN and (batch.cu_seqlens.diff() > 0).all()
+            images = int((batch.tokens == PLACEHOLDER).sum()) // IMAGE_TOKENS
+            assert {tower: (pixels.dtype, tuple(pixels.shape)) for tower, pixels in batch.pixels.items()} == {
+                "siglip": (torch.float32, (images, 3, 32, 32)),
+                "sam": (torch.float32, (images, 3, 64, 64)),
+            }
+
+
+def test_step_facts_are_those_of_the_actual_batch(corpus, reference):
+    eos = load_tokenizer(corpus.tokenizer).eos
+    for (step,) in reference:
+        supervised = tokens = images = squared = 0
+        for batch in step.micro_batches:
+            supervised += int((batch.labels != -100).sum())
+            images += len(batch.pixels["siglip"])
+            for start, stop in itertools.pairwise(batch.cu_seqlens.tolist()):
+                assert batch.positions[start:stop].tolist() == list(range(stop - start))
+                document, labels = batch.tokens[start:stop], batch.labels[start:stop]
+                padding = stop == SEQ_LEN and bool((document == eos).all() and (labels == -100).all())
+                tokens += 0 if padding else stop - start
+                squared += 0 if padding else (stop - start) ** 2
+        assert (supervised, tokens) == (step.supervised_tokens, step.tokens)
+        assert (images, squared) == (step.images, step.squared_tokens)
+
+
+@pytest.mark.parametrize("seq_len", [SEQ_LEN, 20])
+def test_an_epoch_supervises_every_text_token_but_the_first_exactly_once(corpus, model, train, seq_len):
+    """Token by token against the documents themselves, with documents that are cut where packs are short."""
+    store = Store(corpus.prefix("multimodal"), True)
+    train = train.model_copy(update={"steps": 40})
+    data = corpus.data(text=(), text_ratio=0, seq_len=seq_len)
+    sampler = Sampler(data, model, train)
+    seen: dict[int, dict[int, int]] = {}
+    for step, batches in enumerate(Loader(sampler, 0, 1, False, 0)):
+        for pack, batch in zip(sampler.plan(step).packs, batches.micro_batches, strict=True):
+            offset = 0
+            for piece in pack:
+                tokens, labels = (
+                    batch.tokens[offset : offset + piece.tokens],
+                    batch.labels[offset : offset + piece.tokens],
+                )
+                expected_tokens, expected_labels = _document(store, piece.document)
+                assert tokens.tolist() == expected_tokens[piece.start : piece.stop]
+                assert labels.tolist() == expected_labels[piece.start : piece.stop]
+                offset += piece.tokens
+                targets = seen.setdefault(piece.document, {})
+                for position in np.flatnonzero(labels != -100).tolist():
+                    targets[piece.start + position] = targets.get(piece.start + position, 0) + 1
+            assert (batch.labels[offset:] == -100).all()
+    assert set(seen) == set(range(len(store)))
+    for document, targets in seen.items():
+        expected = _document(store, document)[1]
+        assert set(targets) == {position for position, label in enumerate(expected) if label != -100}
+        # The run ends within an epoch, perhaps between the parts of a document.
+        assert max(targets.values()) - min(targets.values()) <= 1
+
+
+def _document(store, document):
+    """(tokens, labels) of a whole document, written out."""
+    tokens, is_text = [], []
+    for index in range(*store.documents[document : document + 2]):
+        if store.modes[index] == IMAGE:
+            tokens += [PLACEHOLDER] * IMAGE_TOKENS
+            is_text += [False] * IMAGE_TOKENS
+        else:
+            tokens += store.text(index, 0, int(store.lengths[index])).tolist()
+            is_text += [True] * int(store.lengths[index])
+    labels = [token if text else -100 for token, text in zip(tokens[1:], is_text[1:], strict=True)] + [-100]
+    return tokens, labels
+
+
+def test_pixels_are_those_of_the_images_in_the_order_of_their_placeholders(corpus, model, train):
+    store = Store(corpus.prefix("multimodal"), True)
+    sampler = Sampler(corpus.data(text_ratio=0), model, train.model_copy(update={"steps": 1}))
+    (step,) = Loader(sampler, 0, 1, True, 0)
+    for pack, batch in zip(sampler.plan(0).packs, step.micro_batches, strict=True):
+        expected = []
+        for piece in pack:
+            offset = 0
+            for index in range(*store.documents[piece.document : piece.document + 2]):
+                is_image = store.modes[index] == IMAGE
+                if is_image and piece.start <= offset < piece.stop:
+                    expected.append(preprocess(decode(store.image(index)), model))
+                offset += IMAGE_TOKENS if is_image else int(store.lengths[index])
+        assert len(expected) == len(batch.pixels["sam"])
+        for index, pixels in enumerate(expected):
+            assert all(torch.equal(batch.pixels[tower][index], pixels[tower]) for tower in pixels)
+
+
+def test_a_siglip_model_gets_no_sam_pixels(corpus, model, train):
+    plain = model.model_copy(update={"sam": None})
+    (step,) = next(iter(steps(corpus, plain, train, stop=1)))
+    assert all(set(batch.pixels) == {"siglip"} for batch in step.micro_batches)
+
+
+def test_without_pixels_nothing_is_decoded(corpus, model, train, reference, monkeypatch):
+    monkeypatch.setattr("megavl.data.assemble.decode", None)
+    sampler = Sampler(corpus.data(workers=2), model, train)
+    for (expected,), step in zip(reference, Loader(sampler, 0, 1, False, 0), strict=True):
+        for one, other in zip(expected.micro_batches, step.micro_batches, strict=True):
+            assert other.pixels is None
+            assert torch.equal(one.tokens, other.tokens) and torch.equal(one.labels, other.labels)
+
+
+def multimodal_store(corpus, tmp_path, sequences) -> SourceConfig:
+    prefix = str(tmp_path / "p")
+    with StoreWriter(prefix, load_tokenizer(corpus.tokenizer), multimodal=True) as writer:
+        writer.add(EncodedDocument("the-key", "file.jsonl", sequences))
+    return SourceConfig(prefix=prefix)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_image_is_one_message_that_names_the_document(corpus, model, train, tmp_path, workers):
+    image = EncodedImage(image_bytes(0, (50, 50))[:-500], 50, 50)
+    source = multimodal_store(corpus, tmp_path, ([1, 2], image, [2]))
+    with pytest.raises(DataError) as error:
+        steps(corpus, model, train, workers=workers, multimodal=(source,), text=(), text_ratio=0)
+    message = str(error.value)
+    assert message.startswith(
+        f"{source.prefix}: document the-key (number 0, from file.jsonl): the image in its sequence 1"
+    )
+    assert "\n" not in message and "remove the document" in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_token_id": 5}, "document the-key .*: its text holds the token 5, which is model.image_token_id"),
+        ({"vocab": 9}, "document the-key .*: its tokens are 5 to 9, but the model's vocabulary is 0 to 8"),
+    ],
+)
+def test_text_that_the_model_would_misread_is_refused(corpus, model, train, tmp_path, changes, message):
+    source = multimodal_store(corpus, tmp_path, ([5, 9, 7],))
+    sampler = Sampler(corpus.data(multimodal=(source,), text=(), text_ratio=0), model, train)
+    decoder = model.decoder.model_copy(update={"vocab_size": changes.get("vocab", 400)})
+    # A tokenizer that fits is checked at the start; here the file holds more than its tokenizer could have made.
+    sampler.model = model.model_copy(
+        update={"decoder": decoder, "image_token_id": changes.get("image_token_id", PLACEHOLDER)}
+    )
+    with pytest.raises(DataError, match=message):
+        next(iter(Loader(sampler, 0, 1, False, 0)))
+
+
+def test_a_global_batch_that_does_not_divide_is_refused(corpus, model, train):
+    sampler = Sampler(corpus.data(), model, train.model_copy(update={"micro_batch": 2}))
+    with pytest.raises(DataError, match="global_batch 12 does not divide by 4 data-parallel ranks times .* 2"):
+        Loader(sampler, 0, 4, True, 0)

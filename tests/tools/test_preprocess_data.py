@@ -1,0 +1,121 @@
+"""The command line itself."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megavl.data.store import IMAGE, Store
+from megavl.data.tokenizer import load_tokenizer
+from tests.data.conftest import corpus, write_jsonl  # noqa: F401  the fixture
+
+ROOT = Path(__file__).parents[2]
+
+
+def command(*arguments) -> list[str]:
+    return [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), *map(str, arguments)]
+
+
+def run(*arguments, code=0) -> subprocess.CompletedProcess:
+    result = subprocess.run(
+        command(*arguments), capture_output=True, text=True, cwd=ROOT, env=environment(), timeout=120
+    )
+    assert result.returncode == code, result.stderr
+    return result
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(ROOT)}
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def test_files_become_one_store_that_says_what_it_holds(corpus, tmp_path):  # noqa: F811
+    inputs = [corpus.root / "more.jsonl", corpus.root / "multimodal.jsonl"]
+    result = run("--input", *inputs, "--output-prefix", tmp_path / "p", "--tokenizer", corpus.tokenizer)
+    store = Store(str(tmp_path / "p"), multimodal=True)
+    store.verify()
+    assert len(store) == 70 + 60
+    assert (store.key(0), store.source(0)) == ("more-0", str(inputs[0]))
+    assert (store.key(70), store.source(70)) == ("0", str(inputs[1]))
+    eos = load_tokenizer(corpus.tokenizer).eos
+    for document in range(len(store)):
+        last = int(store.documents[document + 1]) - 1
+        assert store.text(last, 0, int(store.lengths[last]))[-1] == eos
+    images = int((store.modes == IMAGE).sum())
+    assert f"multimodal dataset {tmp_path / 'p'}: 130 documents" in result.stdout
+    assert f"{images} images" in result.stdout and "tokens (int32" in result.stdout
+
+
+def test_the_output_does_not_depend_on_the_number_of_workers(corpus, tmp_path):  # noqa: F811
+    inputs = [corpus.root / "multimodal.jsonl", corpus.root / "text.jsonl"]
+    for workers in (1, 2):
+        directory = tmp_path / str(workers)
+        run(
+            *("--input", *inputs, "--output-prefix", directory / "p", "--tokenizer", corpus.tokenizer),
+            *("--workers", workers),
+        )
+    assert contents(tmp_path / "1") == contents(tmp_path / "2")
+
+
+def test_documents_without_images_are_a_text_store_of_one_sequence_each(corpus, tmp_path):  # noqa: F811
+    path = write_jsonl(tmp_path / "in.jsonl", [{"text": "a b"}, {"segments": [{"text": "c"}, {"text": " d"}]}])
+    run("--input", path, "--output-prefix", tmp_path / "p", "--tokenizer", corpus.tokenizer)
+    store = Store(str(tmp_path / "p"), multimodal=False)
+    assert (len(store), len(store.lengths)) == (2, 2)
+    tokenizer = load_tokenizer(corpus.tokenizer)
+    assert store.text(1, 0, int(store.lengths[1])).tolist() == [*tokenizer.encode("c d"), tokenizer.eos]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": 3}', 'in.jsonl:101: "text" is a number (3)'),
+        ('{"segments": [{"image": "absent.png"}]}', "in.jsonl:101: segment 0: image"),
+        ('{"id": "k", "segments": [{"image": "in.jsonl"}]}', "document k: image in.jsonl: "),
+    ],
+)
+def test_bad_input_ends_with_one_line_and_leaves_nothing(corpus, tmp_path, line, message, workers):  # noqa: F811
+    path = tmp_path / "in.jsonl"
+    path.write_text('{"text": "good"}\n' * 100 + line + "\n")
+    result = run(
+        *("--input", path, "--output-prefix", tmp_path / "p", "--tokenizer", corpus.tokenizer, "--workers", workers),
+        code=1,
+    )
+    assert "Traceback" not in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("error: ") and message in result.stderr.splitlines()[-1]
+    assert list(contents(tmp_path)) == ["in.jsonl"]
+
+
+def test_an_existing_dataset_is_replaced_only_on_request(corpus, tmp_path):  # noqa: F811
+    path = write_jsonl(tmp_path / "in.jsonl", [{"text": "a"}])
+    arguments = ("--input", path, "--output-prefix", tmp_path / "p", "--tokenizer", corpus.tokenizer)
+    run(*arguments)
+    write_jsonl(tmp_path / "in.jsonl", [{"text": "a"}, {"text": "b"}])
+    assert "exist already" in run(*arguments, code=1).stderr
+    run(*arguments, "--overwrite")
+    assert len(Store(str(tmp_path / "p"), multimodal=False)) == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_leaves_nothing(corpus, tmp_path, number):  # noqa: F811
+    path = tmp_path / "in.jsonl"
+    path.write_text((json.dumps({"text": "a b c d " * 2000}) + "\n") * 20000)
+    arguments = ("--input", path, "--output-prefix", tmp_path / "p", "--tokenizer", corpus.tokenizer)
+    process = subprocess.Popen(command(*arguments), stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment())
+    deadline = time.monotonic() + 60
+    started = tmp_path / "p.bin.tmp"
+    while not (started.exists() and started.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert list(contents(tmp_path)) == ["in.jsonl"]
