@@ -159,7 +159,7 @@ class StoreWriter:
         """Remove what was written so far."""
         self._open.close()
         for path in (*self._temporary.values(), self._rows_path):
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 os.remove(path)
 
     def __enter__(self) -> "StoreWriter":
