@@ -14,6 +14,7 @@ from megavl.data.errors import DataError
 from megavl.data.readers import jsonl
 from megavl.data.store import EncodedDocument, EncodedImage, StoreWriter
 from megavl.data.tokenizer import Tokenizer, load_tokenizer
+from megavl.data.worker import end_with_parent
 
 # Records that a worker gets at a time: so many, or so many bytes.
 _CHUNK_RECORDS = 64
@@ -113,7 +114,7 @@ def _map(
         yield from map(work, chunks)
         return
     context = multiprocessing.get_context("forkserver")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_ignore_interrupt)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
     pending: deque[Future] = deque()
     try:
         for chunk in chunks:
@@ -130,6 +131,7 @@ def _map(
         pool.shutdown(cancel_futures=True)
 
 
-def _ignore_interrupt() -> None:
-    """Ctrl-C reaches every process of the terminal; the main process alone answers it."""
+def _start_worker() -> None:
+    end_with_parent()
+    # Ctrl-C reaches every process of the terminal; the main process alone answers it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -11,6 +11,7 @@ from megavl.data.assemble import Assembler
 from megavl.data.errors import DataError
 from megavl.data.pack import Pack
 from megavl.data.sampler import Sampler, StepPlan
+from megavl.data.worker import end_with_parent
 
 _Request = tuple[Kind, tuple[Pack, ...]]
 
@@ -81,6 +82,7 @@ class Loader:
             num_workers=workers,
             prefetch_factor=math.ceil(self._sampler.data.prefetch * len(self._mine) / workers) if workers else None,
             collate_fn=_same,
+            worker_init_fn=_start_worker,
             # A fork of the training process would inherit its communication threads and its accelerator.
             multiprocessing_context="forkserver" if workers else None,
         )
@@ -112,6 +114,10 @@ class _Requests(Dataset):
         except DataError as error:
             # Returned, not raised: the DataLoader would bury the message under a worker's traceback.
             return error
+
+
+def _start_worker(_: int) -> None:
+    end_with_parent()
 
 
 def _same(batch: Batch | DataError) -> Batch | DataError:

@@ -1,9 +1,7 @@
 """Packing: documents into packs of a fixed number of tokens, without ever splitting an image."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
-
-import numpy as np
 
 # First-fit looks at this many packs: the oldest is closed when another one opens.
 _OPEN_PACKS = 32
@@ -31,41 +29,43 @@ class Piece(NamedTuple):
 Pack = tuple[Piece, ...]
 
 
-def cut(lengths: np.ndarray, is_image: np.ndarray, budget: int) -> list[tuple[int, int]]:
-    """Parts of a document that are no longer than `budget`: text is cut anywhere, an image stays whole.
+class Part(NamedTuple):
+    """A cut of one document: `Piece` without its place."""
+
+    start: int
+    stop: int
+    supervised: int
+    images: int
+
+
+def cut(segments: Iterable[tuple[int, bool]], budget: int) -> list[Part]:
+    """Parts of a document that are no longer than `budget`, in order and without gaps.
+
+    Text is cut anywhere, an image stays whole. A part's last position still predicts the token behind the cut, so that
+    the supervised tokens of all parts are those of the document.
 
     Args:
-        lengths: int [segments], tokens of each segment; that of an image is at most `budget`.
-        is_image: bool [segments].
-
-    Returns:
-        (start, stop) of each part, in tokens of the document, in order and without gaps.
+        segments: (tokens, whether it is an image) of each segment; an image has at most `budget` tokens.
     """
-    borders, position = [0], 0
-    for length, whole in zip(lengths.tolist(), is_image.tolist(), strict=True):
-        stop = position + length
-        if whole and stop - borders[-1] > budget:
-            borders.append(position)
-        # The borders within a text segment; none where the segment fits.
-        borders += range(borders[-1] + budget, stop, budget)
-        position = stop
-    return list(zip(borders, [*borders[1:], position], strict=True))
-
-
-def count(lengths: np.ndarray, is_image: np.ndarray, parts: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """(supervised, images) of each part of a document, from its lengths alone.
-
-    A target is a text token with a token of the document before it. Where that is the last token of a part, the target
-    counts for that part.
-    """
-    edges = np.concatenate(([0], np.cumsum(lengths)))
-    text = np.concatenate(([0], np.cumsum(np.where(is_image, 0, lengths))))
-    images = np.concatenate(([0], np.cumsum(is_image)))
-    starts, stops = np.array(parts).T
-    # Text tokens before a position: linear within each segment.
-    targets = np.interp(stops + 1, edges, text) - np.interp(starts + 1, edges, text)
-    inside = images[np.searchsorted(edges, stops)] - images[np.searchsorted(edges, starts)]
-    return list(zip(targets.astype(int).tolist(), inside.tolist(), strict=True))
+    parts: list[Part] = []
+    start = position = text = images = 0
+    starts_with_text = False
+    for length, is_image in segments:
+        while length:
+            if budget - (position - start) < (length if is_image else 1):
+                parts.append(Part(start, position, text - starts_with_text + (not is_image), images))
+                start, text, images = position, 0, 0
+            if position == start:
+                starts_with_text = not is_image
+            taken = length if is_image else min(length, budget - (position - start))
+            if is_image:
+                images += 1
+            else:
+                text += taken
+            position += taken
+            length -= taken
+    parts.append(Part(start, position, text - starts_with_text, images))
+    return parts
 
 
 def first_fit(lengths: Sequence[int], budget: int) -> list[list[int]]:

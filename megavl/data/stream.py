@@ -10,7 +10,7 @@ import bisect
 import numpy as np
 
 from megavl.data import blend
-from megavl.data.pack import Pack, Piece, count, cut, first_fit
+from megavl.data.pack import Pack, Piece, cut, first_fit
 from megavl.data.shuffle import permute
 from megavl.data.store import IMAGE, Store
 
@@ -104,10 +104,8 @@ class Stream:
                 if length <= self._seq_len:
                     pieces[draw].append(Piece(source, document, 0, length, targets, pictures))
                     continue
-                segments = lengths[start:stop], is_image[start:stop]
-                parts = cut(*segments, self._seq_len)
-                for (first, last), (targets, pictures) in zip(parts, count(*segments, parts), strict=True):
-                    pieces[draw].append(Piece(source, document, first, last, targets, pictures))
+                segments = zip(lengths[start:stop].tolist(), is_image[start:stop].tolist(), strict=True)
+                pieces[draw] += [Piece(source, document, *part) for part in cut(segments, self._seq_len)]
         return [piece for group in pieces for piece in group]
 
 
