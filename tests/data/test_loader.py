@@ -1,6 +1,11 @@
 """The batches themselves: what is in them, and that nothing but (seed, step) decides it."""
 
 import itertools
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -228,3 +233,33 @@ def test_a_global_batch_that_does_not_divide_is_refused(corpus, model, train):
     sampler = Sampler(corpus.data(), model, train.model_copy(update={"micro_batch": 2}))
     with pytest.raises(DataError, match="global_batch 12 does not divide by 4 data-parallel ranks times .* 2"):
         Loader(sampler, 0, 4, True, 0)
+
+
+_HELD = """
+import multiprocessing, sys, time
+from megavl.config.presets import PRESETS
+from megavl.config.run import DataConfig, SourceConfig, TrainConfig
+from megavl.data.loader import Loader
+from megavl.data.sampler import Sampler
+
+tokenizer, prefix = sys.argv[1:]
+data = DataConfig(tokenizer=tokenizer, text=[SourceConfig(prefix=prefix)], text_ratio=1, seq_len=96, workers=1)
+sampler = Sampler(data, PRESETS["vl_debug"], TrainConfig(steps=9, global_batch=1))
+steps = iter(Loader(sampler, 0, 1, True, 0))
+next(steps)
+print(multiprocessing.active_children()[0].pid, flush=True)
+time.sleep(60)
+"""
+
+
+def test_worker_processes_end_with_a_killed_trainer(corpus):
+    arguments = [sys.executable, "-c", _HELD, corpus.tokenizer, corpus.prefix("text")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, env=environment) as trainer:
+        worker = int(trainer.stdout.readline())
+        assert Path(f"/proc/{worker}").exists()
+        trainer.kill()
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{worker}").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{worker}").exists()
