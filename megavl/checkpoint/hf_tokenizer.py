@@ -57,9 +57,10 @@ def write_tokenizer(source: Path, output: Path, image_token_id: int) -> dict[str
         raise CheckpointError(
             f"tokenizer {source}: {len(moved)} tokens changed their ids, {moved[0]!r} the first of them"
         )
+    if "eos_token" in settings:
+        settings["pad_token"] = settings.get("pad_token") or settings["eos_token"]
     settings |= {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "pad_token": settings.get("pad_token") or settings.get("eos_token"),
         "extra_special_tokens": {"image_token": image_token},
         "clean_up_tokenization_spaces": False,
     }

@@ -25,7 +25,7 @@ from megavl.checkpoint import layout
 from megavl.checkpoint.agree import CheckpointError, every_rank, first_rank, is_first, some
 from megavl.checkpoint.fragments import Boxes, Fragment, by_key
 
-_FILE_BYTES = 1 << 30
+_FILE_BYTES = 1 << 28
 
 
 def save(directory: str | Path, step: int, fragments: Iterable[Fragment], state: dict, keep: int) -> Path:

@@ -1,5 +1,7 @@
 """Small models with random weights, as checkpoints."""
 
+import inspect
+import textwrap
 from pathlib import Path
 
 import sentencepiece
@@ -49,10 +51,15 @@ def write_checkpoint(directory: Path, model: ModelConfig, dtype: torch.dtype, to
 
 
 def train_tokenizer(path: Path, **options) -> Path:
-    """A small sentencepiece model of `TEXTS`."""
+    """A small sentencepiece model of `TEXTS` and a module of the standard library."""
     settings = {"model_type": "bpe", "byte_fallback": True, "vocab_size": 400} | options
     with open(path, "wb") as file:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(TEXTS * 3), model_writer=file, split_digits=True, pad_id=3, minloglevel=2, **settings
+            sentence_iterator=iter((*TEXTS * 3, *inspect.getsource(textwrap).split("\n"))),
+            model_writer=file,
+            split_digits=True,
+            pad_id=3,
+            minloglevel=2,
+            **settings,
         )
     return path
