@@ -30,13 +30,13 @@ def load(path: str | Path, fragments: Iterable[Fragment], model: ModelConfig) ->
 
 
 def load_weights(path: str | Path, fragments: Iterable[Fragment], model: ModelConfig) -> None:
-    """As `load`, but of the weights alone, with which a new run starts. Collective.
+    """As `load`, but of the weights alone, for the start of a run; `path` is anything that `locate` finds. Collective.
 
     Fills fragments of the kinds "param" and "master", both from the most precise value of the parameter that the
     checkpoint has, and leaves those of other kinds as they are.
     """
     weights = [fragment for fragment in fragments if fragment.kind in ("param", "master")]
-    _fill(path, weights, model, kinds={"param"})
+    _fill(every_rank(lambda: locate(path)), weights, model, kinds={"param"})
 
 
 def _fill(path: str | Path, fragments: list[Fragment], model: ModelConfig, kinds: set[str]) -> None:

@@ -63,7 +63,8 @@ class Checkpoint:
         param, master = f"param.{name}", f"master.{name}"
         if kind == "master" and master not in self.tensors:
             return param
-        if kind == "param" and dtype == torch.float32 and master in self.tensors and self.dtype(param) != torch.float32:
+        twins = param in self.tensors and master in self.tensors
+        if kind == "param" and twins and dtype == torch.float32 != self.dtype(param):
             return master
         return key
 

@@ -1,0 +1,148 @@
+"""Prove an export: the loss of megavl and of transformers on the same documents, and text generated from an image.
+
+    python tools/check_export.py --checkpoint runs/NAME/checkpoints --hf DIR --data PREFIX [--image FILE] [--tokens N]
+
+Both models compute in float32 from the stored weights. Exit code 1 where their losses differ.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch.nn import functional
+
+from megavl.batch import Batch
+from megavl.checkpoint.agree import CheckpointError
+from megavl.checkpoint.layout import locate
+from megavl.checkpoint.reader import Checkpoint
+from megavl.config.model import ModelConfig
+from megavl.data.assemble import Assembler
+from megavl.data.errors import DataError
+from megavl.data.store import Store
+from megavl.data.stream import Stream
+from megavl.model.vlm import VLM
+from megavl.ops.dispatch import choose
+from megavl.parallel.groups import TensorAxis
+
+# Nats per token. Float32 sums in another order differ by about 1e-6; a wrong weight or pixel by far more than this.
+TOLERANCE = 1e-4
+
+
+def open_store(prefix: str) -> Store:
+    """The dataset at a prefix, of whichever kind it is."""
+    try:
+        return Store(prefix, multimodal=True)
+    except DataError as error:
+        try:
+            return Store(prefix, multimodal=False)
+        except DataError:
+            raise error from None
+
+
+def read_batch(store: Store, model: ModelConfig, tokens: int) -> Batch:
+    """The first pack of `tokens` tokens, as training would assemble it."""
+    kind = "multimodal" if store.multimodal else "text"
+    pack = Stream((store,), (1.0,), tokens, model.image_tokens, key=(0,)).pack(0)
+    return Assembler({kind: (store,)}, model, tokens, pad=0, with_pixels=True)(kind, [pack])
+
+
+def load_model(checkpoint: Checkpoint, config: ModelConfig) -> VLM:
+    """The whole model in this process, with the weights that the export has: the parameters, not their masters."""
+    model = VLM(config, TensorAxis(), choose(torch.device("cpu")), 0, config.layers)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            key = f"param.{name}"
+            parameter.copy_(checkpoint.read_tensor(key, checkpoint.dtype(key)))
+    return model
+
+
+def summed_loss(model, batch: Batch, image_tokens: int, image_token_id: int) -> float:
+    """Sum over the supervised tokens of -log p by a model of transformers, one document at a time."""
+    total, image = 0.0, 0
+    for start, stop in zip(batch.cu_seqlens[:-1].tolist(), batch.cu_seqlens[1:].tolist(), strict=True):
+        tokens, labels = batch.tokens[start:stop], batch.labels[start:stop]
+        images = int((tokens == image_token_id).sum()) // image_tokens
+        inputs = {"input_ids": tokens[None]}
+        if images:
+            inputs["pixel_values"] = batch.pixels["siglip"][image : image + images]
+            if "sam" in batch.pixels:
+                inputs["high_res_pixel_values"] = batch.pixels["sam"][image : image + images]
+        image += images
+        logits = model(**inputs).logits[0]  # [stop - start, V]
+        total += functional.cross_entropy(logits.float(), labels, ignore_index=-100, reduction="sum").item()
+    return total
+
+
+def load_export(directory: Path):
+    """The model of transformers in the export's own class.
+
+    Raises:
+        CheckpointError: transformers is not installed, or does not find in the export what its class has.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise CheckpointError(f"transformers does not import ({error}): pip install 'megavl[hf]'") from error
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    architecture = json.loads((directory / "config.json").read_text(encoding="utf-8"))["architectures"][0]
+    if not hasattr(transformers, architecture):
+        raise CheckpointError(f"{directory} is for {architecture}, which transformers does not have")
+    model, report = getattr(transformers, architecture).from_pretrained(
+        directory, dtype=torch.float32, output_loading_info=True
+    )
+    problems = {kind: sorted(names) for kind, names in report.items() if names}
+    if problems:
+        raise CheckpointError(f"{architecture} does not load {directory} cleanly: {problems}")
+    return model, transformers.AutoProcessor.from_pretrained(directory)
+
+
+def generate(model, processor, image: Path, tokens: int) -> str:
+    """What the model writes after one image, greedily."""
+    with Image.open(image) as picture:
+        inputs = processor(images=[picture.convert("RGB")], text=processor.image_token, return_tensors="pt")
+    written = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)  # [1, prompt + tokens]
+    return processor.decode(written[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+@torch.no_grad()
+def check(checkpoint_path: str, export: Path, data: str, image: Path | None, tokens: int) -> bool:
+    """Print both losses and the generated text. True where the losses agree."""
+    checkpoint = Checkpoint(locate(checkpoint_path))
+    config = ModelConfig(**checkpoint.state["config"]["model"])
+    batch = read_batch(open_store(data), config, tokens)
+    supervised = int((batch.labels != -100).sum())
+    print(f"  {data}: {supervised} supervised tokens, {len(batch.pixels['siglip'])} images")
+    mine = load_model(checkpoint, config)(None, batch).item() / supervised
+    model, processor = load_export(export)
+    theirs = summed_loss(model, batch, config.image_tokens, config.image_token_id) / supervised
+    difference = abs(mine - theirs)
+    print(f"  loss of megavl        {mine:.6f}   {checkpoint.path}")
+    print(f"  loss of transformers  {theirs:.6f}   {export}")
+    print(f"  difference            {difference:.1e}   (tolerance {TOLERANCE:.0e})")
+    if image is not None:
+        print(f"  from {image}:\n    {generate(model, processor, image, tokens=48)!r}")
+    return difference <= TOLERANCE
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", required=True, help="a checkpoint, or a run's directory of them")
+    parser.add_argument("--hf", type=Path, required=True, help="its export in the transformers layout")
+    parser.add_argument("--data", required=True, help="prefix of a dataset, text or multimodal")
+    parser.add_argument("--image", type=Path, help="image from which the export generates text")
+    parser.add_argument("--tokens", type=int, default=2048, help="tokens of the compared batch; default 2048")
+    arguments = parser.parse_args()
+    try:
+        agree = check(arguments.checkpoint, arguments.hf, arguments.data, arguments.image, arguments.tokens)
+    except (CheckpointError, DataError, OSError) as error:
+        sys.exit(f"check_export: {error}")
+    if not agree:
+        sys.exit("check_export: the losses differ: the export is not the model that was trained")
+
+
+if __name__ == "__main__":
+    main()
