@@ -6,8 +6,8 @@ import numpy as np
 def draws(weights: tuple[float, ...], counts: np.ndarray, number: int) -> np.ndarray:
     """Sources of the next `number` documents: int64 [number].
 
-    Each draw takes the source that lags furthest behind its share so far, the rule of Megatron's BlendedDataset: after
-    any number of draws the counts are within one document per source of the weights' proportions.
+    Each draw takes the source that lags furthest behind its share so far, the rule of Megatron's BlendedDataset: the
+    counts follow the weights from the first draws on.
 
     Args:
         weights: share of each source, any positive scale.

@@ -12,7 +12,7 @@ import pytest
 
 from megavl.data.store import IMAGE, Store
 from megavl.data.tokenizer import load_tokenizer
-from tests.data.conftest import corpus, write_jsonl  # noqa: F401  the fixture
+from tests.data.conftest import write_jsonl
 
 ROOT = Path(__file__).parents[2]
 
@@ -37,7 +37,7 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
-def test_files_become_one_store_that_says_what_it_holds(corpus, tmp_path):  # noqa: F811
+def test_files_become_one_store_that_says_what_it_holds(corpus, tmp_path):
     inputs = [corpus.root / "more.jsonl", corpus.root / "multimodal.jsonl"]
     result = run("--input", *inputs, "--output-prefix", tmp_path / "p", "--tokenizer", corpus.tokenizer)
     store = Store(str(tmp_path / "p"), multimodal=True)
@@ -54,7 +54,7 @@ def test_files_become_one_store_that_says_what_it_holds(corpus, tmp_path):  # no
     assert f"{images} images" in result.stdout and "tokens (int32" in result.stdout
 
 
-def test_the_output_does_not_depend_on_the_number_of_workers(corpus, tmp_path):  # noqa: F811
+def test_the_output_does_not_depend_on_the_number_of_workers(corpus, tmp_path):
     inputs = [corpus.root / "multimodal.jsonl", corpus.root / "text.jsonl"]
     for workers in (1, 2):
         directory = tmp_path / str(workers)
@@ -65,7 +65,7 @@ def test_the_output_does_not_depend_on_the_number_of_workers(corpus, tmp_path): 
     assert contents(tmp_path / "1") == contents(tmp_path / "2")
 
 
-def test_documents_without_images_are_a_text_store_of_one_sequence_each(corpus, tmp_path):  # noqa: F811
+def test_documents_without_images_are_a_text_store_of_one_sequence_each(corpus, tmp_path):
     path = write_jsonl(tmp_path / "in.jsonl", [{"text": "a b"}, {"segments": [{"text": "c"}, {"text": " d"}]}])
     run("--input", path, "--output-prefix", tmp_path / "p", "--tokenizer", corpus.tokenizer)
     store = Store(str(tmp_path / "p"), multimodal=False)
@@ -83,7 +83,7 @@ def test_documents_without_images_are_a_text_store_of_one_sequence_each(corpus, 
         ('{"id": "k", "segments": [{"image": "in.jsonl"}]}', "document k: image in.jsonl: "),
     ],
 )
-def test_bad_input_ends_with_one_line_and_leaves_nothing(corpus, tmp_path, line, message, workers):  # noqa: F811
+def test_bad_input_ends_with_one_line_and_leaves_nothing(corpus, tmp_path, line, message, workers):
     path = tmp_path / "in.jsonl"
     path.write_text('{"text": "good"}\n' * 100 + line + "\n")
     result = run(
@@ -95,7 +95,7 @@ def test_bad_input_ends_with_one_line_and_leaves_nothing(corpus, tmp_path, line,
     assert list(contents(tmp_path)) == ["in.jsonl"]
 
 
-def test_an_existing_dataset_is_replaced_only_on_request(corpus, tmp_path):  # noqa: F811
+def test_an_existing_dataset_is_replaced_only_on_request(corpus, tmp_path):
     path = write_jsonl(tmp_path / "in.jsonl", [{"text": "a"}])
     arguments = ("--input", path, "--output-prefix", tmp_path / "p", "--tokenizer", corpus.tokenizer)
     run(*arguments)
@@ -106,7 +106,7 @@ def test_an_existing_dataset_is_replaced_only_on_request(corpus, tmp_path):  # n
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_leaves_nothing(corpus, tmp_path, number):  # noqa: F811
+def test_an_interrupted_run_leaves_nothing(corpus, tmp_path, number):
     path = tmp_path / "in.jsonl"
     path.write_text((json.dumps({"text": "a b c d " * 2000}) + "\n") * 20000)
     arguments = ("--input", path, "--output-prefix", tmp_path / "p", "--tokenizer", corpus.tokenizer)
