@@ -33,6 +33,8 @@ from rich.progress import track
 # A page and its transcript take about 64 + 70 positions of the quickstart's model: several documents share a pack.
 PASSAGE_CHARACTERS = 150
 PAIR_PASSAGE_CHARACTERS = 110
+# A step sees a few packs only: of short documents it sees many, and its loss says something of all of them.
+SECTION_CHARACTERS = 800
 # One source in this many is held out.
 HELDOUT_SHARE = 10
 
@@ -123,8 +125,25 @@ def write_lines(path: Path, records: list[dict]) -> None:
     os.replace(partial, path)
 
 
-def write_text(path: Path, sources: list[Source]) -> None:
-    records = [{"id": source.name, "text": markdown(source.blocks)} for source in sources]
+def sections(source: Source) -> Iterator[str]:
+    """The text of a source, cut between its blocks into documents of about `SECTION_CHARACTERS`."""
+    section: list[Block] = []
+    for block in source.blocks:
+        section.append(block)
+        if sum(len(b.text) for b in section) >= SECTION_CHARACTERS:
+            yield markdown(tuple(section))
+            section = []
+    if section:
+        yield markdown(tuple(section))
+
+
+def write_text(path: Path, sources: list[Source], rng: random.Random) -> None:
+    records = [
+        {"id": f"{source.name}/{number}", "text": text}
+        for source in sources
+        for number, text in enumerate(sections(source))
+    ]
+    rng.shuffle(records)
     write_lines(path, records)
     print(f"  {path}: {len(records)} documents, {sum(len(r['text']) for r in records) / 1e6:.2f} M characters")
 
@@ -169,8 +188,8 @@ def main() -> None:
     sources = [source for source in sources if any(block.kind == "paragraph" for block in source.blocks)]
     rng.shuffle(sources)
     heldout, train = sources[::HELDOUT_SHARE], [s for i, s in enumerate(sources) if i % HELDOUT_SHARE]
-    write_text(output / "text.jsonl", train)
-    write_text(output / "heldout_text.jsonl", heldout)
+    write_text(output / "text.jsonl", train, rng)
+    write_text(output / "heldout_text.jsonl", heldout, rng)
     write_multimodal(output / "multimodal.jsonl", train, size, rng)
     write_multimodal(output / "heldout_multimodal.jsonl", heldout, size.part(20), rng)
     print(f"  {time.perf_counter() - start:.0f} s")

@@ -1,0 +1,87 @@
+"""Every command line in the documentation can be typed: its scripts, recipes, options and overrides exist."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from megavl.config.load import load_run
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+COMMAND = re.compile(r"(?:\$ )?(?:[A-Z_]+=\S* )*((?:\S*/)?(?:python|deepspeed|torchrun|srun|make|docker) .*)")
+# A transcript may show what a mistake gets: the line after the command.
+MISTAKE = "error:"
+
+
+def command_lines(text):
+    """The words of each command line in the fenced blocks of a page, without those that are shown failing."""
+    found = []
+    for block in re.findall(r"^```[a-z]*\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        lines = block.replace("\\\n", " ").splitlines()
+        for line, following in zip(lines, [*lines[1:], ""], strict=True):
+            if (command := COMMAND.fullmatch(line)) and not following.startswith(MISTAKE):
+                found.append(shlex.split(command[1], comments=True))
+    return found
+
+
+def problems(words, root=ROOT):
+    """What of a command line does not exist in the tree."""
+    if words[0] == "make":
+        rules = re.findall(r"^([a-z]+):", (root / "Makefile").read_text(), re.MULTILINE)
+        return [f"no make target {target}" for target in words[1:] if target not in rules]
+    if words[0] == "docker":
+        files = [words[i + 1] for i, word in enumerate(words) if word == "-f"]
+        return [f"no file {name}" for name in files if not (root / name).is_file()]
+    script = next((word for word in words if word.endswith(".py")), None)
+    if script is None:
+        return []
+    if not (root / script).is_file():
+        return [f"no script {script}"]
+    found, source = [], (root / script).read_text()
+    arguments = words[words.index(script) + 1 :]
+    found += [
+        f"{script} has no option {argument}"
+        for argument in arguments
+        if argument.startswith("--") and f'"{argument.partition("=")[0]}"' not in source
+    ]
+    if "--config" in arguments:
+        recipe = arguments[arguments.index("--config") + 1]
+        overrides = [word for word in arguments if re.match(r"[a-z_.]+=", word)]
+        try:
+            load_run(root / recipe, overrides)
+        except ValueError as error:
+            found.append(str(error))
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_exist(page):
+    assert [(words, found) for words in command_lines(page.read_text()) if (found := problems(words))] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text())
+    assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
+
+
+def test_the_readme_has_commands_to_check():
+    assert len(command_lines((ROOT / "README.md").read_text())) >= 12
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "make quickstrat",
+        "python tools/preproces.py --input x",
+        "python tools/preprocess_data.py --inputs x",
+        "deepspeed launch/pretrain.py --config launch/recipes/none.yaml",
+        "$ DS_ACCELERATOR=cpu deepspeed launch/pretrain.py --config launch/recipes/vl_debug.yaml parallel.tensr=2",
+        "docker build -f docker/Dockerfile.gpu .",
+    ],
+)
+def test_a_command_that_does_not_exist_is_seen(line):
+    (words,) = command_lines(f"text\n```\n{line}\n```\n")
+    assert problems(words)
