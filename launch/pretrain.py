@@ -10,6 +10,7 @@ import argparse
 import sys
 from datetime import timedelta
 
+from megavl.config.error import ConfigError
 from megavl.config.load import load_run
 from megavl.config.rules import check, check_files
 from megavl.plan.report import describe
@@ -23,33 +24,41 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
     parser.add_argument("--dry-run", action="store_true", help="print the plan of the run, without GPUs, and stop")
     parser.add_argument("--world", type=int, metavar="N", help="with --dry-run: number of ranks to plan for")
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it; LOCAL_RANK says the same
+    parser.add_argument(
+        "--local_rank", help=argparse.SUPPRESS
+    )  # the deepspeed launcher passes it; LOCAL_RANK says the same
     return parser.parse_intermixed_args()
 
 
 def main() -> None:
     args = arguments()
     if args.dry_run:
-        config = load_run(args.config, args.overrides)
-        world = args.world or config.parallel.model
-        check(config, world)
+        try:
+            config = load_run(args.config, args.overrides)
+            world = args.world or config.parallel.model
+            check(config, world)
+        except ConfigError as error:
+            sys.exit(f"error: {error}")
         print(describe(config, world))
         return
 
-    # Imported here: --dry-run takes no torch and DeepSpeed, whose import is seconds.
+    # Imported here: a dry run needs neither torch nor DeepSpeed, whose import takes seconds.
+    from megavl.checkpoint.agree import CheckpointError
     from megavl.runtime.env import read_env, start_process_group
+    from megavl.runtime.health import RunError
     from megavl.runtime.loop import train
 
     env = read_env()
-    config = load_run(args.config, args.overrides)
-    check(config, env.world)
-    check_files(config)
-    start_process_group(env, timeout=timedelta(minutes=10))
-    train(config, env)
+    try:
+        config = load_run(args.config, args.overrides)
+        check(config, env.world)
+        check_files(config)
+        start_process_group(env, timeout=timedelta(minutes=10))
+        train(config, env)
+    except (ConfigError, CheckpointError, RunError) as error:
+        # Every rank has the same error: one of them says it, all of them end.
+        sys.exit(f"error: {error}" if env.rank == 0 else 1)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, RuntimeError) as error:
-        raise
+    main()

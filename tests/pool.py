@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import pickle
 import socket
 import tempfile
 import traceback
@@ -24,9 +25,11 @@ def _rank(connection, function: Callable, args: tuple, rank: int, world: int, st
         dist.init_process_group(
             "gloo", store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=timedelta(seconds=120)
         )
-        connection.send(("ok", function(*args)))
+        outcome = ("ok", function(*args))
     except BaseException:
-        connection.send(("error", traceback.format_exc()))
+        outcome = ("error", traceback.format_exc())
+    # Pickled by value: multiprocessing would pass tensors as shared memory, which ends with this process.
+    connection.send_bytes(pickle.dumps(outcome))
     os._exit(0)  # no teardown: gloo's destructors would wait for ranks that are gone
 
 
@@ -55,7 +58,7 @@ class Pool:
     @staticmethod
     def _receive(end, rank: int) -> tuple[str, object]:
         try:
-            return end.recv()
+            return pickle.loads(end.recv_bytes())
         except EOFError:
             return "error", f"rank {rank} died without a word"
 

@@ -4,6 +4,7 @@ One engine holds all stages of the rank. Backward passes (ours or the pipeline s
 `engine.step()` reduces over the data axis, clips by the global norm and updates.
 """
 
+import itertools
 import sys
 from types import MethodType
 
@@ -14,7 +15,7 @@ from torch import nn
 from megavl.config.run import RunConfig
 from megavl.parallel.groups import Mesh
 from megavl.parallel.shard import shard_of
-from megavl.runtime.optim import build_optimizer, parameter_groups
+from megavl.runtime.optim import build_optimizer, groups_of, parameter_groups
 
 
 class ModelParallelUnit:
@@ -98,11 +99,12 @@ def _clip_and_keep_norm(engine: deepspeed.DeepSpeedEngine) -> None:
 
 def build_engine(stages: nn.ModuleList, config: RunConfig, mesh: Mesh) -> deepspeed.DeepSpeedEngine:
     """Wrap this rank's stages, whose parameters are initialised and frozen as they should be. Collective."""
-    for parameter in stages.parameters():
-        if shard_of(parameter).count > 1:
-            parameter.model_parallel = True  # DeepSpeed's mark: counted in the norm on every tensor rank
-    named_parameters = [pair for stage in stages for pair in stage.named_parameters_of_model()]
-    groups = parameter_groups(named_parameters, config.optim)
+    anchors = {group: [stage.anchors[number] for stage in stages] for number, group in enumerate(groups_of(config))}
+    cut = [parameter for parameter in stages.parameters() if shard_of(parameter).count > 1]
+    for parameter in [*cut, *itertools.chain(*anchors.values())]:
+        parameter.model_parallel = True  # DeepSpeed's mark: counted in the norm on every tensor rank
+    named_parameters = itertools.chain.from_iterable(stage.vlm.named_parameters() for stage in stages)
+    groups = parameter_groups(named_parameters, anchors, config.optim)
     engine, *_ = deepspeed.initialize(
         # ZeRO-3 gathers parameters in the hooks of the outermost module's forward: that must be the stage itself.
         model=stages[0] if len(stages) == 1 else stages,

@@ -4,7 +4,9 @@
 say the same, but for the address, which the job script exports. Without any of them this is a run of one process.
 """
 
+import logging
 import os
+import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -41,7 +43,8 @@ def read_env() -> Env:
     if missing:
         raise ValueError(
             f"the launcher set {names[0]} but not {', '.join(missing)}, so the processes cannot find each other: start "
-            "with deepspeed or torchrun, or export MASTER_ADDR (host of rank 0) and MASTER_PORT (a free port) before srun"
+            "with deepspeed or torchrun, or export MASTER_ADDR (host of rank 0) and MASTER_PORT (a free port) before "
+            "srun"
         )
     rank, local_rank, world = (int(os.environ[name]) for name in names)
     return Env(rank, local_rank, world)
@@ -49,6 +52,9 @@ def read_env() -> Env:
 
 def start_process_group(env: Env, timeout: timedelta) -> None:
     """Join the other processes and hand the group to DeepSpeed, which reads the same variables."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # it logs every step of its set-up on every rank
+    # DeepSpeed still calls torch's collectives by their old names.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     os.environ.update(RANK=str(env.rank), LOCAL_RANK=str(env.local_rank), WORLD_SIZE=str(env.world))
     if env.device.type == "cuda":
         torch.cuda.set_device(env.device)

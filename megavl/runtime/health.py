@@ -6,7 +6,6 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-
 Result = TypeVar("Result")
 
 

@@ -42,7 +42,7 @@ def train(config: RunConfig, env: Env) -> None:
     engine = build_engine(stages, config, mesh)
     pipeline = Pipeline(engine, stages, config, mesh)
     checkpoints = Path(config.output_dir) / "checkpoints"
-    first_step = _resume(engine, stages, config, mesh, checkpoints)
+    first_step = resume(engine, stages, config, mesh, checkpoints)
 
     if env.rank == 0:
         _introduce(config, topology, ops, first_step)
@@ -56,7 +56,7 @@ def train(config: RunConfig, env: Env) -> None:
             batch = together(lambda: next(batches), env.device).to(env.device)
             lr = config.optim.lr * schedule_ratio(config.optim.schedule, step, config.train.steps)
             set_learning_rate(engine.basic_optimizer, lr)
-            loss = _over_the_world(pipeline.run(batch), mesh)
+            loss = over_the_world(pipeline.run(batch), mesh)
             if not math.isfinite(loss):
                 raise RunError(
                     f"the loss of step {step} is {loss}: nothing was updated; resume from the last checkpoint with a "
@@ -65,9 +65,7 @@ def train(config: RunConfig, env: Env) -> None:
             engine.step()
             metrics.record(batch, loss, float(engine.get_global_grad_norm()), lr, time.perf_counter() - started)
             if (step + 1) % config.checkpoint.every == 0 or step + 1 == config.train.steps:
-                state = {"step": step + 1, "optimizer_step": step + 1, "config": dump_run(config)}
-                held = fragments(engine, stages, mesh.dp.rank)
-                saved = save(checkpoints, step + 1, held, state, config.checkpoint.keep)
+                saved = keep(engine, stages, config, mesh, checkpoints, step + 1)
                 if env.rank == 0:
                     print(f"checkpoint {saved}", flush=True)
     finally:
@@ -75,7 +73,7 @@ def train(config: RunConfig, env: Env) -> None:
         metrics.close()
 
 
-def _resume(
+def resume(
     engine: deepspeed.DeepSpeedEngine, stages: nn.ModuleList, config: RunConfig, mesh: Mesh, checkpoints: Path
 ) -> int:
     """Read the newest checkpoint, if there is one. Returns the first step to run."""
@@ -89,6 +87,20 @@ def _resume(
     load(newest, held, config.model)
     set_optimizer_step(engine, state["optimizer_step"])
     return state["step"]
+
+
+def keep(
+    engine: deepspeed.DeepSpeedEngine,
+    stages: nn.ModuleList,
+    config: RunConfig,
+    mesh: Mesh,
+    checkpoints: Path,
+    done: int,
+) -> Path:
+    """Write a checkpoint after `done` steps. Collective. With the step and the seed in the configuration the stream of
+    data is known, and nothing else in a run is random."""
+    state = {"optimizer_step": done, "config": dump_run(config)}
+    return save(checkpoints, done, fragments(engine, stages, mesh.dp.rank), state, config.checkpoint.keep)
 
 
 def _introduce(config: RunConfig, topology: Topology, ops: Ops, first_step: int) -> None:
@@ -105,7 +117,7 @@ def _introduce(config: RunConfig, topology: Topology, ops: Ops, first_step: int)
     )
 
 
-def _over_the_world(loss: torch.Tensor, mesh: Mesh) -> float:
+def over_the_world(loss: torch.Tensor, mesh: Mesh) -> float:
     """Sum of the parts of the loss, of which every tensor rank has a copy."""
     loss = loss / mesh.tp.size
     dist.all_reduce(loss)

@@ -1,14 +1,15 @@
 """AdamW over the trainable parameters, and its learning rate over the steps (DeepSeek-VL Table 4)."""
 
 import math
-from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 from deepspeed.ops.adam import FusedAdam
 from torch import nn
 
-from megavl.config.run import OptimConfig, ScheduleConfig
+from megavl.config.parameters import parameters
+from megavl.config.run import OptimConfig, RunConfig, ScheduleConfig
 
 
 def freeze(named_parameters: Iterable[tuple[str, nn.Parameter]], optim: OptimConfig) -> None:
@@ -18,15 +19,44 @@ def freeze(named_parameters: Iterable[tuple[str, nn.Parameter]], optim: OptimCon
         parameter.requires_grad_(optim.lr_multiplier(name) > 0)
 
 
-def parameter_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], optim: OptimConfig) -> list[dict]:
-    """Trainable parameters by learning-rate multiplier and weight decay; vectors (norms, biases) do not decay."""
-    groups = defaultdict(list)
+@dataclass(frozen=True, order=True)
+class Group:
+    """What the parameters of one optimizer group have in common."""
+
+    lr_multiplier: float
+    weight_decay: float
+
+
+def _group(name: str, dims: int, optim: OptimConfig) -> Group:
+    """Vectors (norms, biases) do not decay."""
+    return Group(optim.lr_multiplier(name), optim.weight_decay if dims > 1 else 0.0)
+
+
+def groups_of(config: RunConfig) -> list[Group]:
+    """The optimizer groups of the whole model, in an order that every rank agrees on."""
+    found = {_group(parameter.name, len(parameter.shape), config.optim) for parameter in parameters(config.model)}
+    return sorted(group for group in found if group.lr_multiplier > 0)
+
+
+def parameter_groups(
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    anchors: Mapping[Group, list[nn.Parameter]],
+    optim: OptimConfig,
+) -> list[dict]:
+    """This rank's trainable parameters by group, each begun by its anchors: DeepSpeed drops empty groups and reduces
+    the gradient norm group by group, so all ranks must have the same ones."""
+    members = {group: list(parameters) for group, parameters in anchors.items()}
     for name, parameter in named_parameters:
         if parameter.requires_grad:
-            groups[optim.lr_multiplier(name), optim.weight_decay if parameter.dim() > 1 else 0.0].append(parameter)
+            members[_group(name, parameter.dim(), optim)].append(parameter)
     return [
-        {"params": parameters, "lr": optim.lr * multiplier, "lr_multiplier": multiplier, "weight_decay": decay}
-        for (multiplier, decay), parameters in groups.items()
+        {
+            "params": parameters,
+            "lr": optim.lr * group.lr_multiplier,
+            "lr_multiplier": group.lr_multiplier,
+            "weight_decay": group.weight_decay,
+        }
+        for group, parameters in members.items()
     ]
 
 

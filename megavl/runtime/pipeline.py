@@ -18,32 +18,24 @@ from megavl.model.init import initialise
 from megavl.model.vlm import VLM
 from megavl.ops.dispatch import Ops
 from megavl.parallel.groups import Mesh
-from megavl.parallel.shard import shard_of
 from megavl.plan.partition import split_layers
-from megavl.runtime.optim import freeze
+from megavl.runtime.optim import freeze, groups_of
 from megavl.runtime.recompute import recompute_blocks
 
 
 class Stage(nn.Module):
     """A slice of the model list, called with the number of a micro-batch.
 
-    A stage whose trainable parameters do not count in this rank's gradient norm carries an anchor: one zero that takes
-    part in the forward pass, so that DeepSpeed finds a parameter and the schedule a gradient on every rank.
+    It carries one anchor for each optimizer group of the model: a zero that takes part in the forward pass. Whatever is
+    frozen, and whichever parameters live here, DeepSpeed then finds the same groups on every rank, and the schedule a
+    gradient on every stage.
     """
 
-    def __init__(self, vlm: VLM, tensor_rank: int):
+    def __init__(self, vlm: VLM, groups: int):
         super().__init__()
         self.vlm = vlm
+        self.anchors = nn.ParameterList(nn.Parameter(torch.zeros(1)) for _ in range(groups))
         self.micro_batches: Sequence[Batch] = ()
-        counted = any(p.requires_grad and (tensor_rank == 0 or shard_of(p).count > 1) for p in vlm.parameters())
-        self.anchor = None if counted else nn.Parameter(torch.zeros(1))
-        if self.anchor is not None:
-            self.anchor.model_parallel = True
-
-    def named_parameters_of_model(self) -> list[tuple[str, nn.Parameter]]:
-        """Parameters under their single-process names, and the anchor where there is one."""
-        anchor = [] if self.anchor is None else [("anchor", self.anchor)]
-        return [*self.vlm.named_parameters(), *anchor]
 
     def forward(self, *hidden: Tensor, index: Tensor) -> Tensor:
         """hidden: nothing on the first stage, else [T, D] (or [T / tp, D] under sequence parallelism)
@@ -51,7 +43,7 @@ class Stage(nn.Module):
         returns: hidden states for the next stage, or float32 [] on the last: summed -log p of the supervised tokens
         """
         output = self.vlm(hidden[0] if hidden else None, self.micro_batches[index.item()])
-        return output if self.anchor is None else output + 0.0 * self.anchor.sum()
+        return output + 0.0 * sum(anchor.sum() for anchor in self.anchors)
 
 
 def build_stages(config: RunConfig, mesh: Mesh, ops: Ops, device: torch.device) -> nn.ModuleList:
@@ -65,7 +57,7 @@ def build_stages(config: RunConfig, mesh: Mesh, ops: Ops, device: torch.device) 
         if config.train.recompute == "full":
             recompute_blocks(vlm)
         with device:
-            stages.append(Stage(vlm, mesh.tp.rank))
+            stages.append(Stage(vlm, len(groups_of(config))))
     return stages
 
 

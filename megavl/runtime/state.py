@@ -52,10 +52,12 @@ def _tensors(engine: deepspeed.DeepSpeedEngine, parameter: nn.Parameter, dp_rank
             yield moment, 0, engine.basic_optimizer.state[parameter][moment].view(-1)
     elif parameter._hp_mapping is not None:  # None: the flat part of this rank begins after or ends before it
         held = parameter._hp_mapping
-        start = held.lp_fragment_address.start
-        yield "master", start, held.get_hp_fragment().data
+        start, here = held.lp_fragment_address.start, held.hp_fragment_address
+        # Looked up by group: DeepSpeed's own links to the moments are made when only the first group has any.
+        (flat,) = engine.basic_optimizer.param_groups[held.param_group_index]["params"]
+        yield "master", start, flat.data.narrow(0, here.start, here.numel)
         for moment in MOMENTS:
-            yield moment, start, held.get_hp_fragment(moment)
+            yield moment, start, engine.basic_optimizer.state[flat][moment].narrow(0, here.start, here.numel)
 
 
 def _zero3_tensors(engine: deepspeed.DeepSpeedEngine, parameter: nn.Parameter, dp_rank: int) -> Iterator[tuple]:
@@ -89,5 +91,3 @@ def _materialise_moments(engine: deepspeed.DeepSpeedEngine) -> None:
         if not adam.state[master]:
             step = torch.zeros(()) if isinstance(adam, torch.optim.AdamW) else 0
             adam.state[master] = {"step": step, **{moment: torch.zeros_like(master.data) for moment in MOMENTS}}
-    if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
-        zero._lazy_init_hp_params_optimizer_state()  # links each parameter to its part of the moments

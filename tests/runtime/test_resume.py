@@ -1,0 +1,81 @@
+"""A run that is saved under one topology and resumed under another goes on as if nothing had happened."""
+
+import pytest
+
+from tests.runtime.cases import merge, run_config, train
+
+# Topology that saves after step 2, and the one that goes on: world, parallel, train.
+CHANGES = [
+    ((4, {"tensor": 2, "sequence": True, "pipeline": 2, "zero": 1}, {}), (2, {"zero": 1}, {"micro_batch": 3})),
+    ((2, {"zero": 3}, {"micro_batch": 3}), (4, {"pipeline": 2, "virtual_stages": 3, "zero": 1}, {})),
+    ((3, {"zero": 1}, {"micro_batch": 4}), (2, {"tensor": 2, "zero": 0}, {"micro_batch": 3})),
+    ((1, {"zero": 0}, {}), (3, {"zero": 2}, {"micro_batch": 4})),
+    ((3, {"pipeline": 3, "zero": 0}, {}), (2, {"tensor": 2, "zero": 3}, {"micro_batch": 6})),
+]
+RULES = [{"match": "^stem.siglip", "lr_multiplier": 0.0}, {"match": "^stem.sam", "lr_multiplier": 0.1}]
+
+
+def go(pool, row, checkpoints, steps: int, precision: str):
+    world, parallel, options = row
+    config = run_config(
+        world,
+        parallel=parallel,
+        train=options | {"steps": steps, "precision": precision},
+        optim={"rules": RULES},
+    )
+    results = pool.run(world, train, config, checkpoints)
+    return results[0][0], merge([held for _, held in results])
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(pool):
+    return go(pool, (1, {"zero": 1}, {}), None, 5, "fp32")
+
+
+@pytest.mark.parametrize(("before", "after"), CHANGES)
+def test_fp32_goes_on_under_another_topology(pool, tmp_path, uninterrupted, before, after):
+    go(pool, before, str(tmp_path), 2, "fp32")
+    history, weights = go(pool, after, str(tmp_path), 5, "fp32")
+    expected_history, expected_weights = uninterrupted
+    assert len(history) == 3
+    for (loss, norm), (expected_loss, expected_norm) in zip(history, expected_history[2:], strict=True):
+        assert abs(loss - expected_loss) / expected_loss < 1e-6
+        assert abs(norm - expected_norm) / expected_norm < 1e-5
+    worst = max((weights[key] - expected_weights[key]).abs().max().item() for key in weights)
+    assert worst < 1e-4
+
+
+def test_bf16_goes_on_bit_for_bit_under_the_same_topology(pool, tmp_path):
+    row = (2, {"zero": 1}, {"micro_batch": 3})
+    expected_history, expected_weights = go(pool, row, None, 5, "bf16")
+    go(pool, row, str(tmp_path), 2, "bf16")
+    history, weights = go(pool, row, str(tmp_path), 5, "bf16")
+    assert history == expected_history[2:]
+    assert all((weights[key] == expected_weights[key]).all() for key in weights)
+
+
+def test_a_run_without_its_moments_would_be_noticed(pool, tmp_path, uninterrupted):
+    """Negative control: weights alone are not enough to go on."""
+    row = (1, {"zero": 1}, {})
+    go(pool, row, str(tmp_path), 2, "fp32")
+    config = run_config(train={"steps": 5}, optim={"rules": RULES}).model_copy(update={"output_dir": str(tmp_path)})
+    ((history, _),) = pool.run(1, train_from_weights, config)
+    assert abs(history[-1][0] - uninterrupted[0][-1][0]) > 1e-4
+
+
+def train_from_weights(config):
+    """Steps 2 to 4 from the weights of the checkpoint alone."""
+    from pathlib import Path
+
+    from megavl.checkpoint.load import latest, load_weights
+    from megavl.runtime.state import fragments
+    from tests.runtime.cases import over_the_world, set_up, step_batch
+
+    mesh, stages, engine, pipeline = set_up(config)
+    load_weights(latest(Path(config.output_dir)), fragments(engine, stages, mesh.dp.rank), config.model)
+    history = []
+    for step in range(2, 5):
+        loss = over_the_world(pipeline.run(step_batch(step, config, mesh)), mesh)
+        engine.step()
+        history.append((loss, float(engine.get_global_grad_norm())))
+    return history, {}
