@@ -36,5 +36,5 @@ clean:
 
 $(INSTALLED): setup.py
 	$(PYTHON) -m venv $(VENV)
-	python -m pip install --quiet --editable '.[hf,dev]'
+	python -m pip install --quiet --disable-pip-version-check --editable '.[hf,dev]'
 	touch $@

@@ -21,8 +21,8 @@ RECIPE = "launch/recipes/quickstart.yaml"
 RUN = Path("runs/quickstart")
 METRICS = RUN / "metrics.jsonl"
 RANKS = 4
-# The recipe writes a checkpoint after step 120, so the steps from 121 on are lost, and done again by another topology.
-KILL_AFTER_STEP = 127
+# The recipe writes a checkpoint after step 100, so the steps from 101 on are lost, and done again by another topology.
+KILL_AFTER_STEP = 107
 # Longest silence of a healthy run; its first step waits for DeepSpeed to compile an operator.
 SILENCE_S = 300
 # A kind of step has learned when the mean loss of its last ten steps is this much below that of its first three.
