@@ -3,7 +3,7 @@
 #   make quickstart   the main job on real input, on a CPU: documents -> training -> kill -> resume -> HF checkpoint
 #   make test         the whole test suite
 #   make check        format, lint and the rules of the house
-#   make clean        remove the environment, the quickstart's data and all runs
+#   make clean        remove the environment and what the quickstart made
 #
 # PYTHON=python3.12 picks another interpreter to make .venv with.
 
@@ -32,7 +32,7 @@ check: $(INSTALLED)
 	python -m pytest -q tests/house
 
 clean:
-	rm -rf $(VENV) data/quickstart runs build *.egg-info
+	rm -rf $(VENV) data/quickstart runs/quickstart build *.egg-info
 
 $(INSTALLED): setup.py
 	$(PYTHON) -m venv $(VENV)
