@@ -43,18 +43,20 @@ def main() -> None:
         return
 
     # Imported here: a dry run needs neither torch nor DeepSpeed, whose import takes seconds.
-    from megavl.checkpoint.agree import CheckpointError
-    from megavl.runtime.env import read_env, start_process_group
+    from megavl.checkpoint.load import CheckpointError
+    from megavl.runtime.env import LaunchError, read_env, start_process_group
     from megavl.runtime.health import RunError
     from megavl.runtime.loop import train
 
-    env = read_env()
     try:
+        env = read_env()
         config = load_run(args.config, args.overrides)
         check(config, env.world)
         check_files(config)
         start_process_group(env, timeout=timedelta(minutes=10))
         train(config, env)
+    except LaunchError as error:
+        sys.exit(f"error: {error}")
     except (ConfigError, CheckpointError, RunError) as error:
         # Every rank has the same error: one of them says it, all of them end.
         sys.exit(f"error: {error}" if env.rank == 0 else 1)

@@ -9,6 +9,8 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
+from megavl.parallel.agree import problems_of_all
+
 T = TypeVar("T")
 
 
@@ -42,7 +44,7 @@ def every_rank(action: Callable[[], T]) -> T:
     except Exception as error:
         failure = str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
         cause = error
-    failures = {rank: failure for rank, failure in enumerate(gather(failure)) if failure is not None}
+    failures = problems_of_all(failure)
     if failures:
         raise CheckpointError(_summary(failures)) from cause
     return result

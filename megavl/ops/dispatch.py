@@ -1,6 +1,7 @@
 """Which implementation serves each op on a device, and why. Decided once, at start, and told to the user."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -9,17 +10,23 @@ from torch import Tensor
 from megavl.ops.activation import swiglu
 from megavl.ops.attention import PackedAttention, fused_attention, reference_attention
 from megavl.ops.norm import rms_norm
+from megavl.ops.products import products
 
 _AMPERE = (8, 0)  # compute capability; FlashAttention 2 needs it
 
 
 @dataclass(frozen=True)
 class Ops:
-    """The ops that have more than one implementation. `lines`: one per op, what serves it and why."""
+    """The ops that have more than one implementation.
+
+    products: the context that forward and backward passes run in
+    lines: one per op, what serves it and why
+    """
 
     attention: PackedAttention
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     swiglu: Callable[[Tensor, Tensor], Tensor]
+    products: AbstractContextManager
     lines: tuple[str, ...]
 
 
@@ -27,11 +34,18 @@ def choose(device: torch.device) -> Ops:
     """The fastest implementation of each op that this installation has for `device`."""
     attention, attention_line = _attention(device)
     norm, norm_line = _rms_norm(device)
+    product_context, products_line = products(device)
     return Ops(
         attention=attention,
         rms_norm=norm,
         swiglu=swiglu,
-        lines=(f"attention: {attention_line}", f"rms_norm: {norm_line}", "swiglu: torch (no other implementation)"),
+        products=product_context,
+        lines=(
+            f"attention: {attention_line}",
+            f"rms_norm: {norm_line}",
+            "swiglu: torch (no other implementation)",
+            f"matrix products: {products_line}",
+        ),
     )
 
 

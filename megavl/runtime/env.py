@@ -16,6 +16,10 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 
+class LaunchError(ValueError):
+    """The processes of the run cannot find each other; a rank may be alone in knowing it."""
+
+
 @dataclass(frozen=True)
 class Env:
     """This process among the processes of the run."""
@@ -31,7 +35,7 @@ class Env:
 
 
 def read_env() -> Env:
-    """Read the launcher's variables. Raises ValueError where a launcher left some of them out."""
+    """Read the launcher's variables. Raises LaunchError where a launcher left some of them out."""
     if "RANK" in os.environ:
         names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
     elif int(os.environ.get("SLURM_NTASKS", 1)) > 1:
@@ -41,7 +45,7 @@ def read_env() -> Env:
     needed = (*names, "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in needed if name not in os.environ]
     if missing:
-        raise ValueError(
+        raise LaunchError(
             f"the launcher set {names[0]} but not {', '.join(missing)}, so the processes cannot find each other: start "
             "with deepspeed or torchrun, or export MASTER_ADDR (host of rank 0) and MASTER_PORT (a free port) before "
             "srun"
@@ -51,7 +55,10 @@ def read_env() -> Env:
 
 
 def start_process_group(env: Env, timeout: timedelta) -> None:
-    """Join the other processes and hand the group to DeepSpeed, which reads the same variables."""
+    """Join the other processes and hand the group to DeepSpeed, which reads the same variables.
+
+    Raises LaunchError where the processes cannot meet.
+    """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # it logs every step of its set-up on every rank
     # DeepSpeed still calls torch's collectives by their old names.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
@@ -62,5 +69,11 @@ def start_process_group(env: Env, timeout: timedelta) -> None:
     if env.world == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
-        dist.init_process_group(backend, rank=env.rank, world_size=env.world, timeout=timeout)
+        try:
+            dist.init_process_group(backend, rank=env.rank, world_size=env.world, timeout=timeout)
+        except dist.DistNetworkError as error:
+            raise LaunchError(
+                f"rank {env.rank} found no way to {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "
+                f"({str(error).splitlines()[0]}); another run may have that port: choose one, e.g. --master_port 29501"
+            ) from error
     deepspeed.init_distributed(backend)

@@ -36,11 +36,11 @@ def train(config: RunConfig, env: Env) -> None:
     topology = Topology(parallel.pipeline, env.world // parallel.model, parallel.tensor)
     mesh = build_mesh(topology, parallel.sequence)
     ops = choose(env.device)
-    sampler = together(lambda: Sampler(config.data, config.model, config.train), env.device)
+    sampler = together(lambda: Sampler(config.data, config.model, config.train))
 
     stages = build_stages(config, mesh, ops, env.device)
     engine = build_engine(stages, config, mesh)
-    pipeline = Pipeline(engine, stages, config, mesh)
+    pipeline = Pipeline(engine, stages, config, mesh, ops)
     checkpoints = Path(config.output_dir) / "checkpoints"
     first_step = resume(engine, stages, config, mesh, checkpoints)
 
@@ -53,7 +53,7 @@ def train(config: RunConfig, env: Env) -> None:
     try:
         for step in range(first_step, config.train.steps):
             started = time.perf_counter()
-            batch = together(lambda: next(batches), env.device).to(env.device)
+            batch = together(lambda: next(batches)).to(env.device)
             lr = config.optim.lr * schedule_ratio(config.optim.schedule, step, config.train.steps)
             set_learning_rate(engine.basic_optimizer, lr)
             loss = over_the_world(pipeline.run(batch), mesh)

@@ -64,8 +64,11 @@ def build_stages(config: RunConfig, mesh: Mesh, ops: Ops, device: torch.device) 
 class Pipeline:
     """Forward and backward of a whole step. Gradients accumulate in `engine`; the loss comes back."""
 
-    def __init__(self, engine: deepspeed.DeepSpeedEngine, stages: nn.ModuleList, config: RunConfig, mesh: Mesh):
+    def __init__(
+        self, engine: deepspeed.DeepSpeedEngine, stages: nn.ModuleList, config: RunConfig, mesh: Mesh, ops: Ops
+    ):
         self._engine = engine
+        self._products = ops.products
         self._stages = stages
         self._mesh = mesh
         self._normaliser = 1.0
@@ -112,15 +115,20 @@ class Pipeline:
         self._normaliser = batch.supervised_tokens / self._mesh.dp.size
         for stage in self._stages:
             stage.micro_batches = batch.micro_batches
-        indices = torch.arange(len(batch.micro_batches))
-        losses: list[Tensor] = []
-        if self._schedule is None:
-            for index in indices.split(1):
-                loss = self._scaled(self._engine(index=index))
-                self._engine.backward(loss, scale_wrt_gas=False)
-                losses.append(loss)
-        else:
-            self._schedule.step(index=indices, target=indices, losses=losses, return_outputs=False)
+        with self._products:
+            losses = self._forward_backward(torch.arange(len(batch.micro_batches)))
         if not losses:
             return torch.zeros((), device=self._engine.device)
         return torch.stack([loss.detach() for loss in losses]).sum() / self._mesh.dp.size
+
+    def _forward_backward(self, indices: Tensor) -> list[Tensor]:
+        """Scaled loss of each micro-batch; none on ranks without the last stage."""
+        losses: list[Tensor] = []
+        if self._schedule is not None:
+            self._schedule.step(index=indices, target=indices, losses=losses, return_outputs=False)
+            return losses
+        for index in indices.split(1):
+            loss = self._scaled(self._engine(index=index))
+            self._engine.backward(loss, scale_wrt_gas=False)
+            losses.append(loss)
+        return losses

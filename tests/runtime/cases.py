@@ -135,14 +135,15 @@ def set_up(config: RunConfig):
     parallel, world = config.parallel, dist.get_world_size()
     mesh = build_mesh(Topology(parallel.pipeline, world // parallel.model, parallel.tensor), parallel.sequence)
     cpu = torch.device("cpu")
-    stages = build_stages(config, mesh, choose(cpu), cpu)
+    ops = choose(cpu)
+    stages = build_stages(config, mesh, ops, cpu)
     # The SAM branch counts from the start: its scale begins at zero, which would hide it.
     for stage in stages:
         for name, parameter in stage.vlm.named_parameters():
             if name.endswith("hd_alpha_downsamples"):
                 parameter.data.fill_(0.7)
     engine = build_engine(stages, config, mesh)
-    return mesh, stages, engine, Pipeline(engine, stages, config, mesh)
+    return mesh, stages, engine, Pipeline(engine, stages, config, mesh, ops)
 
 
 def train(config: RunConfig, checkpoints: str | None = None) -> tuple[list[tuple[float, float]], dict[str, Tensor]]:

@@ -63,19 +63,25 @@ def name(row) -> str:
     return " ".join(f"{key}={value}" for key, value in ({"world": row[0]} | row[1] | row[2]).items())
 
 
+def optim(precision: str, rule: str | None) -> dict:
+    """bf16 takes smaller steps: rounding would grow with every step as any difference does at a large learning rate."""
+    return {"rules": RULES[rule] if rule else [], "lr": 1e-3 if precision == "bf16" else 1e-2}
+
+
 @cache
 def one_process(precision: str, rule: str | None):
     """History and weights of the single process."""
-    optim = {"rules": RULES[rule]} if rule else {}
-    (history, weights), *_ = Pool().run(1, train, run_config(optim=optim, train={"precision": precision}))
+    config = run_config(optim=optim(precision, rule), train={"precision": precision})
+    ((history, weights),) = Pool().run(1, train, config)
     return history, weights
 
 
 def compare(pool: Pool, row, precision: str = "fp32", rule: str | None = None) -> tuple[float, float, float]:
     """Worst relative error of losses, of gradient norms, and worst absolute error of the weights."""
     world, parallel, options = row
-    optim = {"rules": RULES[rule]} if rule else {}
-    config = run_config(world, optim=optim, train=options | {"precision": precision}, parallel=parallel)
+    config = run_config(
+        world, optim=optim(precision, rule), train=options | {"precision": precision}, parallel=parallel
+    )
     results = pool.run(world, train, config)
     expected_history, expected_weights = one_process(precision, rule)
     histories = [history for history, _ in results]
@@ -102,9 +108,9 @@ def test_fp32_equals_one_process(pool, record_property, row):
     errors = compare(pool, row)
     show(record_property, errors)
     loss, norm, weights = errors
-    assert loss < 1e-6
-    assert norm < 1e-5
-    assert weights < 1e-4
+    assert loss < 1e-6  # measured 2.1e-7
+    assert norm < 1e-5  # measured 2.9e-6
+    assert weights < 1e-5  # measured 1.0e-6, of weights up to 1
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -113,9 +119,9 @@ def test_parameter_rules_equal_one_process(pool, record_property, row, rule):
     errors = compare(pool, row, rule=rule)
     show(record_property, errors)
     loss, norm, weights = errors
-    assert loss < 1e-6
-    assert norm < 1e-5
-    assert weights < 1e-4
+    assert loss < 1e-6  # measured 2.1e-7
+    assert norm < 1e-5  # measured 2.9e-6
+    assert weights < 1e-5  # measured 1.0e-6, of weights up to 1
 
 
 @pytest.mark.parametrize("row", BF16_TABLE, ids=name)
@@ -123,8 +129,8 @@ def test_bf16_equals_one_process_within_its_rounding(pool, record_property, row)
     errors = compare(pool, row, precision="bf16")
     show(record_property, errors)
     loss, norm, _ = errors
-    assert loss < 5e-3
-    assert norm < 5e-2
+    assert loss < 5e-4  # measured 7.2e-5
+    assert norm < 3e-2  # measured 1.3e-2
 
 
 def test_frozen_parameters_do_not_move():
