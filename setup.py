@@ -26,6 +26,7 @@ setup(
         "numpy~=2.4",
         "pyarrow>=26.0.1",
         "sentencepiece~=0.2.3",
+        "protobuf>=6",  # reads the parts of a sentencepiece model that an export carries over
         "tokenizers~=0.23.3",
         "safetensors~=0.8.0",
         "pydantic~=2.14",

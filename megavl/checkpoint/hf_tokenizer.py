@@ -6,11 +6,11 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
 
 from megavl.checkpoint.agree import CheckpointError
+from megavl.config.tokens import END_OF_SEQUENCE
 
 PLACEHOLDER = "<image_placeholder>"
 _SPACE = "\u2581"  # sentencepiece's mark for a space
-# Where a tokenizer.json has no tokenizer_config.json beside it that says so: DeepSeek's, Llama's and GPT-2's.
-_EOS = ("<｜end▁of▁sentence｜>", "</s>", "<|endoftext|>")
+# Where a tokenizer.json has no tokenizer_config.json beside it that says so: DeepSeek's and Llama's.
 _BOS = ("<｜begin▁of▁sentence｜>", "<s>")
 
 # Kinds of pieces in a sentencepiece model.
@@ -116,7 +116,7 @@ def _from_json(source: Path) -> tuple[dict, dict]:
     special = [token["content"] for token in spec["added_tokens"] if token["special"]]
     settings = {
         name: next((token for token in candidates if token in special), None)
-        for name, candidates in (("bos_token", _BOS), ("eos_token", _EOS))
+        for name, candidates in (("bos_token", _BOS), ("eos_token", END_OF_SEQUENCE))
     }
     return spec, {name: token for name, token in settings.items() if token is not None}
 

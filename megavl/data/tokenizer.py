@@ -7,10 +7,8 @@ from typing import Protocol
 import sentencepiece
 import tokenizers
 
+from megavl.config.tokens import END_OF_SEQUENCE
 from megavl.data.errors import DataError
-
-# The end-of-sequence tokens of DeepSeek, Llama and GPT-2 tokenizers: tokenizer.json itself does not name its own.
-_EOS_TOKENS = ("<｜end▁of▁sentence｜>", "</s>", "<|endoftext|>")
 
 
 class Tokenizer(Protocol):
@@ -74,12 +72,13 @@ class JsonTokenizer:
             ) from error
         # A document is data: a special token that is spelled out in it stays text.
         self._model.encode_special_tokens = True
+        # tokenizer.json does not say which of its special tokens ends a sequence.
         special = {token.content: id for id, token in self._model.get_added_tokens_decoder().items() if token.special}
-        eos = next((special[name] for name in _EOS_TOKENS if name in special), None)
+        eos = next((special[name] for name in END_OF_SEQUENCE if name in special), None)
         if eos is None:
             raise DataError(
-                f"tokenizer {path} has no end-of-sequence token: none of {', '.join(_EOS_TOKENS)} is among its special "
-                f"tokens ({', '.join(special) or 'it has none'}); add one as a special token"
+                f"tokenizer {path} has no end-of-sequence token: none of {', '.join(END_OF_SEQUENCE)} is among its "
+                f"special tokens ({', '.join(special) or 'it has none'}); add one as a special token"
             )
         self.eos = eos
         self.vocab_size = max(self._model.get_vocab().values()) + 1

@@ -36,7 +36,7 @@ class Metrics:
     def __init__(self, config: RunConfig, env: Env):
         """Collective: on a device of unknown peak all ranks measure together."""
         self._config, self._env = config, env
-        self._peak_flops, origin = _peak(env)
+        self._peak_flops, origin = peak(env)
         self._file = self._board = None
         if env.rank == 0:
             folder = Path(config.output_dir)
@@ -48,7 +48,7 @@ class Metrics:
 
     def record(self, batch: StepBatch, loss: float, grad_norm: float, lr: float, step_s: float) -> None:
         """One step. Collective: memory is that of the fullest rank."""
-        memory = torch.tensor(_memory_bytes(self._env.device), dtype=torch.int64, device=self._env.device)
+        memory = torch.tensor(memory_bytes(self._env.device), dtype=torch.int64, device=self._env.device)
         dist.all_reduce(memory, dist.ReduceOp.MAX)
         if self._file is None:
             return
@@ -101,7 +101,7 @@ class Metrics:
                 output.close()
 
 
-def _memory_bytes(device: torch.device) -> int:
+def memory_bytes(device: torch.device) -> int:
     """Most memory that this process has held: on the device, or resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
@@ -109,7 +109,7 @@ def _memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit_bytes
 
 
-def _peak(env: Env) -> tuple[float, str]:
+def peak(env: Env) -> tuple[float, str]:
     """FLOP/s that one rank could do, and where the number is from."""
     name = torch.cuda.get_device_name(env.device) if env.device.type == "cuda" else "cpu"
     known = peak_flops(name)
