@@ -40,7 +40,7 @@ def test_cpu_is_served_by_torch():
     ops = choose(torch.device("cpu"))
     assert ops.attention is reference_attention
     assert ops.rms_norm is rms_norm
-    assert [line.split(":")[0] for line in ops.lines] == ["attention", "rms_norm", "swiglu"]
+    assert [line.split(":")[0] for line in ops.lines] == ["attention", "rms_norm", "swiglu", "matrix products"]
     assert "cpu" in ops.lines[0]
 
 
