@@ -1,7 +1,7 @@
 """Batch: the one noun that crosses rooms."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -54,7 +54,3 @@ class StepBatch:
     tokens: int
     images: int
     squared_tokens: int
-
-    def to(self, device: torch.device) -> "StepBatch":
-        """The same step on another device."""
-        return replace(self, micro_batches=tuple(batch.to(device) for batch in self.micro_batches))

@@ -133,7 +133,7 @@ def benchmark(config: RunConfig, env: Env, args: argparse.Namespace) -> None:
     peak_flops, origin = peak(env)
     rows = []
     for kind in ("text", "multimodal"):
-        batch = made_up_step(config, mesh, kind, args.images).to(env.device)
+        batch = made_up_step(config, mesh, kind, args.images)
         times = step_times(pipeline, engine, batch, args.warmup, args.steps)
         flops = step_flops(config, tokens=batch.tokens, squared_tokens=batch.squared_tokens, images=batch.images)
         median = statistics.median(times)

@@ -54,6 +54,18 @@ def dump_run(config: RunConfig) -> dict[str, Any]:
     return config.model_dump(mode="json")
 
 
+def differences(before: dict[str, Any], now: dict[str, Any], section: str = "") -> list[str]:
+    """What `dump_run` of two runs says differently, one line for each field."""
+    lines = []
+    for field in sorted(before.keys() | now.keys()):
+        old, new = before.get(field), now.get(field)
+        if isinstance(old, dict) and isinstance(new, dict):
+            lines += differences(old, new, f"{section}{field}.")
+        elif old != new:
+            lines.append(f"{section}{field}: {old} -> {new}")
+    return lines
+
+
 class _Loader(yaml.SafeLoader):
     """YAML with the scalars of version 1.2 (`off` is a word, 3e-5 a number, 2024-01-01 a name), and each key once."""
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from megavl.checkpoint.load import latest, load, load_weights, read_state
 from megavl.checkpoint.save import save
-from megavl.config.load import dump_run
+from megavl.config.load import differences, dump_run
 from megavl.config.run import RunConfig
 from megavl.data.loader import Loader
 from megavl.data.sampler import Sampler
@@ -53,17 +53,15 @@ def train(config: RunConfig, env: Env) -> None:
     try:
         for step in range(first_step, config.train.steps):
             started = time.perf_counter()
-            batch = together(lambda: next(batches)).to(env.device)
+            batch = together(lambda: next(batches))
             lr = config.optim.lr * schedule_ratio(config.optim.schedule, step, config.train.steps)
             set_learning_rate(engine.basic_optimizer, lr)
             loss = over_the_world(pipeline.run(batch), mesh)
-            if not math.isfinite(loss):
-                raise RunError(
-                    f"the loss of step {step} is {loss}: nothing was updated; resume from the last checkpoint with a "
-                    "lower optim.lr, or look at the data of this step"
-                )
+            _refuse_infinite("loss", loss, step)
             engine.step()
-            metrics.record(batch, loss, float(engine.get_global_grad_norm()), lr, time.perf_counter() - started)
+            grad_norm = float(engine.get_global_grad_norm())
+            _refuse_infinite("gradient norm", grad_norm, step)
+            metrics.record(batch, loss, grad_norm, lr, time.perf_counter() - started)
             if (step + 1) % config.checkpoint.every == 0 or step + 1 == config.train.steps:
                 saved = keep(engine, stages, config, mesh, checkpoints, step + 1)
                 if env.rank == 0:
@@ -86,6 +84,8 @@ def resume(
     state = read_state(newest)
     load(newest, held, config.model)
     set_optimizer_step(engine, state["optimizer_step"])
+    if dist.get_rank() == 0:
+        print(f"resumed from {newest}", *differences(state["config"], dump_run(config)), sep="\n  ", flush=True)
     return state["step"]
 
 
@@ -115,6 +115,15 @@ def _introduce(config: RunConfig, topology: Topology, ops: Ops, first_step: int)
         + f"\nfrom step {first_step} to {train.steps}, output in {config.output_dir}",
         flush=True,
     )
+
+
+def _refuse_infinite(what: str, value: float, step: int) -> None:
+    """Every rank has the same value."""
+    if not math.isfinite(value):
+        raise RunError(
+            f"the {what} of step {step + 1} is {value}: this run has diverged, and the weights in memory are lost; "
+            "start again from the last checkpoint with a lower optim.lr, or look at the data of this step"
+        )
 
 
 def over_the_world(loss: torch.Tensor, mesh: Mesh) -> float:

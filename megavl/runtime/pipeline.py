@@ -42,7 +42,9 @@ class Stage(nn.Module):
         index: int64 [1], number of the micro-batch
         returns: hidden states for the next stage, or float32 [] on the last: summed -log p of the supervised tokens
         """
-        output = self.vlm(hidden[0] if hidden else None, self.micro_batches[index.item()])
+        # Moved when its turn comes: the images of a whole step would fill a device.
+        batch = self.micro_batches[index.item()].to(self.anchors[0].device)
+        output = self.vlm(hidden[0] if hidden else None, batch)
         return output + 0.0 * sum(anchor.sum() for anchor in self.anchors)
 
 

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from megavl.config.error import ConfigError
-from megavl.config.load import dump_run, load_run
+from megavl.config.load import differences, dump_run, load_run
 from megavl.config.presets import PRESETS
 from megavl.config.run import RunConfig
 from tests.config.runs import RUN
@@ -171,3 +171,10 @@ def test_dump_gives_the_same_run_again(recipe):
     config = load_run(recipe({}), ["parallel.pipeline=2", "parallel.stages=[12,12]", "model.sam=null"])
     dumped = dump_run(config)
     assert RunConfig.model_validate(json.loads(json.dumps(dumped))) == config
+
+
+def test_differences_of_two_runs_name_their_fields():
+    before = {"train": {"steps": 2, "seed": 0}, "parallel": {"stages": None}, "output_dir": "a"}
+    now = {"train": {"steps": 3, "seed": 0}, "parallel": {"stages": [1, 2]}, "output_dir": "a"}
+    assert differences(before, now) == ["parallel.stages: None -> [1, 2]", "train.steps: 2 -> 3"]
+    assert differences(now, now) == []
