@@ -6,40 +6,83 @@ The same input gives the same model. Ids: 0 unknown, 1 begin, 2 end of sequence,
 """
 
 import argparse
-import json
 import os
+import re
 import sys
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
+from typing import BinaryIO
 
 import sentencepiece
 
+from megavl.data.document import Text
+from megavl.data.errors import DataError
+from megavl.data.readers.jsonl import parse, records
+
+# The four control pieces and the 256 bytes, which every model has.
+FIXED_PIECES = 4 + 256
+
 
 def texts(paths: list[Path]) -> Iterator[str]:
-    """Every text of every document, line by line as the files have them.
+    """Every text of every document, in the order of the files.
 
-    Raises ValueError naming the file and line of a record that has neither "text" nor "segments".
+    Raises DataError naming the file and line of a record that preprocessing would refuse, too.
     """
     for path in paths:
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                try:
-                    record = json.loads(line)
-                    segments = record["segments"] if "segments" in record else [{"text": record["text"]}]
-                except (ValueError, KeyError, TypeError) as error:
-                    raise ValueError(
-                        f'{path}:{number}: not a document ({error}); a line is {{"text": ...}} or {{"segments": [...]}}'
-                    ) from error
-                yield from (segment["text"] for segment in segments if "text" in segment)
+        for record in records(str(path)):
+            yield from (segment.text for segment in parse(record).segments if isinstance(segment, Text))
 
 
 def train(paths: list[Path], output: Path, vocab_size: int) -> None:
-    """Write a model that encodes any text without loss: no normalisation, bytes for characters it has not seen."""
+    """Write a model that encodes any text without loss: no normalisation, bytes for characters it has not seen.
+
+    Raises ValueError for an input, an output or a vocabulary size of which no model can be made; nothing is left then.
+    """
+    if vocab_size <= FIXED_PIECES:
+        raise ValueError(
+            f"--vocab-size {vocab_size} leaves no piece to learn: {FIXED_PIECES} are control pieces and bytes. Nothing "
+            "was written; ask for more"
+        )
+    # One line per sentence is what the trainer takes; a line break itself becomes its byte.
+    lines = (line for text in texts(paths) for line in text.split("\n") if line)
+    first = next(lines, None)
+    if first is None:
+        raise ValueError(
+            f"no text in {', '.join(map(str, paths))}: there is nothing to learn pieces from, and nothing was written; "
+            "give files that hold text with --input"
+        )
     partial = output.with_name(output.name + ".partial")
-    with partial.open("wb") as model:
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        model = partial.open("wb")
+    except OSError as error:
+        raise ValueError(
+            f"{output} cannot be written ({error.strerror}: {error.filename}). Nothing was written; choose another "
+            "--output"
+        ) from error
+    try:
+        with model:
+            _learn(chain([first], lines), model, vocab_size)
+        os.replace(partial, output)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _learn(lines: Iterator[str], model: BinaryIO, vocab_size: int) -> None:
+    failures: list[DataError] = []
+
+    def watched() -> Iterator[str]:
+        """The lines; the trainer makes text with a stack trace of what they raise, so that is kept."""
+        try:
+            yield from lines
+        except DataError as error:
+            failures.append(error)
+            raise
+
+    try:
         sentencepiece.SentencePieceTrainer.train(
-            # One line per sentence is what the trainer takes; a line break itself becomes its byte.
-            sentence_iterator=(line for text in texts(paths) for line in text.split("\n") if line),
+            sentence_iterator=watched(),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -58,19 +101,33 @@ def train(paths: list[Path], output: Path, vocab_size: int) -> None:
             pad_id=3,
             minloglevel=2,
         )
-    os.replace(partial, output)
+    except RuntimeError as error:  # the trainer's failed checks, as text
+        if failures:
+            raise failures[0] from None
+        if most := re.search(r"too high .* <= (\d+)", str(error)):
+            reason = (
+                f"the corpus is too small for {vocab_size} pieces: it gives {most[1]}. Lower --vocab-size or add text"
+            )
+        elif least := re.search(r"required_chars.* vs (\d+)", str(error)):
+            reason = (
+                f"{vocab_size} pieces are too few for the corpus's characters. Raise --vocab-size to {least[1]} or more"
+            )
+        else:
+            reason = f"sentencepiece cannot train on this input: {error}"
+        raise ValueError(f"{reason}; nothing was written") from error
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", type=Path, nargs="+", required=True)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--vocab-size", type=int, default=2048)
+    parser.add_argument(
+        "--input", type=Path, nargs="+", required=True, metavar="FILE", help=".jsonl files of documents"
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="T.model", help="replaced if it is there")
+    parser.add_argument("--vocab-size", type=int, default=2048, metavar="N", help="pieces; default 2048")
     arguments = parser.parse_args()
     try:
         train(arguments.input, arguments.output, arguments.vocab_size)
-    except (ValueError, OSError, RuntimeError) as error:
-        arguments.output.with_name(arguments.output.name + ".partial").unlink(missing_ok=True)
+    except (ValueError, OSError) as error:
         sys.exit(f"train_tokenizer: {error}")
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(arguments.output))
     sample = [text for _, text in zip(range(2000), texts(arguments.input), strict=False)]

@@ -1,6 +1,7 @@
 """The tokenizer of the quickstart loses nothing and is the same each time."""
 
 import json
+import os
 import subprocess
 import sys
 from keyword import kwlist
@@ -14,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 def train(inputs, output, *options):
     command = [sys.executable, "tools/train_tokenizer.py", "--input", *inputs, "--output", output, *options]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
 
 
 @pytest.fixture
@@ -26,16 +27,17 @@ def documents(tmp_path):
     records = [{"text": line} for line in lines[:100]]
     records += [{"segments": [{"image": "x.png"}, {"text": line}]} for line in lines[100:]]
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    (tmp_path / "x.png").write_bytes(b"read with its record, and not looked at")
     return path
 
 
 def test_model(documents, tmp_path):
-    outputs = [tmp_path / "one.model", tmp_path / "two.model"]
+    outputs = [tmp_path / "one.model", tmp_path / "made" / "here" / "two.model"]
     for output in outputs:
         done = train([documents], output, "--vocab-size", "400")
         assert done.returncode == 0, done.stderr
     assert outputs[0].read_bytes() == outputs[1].read_bytes()
-    assert not list(tmp_path.glob("*.partial"))
+    assert not list(tmp_path.rglob("*.partial"))
 
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(outputs[0]))
     assert tokenizer.vocab_size() == 400
@@ -48,18 +50,49 @@ def test_model(documents, tmp_path):
     assert len(tokenizer.encode("return from while")) <= 6
 
 
+def refused(done) -> str:
+    """The one line with which the command ended."""
+    assert done.returncode == 1 and done.stderr.startswith("train_tokenizer: ") and done.stderr.count("\n") == 1
+    return done.stderr
+
+
 @pytest.mark.parametrize(
-    ("line", "message"), [("{broken", "a.jsonl:2"), ('{"txt": "x"}', "a.jsonl:2"), ("[1]", "a.jsonl:2")]
+    ("line", "message"),
+    [
+        ("{broken", "is not JSON"),
+        ('{"txt": "x"}', 'has neither "text" nor "segments"'),
+        ("[1]", "not an object"),
+        ('{"text": 5}', '"text" is a number (5); it must be a string'),
+    ],
 )
 def test_a_line_that_is_no_document_is_named(line, message, tmp_path):
     path, output = tmp_path / "a.jsonl", tmp_path / "t.model"
     path.write_text(json.dumps({"text": "hello"}) + "\n" + line + "\n")
-    done = train([path], output)
-    assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
+    said = refused(train([path], output))
+    assert "a.jsonl:2: " in said and message in said
     assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
 
 
-def test_too_little_text_for_the_vocabulary(documents, tmp_path):
-    done = train([documents], tmp_path / "t.model", "--vocab-size", "30000")
-    assert done.returncode == 1 and "train_tokenizer:" in done.stderr and "Traceback" not in done.stderr
+def test_input_without_text(tmp_path):
+    (tmp_path / "a.jsonl").touch()
+    assert "no text in" in refused(train([tmp_path / "a.jsonl"], tmp_path / "t.model"))
+    assert "b.jsonl: cannot be read" in refused(train([tmp_path / "b.jsonl"], tmp_path / "t.model"))
+    assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def test_an_output_below_a_file(documents, tmp_path):
+    said = refused(train([documents], documents / "t.model", "--vocab-size", "400"))
+    assert "a.jsonl/t.model cannot be written" in said and "choose another --output" in said
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        ("30000", "the corpus is too small for 30000 pieces: it gives "),
+        ("270", "270 pieces are too few for the corpus's characters. Raise --vocab-size to "),
+        ("260", "--vocab-size 260 leaves no piece to learn"),
+    ],
+)
+def test_a_vocabulary_that_does_not_fit_the_corpus(size, message, documents, tmp_path):
+    assert message in refused(train([documents], tmp_path / "t.model", "--vocab-size", size))
     assert not list(tmp_path.glob("t.model*"))
