@@ -11,7 +11,7 @@ PYTHON ?= python3
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 
-# DeepSpeed compiles its operators at first use and looks for ninja on PATH.
+# The launchers are found there, and ninja, with which DeepSpeed compiles its operators on a GPU.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # Several processes share the cores: one thread each.
 export OMP_NUM_THREADS ?= 1

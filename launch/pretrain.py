@@ -23,11 +23,18 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--config", required=True, metavar="RECIPE.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
     parser.add_argument("--dry-run", action="store_true", help="print the plan of the run, without GPUs, and stop")
-    parser.add_argument("--world", type=int, metavar="N", help="with --dry-run: number of ranks to plan for")
     parser.add_argument(
-        "--local_rank", help=argparse.SUPPRESS
-    )  # the deepspeed launcher passes it; LOCAL_RANK says the same
-    return parser.parse_intermixed_args()
+        "--world",
+        type=int,
+        metavar="N",
+        help="with --dry-run: ranks to plan for (default: one replica, parallel.tensor * parallel.pipeline)",
+    )
+    # The deepspeed launcher passes it; LOCAL_RANK says the same.
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
+    args = parser.parse_intermixed_args()
+    if args.world is not None and (args.world < 1 or not args.dry_run):
+        parser.error(f"--world {args.world}: a number of ranks, 1 or more, to plan for with --dry-run")
+    return args
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ same run goes on as PP2 x DP2; the result is exported and compared with transfor
 its exit code.
 """
 
+import argparse
 import json
 import subprocess
 import sys
@@ -23,7 +24,7 @@ METRICS = RUN / "metrics.jsonl"
 RANKS = 4
 # The recipe writes a checkpoint after step 100, so the steps from 101 on are lost, and done again by another topology.
 KILL_AFTER_STEP = 107
-# Longest silence of a healthy run; its first step waits for DeepSpeed to compile an operator.
+# Longest silence of a healthy run.
 SILENCE_S = 300
 # A kind of step has learned when the mean loss of its last ten steps is this much below that of its first three.
 LOSS_MUST_FALL_BY_NATS = 1.0
@@ -86,6 +87,7 @@ def train_and_kill(command: str) -> None:
         if sorted(ranks) != list(range(RANKS)):
             sys.exit(f"quickstart: expected ranks 0 to {RANKS - 1} below the launcher, found {sorted(ranks)}")
         victim = ranks[RANKS - 1]
+        print("\nNow one rank is killed; the others lose their peer and say so, and the launcher ends them.")
         say(f"\n$ kill -KILL {victim.pid}    # rank {RANKS - 1} of {RANKS}, in the middle of training")
         started = time.monotonic()
         victim.kill()
@@ -140,6 +142,7 @@ def summary(seconds: float) -> bool:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     started = time.monotonic()
     run(f"rm -rf {DATA} {RUN}")
 

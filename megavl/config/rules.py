@@ -28,9 +28,10 @@ def check(config: RunConfig, world: int) -> None:
 
 
 def check_files(config: RunConfig) -> None:
-    """Raise ConfigError with every file that the run reads and that is not there, and the command that makes it."""
+    """Raise ConfigError with every file that the run reads and that is not there, and the command that makes it; and
+    with an output folder that cannot be one."""
     if problems := [problem for rule in _FILE_RULES for problem in rule(config)]:
-        raise ConfigError(f"files are missing (paths are relative to {Path.cwd()})", problems)
+        raise ConfigError(f"files are not as the run needs them (paths are relative to {Path.cwd()})", problems)
 
 
 def _tensor(config: RunConfig) -> list[str]:
@@ -225,7 +226,17 @@ def _init_from(config: RunConfig) -> list[str]:
     ]
 
 
-_FILE_RULES = (_tokenizer, _datasets, _init_from)
+def _output_dir(config: RunConfig) -> list[str]:
+    output = Path(config.output_dir)
+    files = [path for path in (output, *output.parents) if path.is_file()]
+    return [
+        f"output_dir = {config.output_dir}: {path} is a file, so nothing could be written there; give a folder, which "
+        "is made where it is not there"
+        for path in files
+    ]
+
+
+_FILE_RULES = (_tokenizer, _datasets, _init_from, _output_dir)
 _QUICKSTART_REMEDY = "`make quickstart` makes it"
 
 

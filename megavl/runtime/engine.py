@@ -9,7 +9,9 @@ import sys
 from types import MethodType
 
 import deepspeed
-from deepspeed.runtime.utils import clip_grad_norm_
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.utils import is_model_parallel_parameter
 from torch import nn
 
 from megavl.config.run import RunConfig
@@ -91,10 +93,17 @@ def deepspeed_config(config: RunConfig) -> dict:
 
 
 def _clip_and_keep_norm(engine: deepspeed.DeepSpeedEngine) -> None:
-    """Without ZeRO DeepSpeed clips fp32 gradients but drops their norm; this keeps it."""
-    engine._global_grad_norm = clip_grad_norm_(
-        parameters=engine.module.parameters(), max_norm=engine.gradient_clipping(), mpu=engine.mpu
-    )
+    """Without ZeRO DeepSpeed sums the norm in fp32 and drops it after clipping; this sums in fp64, as ZeRO does, and
+    keeps it."""
+    unit = engine.mpu
+    parameters = [parameter for parameter in engine.module.parameters() if parameter.grad is not None]
+    counted = [p.grad for p in parameters if unit.get_model_parallel_rank() == 0 or is_model_parallel_parameter(p)]
+    squared = torch.stack([torch.linalg.vector_norm(grad, dtype=torch.float64) ** 2 for grad in counted]).sum()
+    dist.all_reduce(squared, group=unit.get_model_parallel_group())
+    norm = squared.sqrt()
+    if norm > engine.gradient_clipping():
+        torch._foreach_mul_([p.grad for p in parameters], (engine.gradient_clipping() / (norm + 1e-6)).item())
+    engine._global_grad_norm = norm
 
 
 def build_engine(stages: nn.ModuleList, config: RunConfig, mesh: Mesh) -> deepspeed.DeepSpeedEngine:

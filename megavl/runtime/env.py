@@ -59,9 +59,6 @@ def start_process_group(env: Env, timeout: timedelta) -> None:
 
     Raises LaunchError where the processes cannot meet.
     """
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # it logs every step of its set-up on every rank
-    # DeepSpeed still calls torch's collectives by their old names.
-    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     os.environ.update(RANK=str(env.rank), LOCAL_RANK=str(env.local_rank), WORLD_SIZE=str(env.world))
     if env.device.type == "cuda":
         torch.cuda.set_device(env.device)
@@ -76,4 +73,15 @@ def start_process_group(env: Env, timeout: timedelta) -> None:
                 f"rank {env.rank} found no way to {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "
                 f"({str(error).splitlines()[0]}); another run may have that port: choose one, e.g. --master_port 29501"
             ) from error
+    start_deepspeed(backend)
+
+
+def start_deepspeed(backend: str) -> None:
+    """Hand the default process group to DeepSpeed."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # it logs every step of its set-up on every rank
+    # DeepSpeed still calls torch's collectives by their old names.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    # On a CPU it would compile an all-reduce that only its inference uses. A rank that is killed while torch compiles
+    # leaves a lock behind, for which every later run on the machine would wait without a word.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(backend)

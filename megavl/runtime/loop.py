@@ -105,14 +105,16 @@ def keep(
 
 def _introduce(config: RunConfig, topology: Topology, ops: Ops, first_step: int) -> None:
     parallel, train = config.parallel, config.train
+    ranks = "1 rank" if topology.world == 1 else f"{topology.world} ranks"
     micro_batches = train.global_batch // (topology.dp * train.micro_batch)
     print(
-        f"{config.model.name} on {topology.world} ranks: tensor {topology.tp}{' with sequence' * parallel.sequence}, "
+        f"{config.model.name} on {ranks}: tensor {topology.tp}{' with sequence' * parallel.sequence}, "
         f"pipeline {topology.pp} x {parallel.virtual_stages} stages, data {topology.dp}, ZeRO-{parallel.zero}, "
         f"{train.precision}\n"
         f"a step: {train.global_batch} packs of {config.data.seq_len} tokens, {micro_batches} micro-batches a rank\n"
         + "\n".join(ops.lines)
-        + f"\nfrom step {first_step} to {train.steps}, output in {config.output_dir}",
+        + f"\nfrom step {first_step} to {train.steps}, output in {config.output_dir}"
+        + ("; nothing is left to do: raise train.steps to go on" if first_step >= train.steps else ""),
         flush=True,
     )
 

@@ -213,3 +213,10 @@ class TestFiles:
         assert "checkpoint.init_from: no directory elsewhere" in problem and "convert_checkpoint.py from-hf" in problem
         (self.path / "elsewhere").mkdir()
         check_files(make_run(checkpoint={"init_from": "elsewhere"}))
+
+
+def test_an_output_dir_below_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    config = make_run(output_dir=str(tmp_path / "file" / "run"))
+    with pytest.raises(ConfigError, match="output_dir = .*file is a file, so nothing could be written"):
+        check_files(config)

@@ -1,10 +1,8 @@
 """A tiny run, its steps made by hand, and what a rank of any topology sees of it."""
 
-import logging
 from math import prod
 from pathlib import Path
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -18,6 +16,7 @@ from megavl.parallel.cross_entropy import IGNORED
 from megavl.parallel.groups import Mesh, build_mesh
 from megavl.parallel.topology import Topology
 from megavl.runtime.engine import build_engine
+from megavl.runtime.env import start_deepspeed
 from megavl.runtime.loop import keep, over_the_world, resume
 from megavl.runtime.optim import set_learning_rate
 from megavl.runtime.pipeline import Pipeline, build_stages
@@ -130,8 +129,7 @@ def step_batch(step: int, config: RunConfig, mesh: Mesh) -> StepBatch:
 
 def set_up(config: RunConfig):
     """(mesh, stages, engine, pipeline) of this rank. Collective."""
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    deepspeed.init_distributed("gloo")
+    start_deepspeed("gloo")
     parallel, world = config.parallel, dist.get_world_size()
     mesh = build_mesh(Topology(parallel.pipeline, world // parallel.model, parallel.tensor), parallel.sequence)
     cpu = torch.device("cpu")
