@@ -24,10 +24,17 @@ _COLOURS = {"text": "#1f6fb4", "multimodal": "#d9622b"}
 def read_attempts(path: Path) -> list[list[dict]]:
     """The steps of each attempt at the run, in order: an attempt ends where the step number does not rise.
 
-    Raises ValueError naming the line that is not a step.
+    Raises ValueError for a file that cannot be read or holds no step, naming the line that is not a step.
     """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be read ({error.strerror}): there is nothing to draw; give the metrics.jsonl in a run's "
+            "directory with --metrics"
+        ) from error
     attempts, last = [], None
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
             step, _, _ = row["step"], row["kind"], row["loss"]
@@ -38,7 +45,7 @@ def read_attempts(path: Path) -> list[list[dict]]:
         attempts[-1].append(row)
         last = step
     if not attempts:
-        raise ValueError(f"{path} holds no step yet: nothing to draw")
+        raise ValueError(f"{path} holds no step: there is nothing to draw; wait for the run's first step")
     return attempts
 
 
@@ -76,17 +83,30 @@ def draw(attempts: list[list[dict]], title: str) -> plt.Figure:
     return figure
 
 
+def save(figure: plt.Figure, output: Path) -> None:
+    """Write the picture, and the directory it is to be in.
+
+    Raises ValueError where that cannot be written or is no kind of picture; nothing is left then.
+    """
+    partial = output.with_name(f"partial.{output.name}")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(partial, dpi=120)
+        os.replace(partial, output)
+    except OSError as error:
+        if partial.is_file():
+            partial.unlink()
+        raise ValueError(f"{output} cannot be written ({error.strerror}); choose another --output") from error
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--metrics", type=Path, required=True, help="metrics.jsonl of a run")
     parser.add_argument("--output", type=Path, required=True, help="picture to write (.png, .svg, .pdf)")
     arguments = parser.parse_args()
     try:
-        figure = draw(read_attempts(arguments.metrics), str(arguments.metrics.parent))
-        partial = arguments.output.with_name(f"partial.{arguments.output.name}")
-        figure.savefig(partial, dpi=120)
-        os.replace(partial, arguments.output)
-    except (ValueError, OSError) as error:
+        save(draw(read_attempts(arguments.metrics), str(arguments.metrics.parent)), arguments.output)
+    except ValueError as error:
         sys.exit(f"plot_loss: {error}")
     print(f"  {arguments.output}")
 

@@ -61,9 +61,32 @@ def test_command_line(metrics, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["loss.png", "metrics.jsonl"]
 
 
-@pytest.mark.parametrize(("text", "message"), [("", "no step"), ('{"step": 1}\n', "metrics.jsonl:1")])
+def refused(*options) -> str:
+    """The one line with which the command ended."""
+    done = command(*options)
+    assert done.returncode == 1 and done.stderr.startswith("plot_loss: ") and done.stderr.count("\n") == 1
+    return done.stderr
+
+
+@pytest.mark.parametrize(("text", "message"), [("", "holds no step"), ('{"step": 1}\n', "metrics.jsonl:1")])
 def test_bad_metrics(text, message, tmp_path):
     (tmp_path / "metrics.jsonl").write_text(text)
-    done = command("--metrics", tmp_path / "metrics.jsonl", "--output", tmp_path / "loss.png")
-    assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
-    assert not (tmp_path / "loss.png").exists()
+    assert message in refused("--metrics", tmp_path / "metrics.jsonl", "--output", tmp_path / "loss.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_missing_metrics(tmp_path):
+    message = refused("--metrics", tmp_path / "metrics.jsonl", "--output", tmp_path / "loss.png")
+    assert "metrics.jsonl cannot be read (No such file or directory)" in message and "--metrics" in message
+
+
+def test_the_directory_of_the_picture_is_made(plot_loss, metrics, tmp_path):
+    figure = plot_loss.draw(plot_loss.read_attempts(metrics), "run")
+    plot_loss.save(figure, tmp_path / "made" / "here" / "loss.png")
+    assert [path.name for path in (tmp_path / "made" / "here").iterdir()] == ["loss.png"]
+    with pytest.raises(ValueError, match="loss.png cannot be written \\(.*; choose another --output"):
+        plot_loss.save(figure, metrics / "loss.png")
+    (tmp_path / "taken.png").mkdir()
+    with pytest.raises(ValueError, match="taken.png cannot be written"):
+        plot_loss.save(figure, tmp_path / "taken.png")
+    assert not list(tmp_path.glob("partial.*"))
