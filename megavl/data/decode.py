@@ -3,7 +3,7 @@
 import io
 import warnings
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from megavl.data.errors import DataError
 
@@ -19,4 +19,6 @@ def decode(data: bytes) -> Image.Image:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             return Image.open(io.BytesIO(data)).convert("RGB")
     except Exception as error:  # Pillow's decoders raise OSError, ValueError, SyntaxError, struct.error, ...
-        raise DataError(f"{len(data)} bytes that cannot be decoded as an image ({error})") from error
+        # Pillow names the file in this one, which here is an object in memory.
+        reason = "of no format that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
+        raise DataError(f"{len(data)} bytes that cannot be decoded as an image ({reason})") from error

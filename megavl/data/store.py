@@ -52,6 +52,11 @@ def refuse_existing(prefix: str) -> None:
 
 
 def _paths(prefix: str) -> dict[str, str]:
+    if not os.path.basename(prefix):
+        raise DataError(
+            f"the prefix {prefix!r} ends without a name, so that its files would be hidden ones called .bin, .idx and "
+            f".meta; add a name, for example {prefix}corpus"
+        )
     return {suffix: f"{prefix}.{suffix}" for suffix in ("bin", "idx", "meta")}
 
 

@@ -190,6 +190,13 @@ def test_files_of_the_prefix_are_replaced_only_on_request(tmp_path):
     assert left(tmp_path) == ["p.bin", "p.idx", "p.meta"]
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_prefix_without_a_name_is_refused(tmp_path, overwrite):
+    with pytest.raises(DataError, match="ends without a name, .*/corpus$"):
+        write(f"{tmp_path}/", documents(300, 1), overwrite=overwrite)
+    assert left(tmp_path) == []
+
+
 @pytest.mark.parametrize("suffix", FILES)
 def test_a_missing_file_is_named_with_the_command_that_makes_it(tmp_path, suffix):
     write(tmp_path / "p", documents(300))

@@ -95,8 +95,10 @@ def _decode(record: Record) -> dict:
 
 
 def _segments(record: Record, value: object) -> tuple[Text | Image, ...]:
-    if not isinstance(value, list) or not value:
+    if not isinstance(value, list):
         raise DataError(f'{record.where}: "segments" is {_name(value)}; give a list with at least one segment')
+    if not value:
+        raise DataError(f'{record.where}: "segments" is empty; give at least one segment, or remove the line')
     return tuple(_segment(record, segment, f"segment {index}") for index, segment in enumerate(value))
 
 

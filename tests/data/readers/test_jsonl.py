@@ -38,7 +38,7 @@ def test_documents_come_in_order_with_keys_sources_and_image_bytes(tmp_path):
         (b'{"text": "\\ud800"}', "surrogate"),
         (b'{"text": "x", "id": [1]}', '"id" is a list'),
         (b'{"segments": "x"}', '"segments" is a string'),
-        (b'{"segments": []}', "at least one segment"),
+        (b'{"segments": []}', '"segments" is empty; give at least one segment'),
         (b'{"segments": ["x"]}', "segment 0 is"),
         (b'{"segments": [{"text": "x"}, {}]}', "segment 1 is"),
         (b'{"segments": [{"text": "x", "image": "y"}]}', "segment 0 is"),
