@@ -17,10 +17,12 @@ from torch.nn import functional
 
 from megavl.batch import Batch
 from megavl.checkpoint.agree import CheckpointError
+from megavl.checkpoint.hf import describe
 from megavl.checkpoint.layout import locate
 from megavl.checkpoint.reader import Checkpoint
 from megavl.config.model import ModelConfig
 from megavl.data.assemble import Assembler
+from megavl.data.decode import decode
 from megavl.data.errors import DataError
 from megavl.data.store import Store
 from megavl.data.stream import Stream
@@ -82,11 +84,23 @@ def losses_of_export(model, batch: Batch, config: ModelConfig) -> Tensor:
     return torch.cat(found)
 
 
-def load_export(directory: Path):
-    """The model of transformers in the export's own class.
+def read_image(path: Path) -> Image.Image:
+    """The RGB image in a file.
 
     Raises:
-        CheckpointError: transformers is not installed, or does not find in the export what its class has.
+        DataError: it cannot be read, or is no image.
+    """
+    try:
+        return decode(path.read_bytes())
+    except (OSError, DataError) as error:
+        raise DataError(f"--image {path}: {error}. Nothing was computed; give an image file") from error
+
+
+def export_class(directory: Path) -> type:
+    """The class of transformers that the export names.
+
+    Raises:
+        CheckpointError: transformers is not installed, or has no such class.
     """
     try:
         import transformers
@@ -94,42 +108,64 @@ def load_export(directory: Path):
         raise CheckpointError(f"transformers does not import ({error}): pip install 'megavl[hf]'") from error
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    architecture = json.loads((directory / "config.json").read_text(encoding="utf-8"))["architectures"][0]
-    if not hasattr(transformers, architecture):
-        raise CheckpointError(f"{directory} is for {architecture}, which transformers does not have")
-    model, report = getattr(transformers, architecture).from_pretrained(
-        directory, dtype=torch.float32, output_loading_info=True
-    )
+    names = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("architectures") or ["no class"]
+    if not hasattr(transformers, names[0]):
+        raise CheckpointError(
+            f"{directory} is for {names[0]}, which transformers does not have: there is nothing to compare with; "
+            "export with --layout transformers"
+        )
+    return getattr(transformers, names[0])
+
+
+def load_export(architecture: type, directory: Path):
+    """The model of transformers, and its processor.
+
+    Raises:
+        CheckpointError: transformers does not find in the export what its class has.
+    """
+    from transformers import AutoProcessor
+
+    model, report = architecture.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
     problems = {kind: sorted(names) for kind, names in report.items() if names}
     if problems:
-        raise CheckpointError(f"{architecture} does not load {directory} cleanly: {problems}")
-    return model, transformers.AutoProcessor.from_pretrained(directory)
+        raise CheckpointError(f"{architecture.__name__} does not load {directory} cleanly: {problems}")
+    return model, AutoProcessor.from_pretrained(directory)
 
 
-def generate(model, processor, image: Path, tokens: int) -> str:
+def generate(model, processor, image: Image.Image, tokens: int) -> str:
     """What the model writes after one image, greedily."""
-    with Image.open(image) as picture:
-        inputs = processor(images=[picture.convert("RGB")], text=processor.image_token, return_tensors="pt")
+    inputs = processor(images=[image], text=processor.image_token, return_tensors="pt")
     written = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)  # [1, prompt + tokens]
     return processor.decode(written[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 @torch.no_grad()
 def check(checkpoint_path: str, export: Path, data: str, image: Path | None, tokens: int) -> bool:
-    """Print both losses and the generated text. True where the losses agree."""
+    """Print both losses and the generated text. True where the losses agree.
+
+    Raises:
+        CheckpointError, DataError: an argument is not there, or the export is of another model; nothing was computed.
+    """
     checkpoint = Checkpoint(locate(checkpoint_path))
     config = ModelConfig(**checkpoint.state["config"]["model"])
+    described, _ = describe(export)
+    try:
+        checkpoint.check_model(described)
+    except CheckpointError as error:
+        raise CheckpointError(f"{export} is no export of the checkpoint: {error}") from error
+    architecture = export_class(export)
+    picture = None if image is None else read_image(image)
     batch = read_batch(open_store(data), config, tokens)
     mine = losses(load_model(checkpoint, config).logits(batch), batch.labels)
     print(f"  {data}: {len(mine)} supervised tokens, {len(batch.pixels['siglip'])} images")
-    model, processor = load_export(export)
+    model, processor = load_export(architecture, export)
     theirs = losses_of_export(model, batch, config)
     difference = (mine - theirs).abs().max().item()
     print(f"  loss of megavl        {mine.mean():.6f}   {checkpoint.path}")
     print(f"  loss of transformers  {theirs.mean():.6f}   {export}")
     print(f"  largest difference on a token: {difference:.1e} (tolerance {TOLERANCE:.0e})")
-    if image is not None:
-        print(f"  from {image}:\n    {generate(model, processor, image, tokens=48)!r}")
+    if picture is not None:
+        print(f"  from {image}:\n    {generate(model, processor, picture, tokens=48)!r}")
     return difference <= TOLERANCE
 
 

@@ -75,22 +75,36 @@ def from_hf(source: str | Path, output: str | Path) -> Path:
     The checkpoint has parameters alone, in the dtypes in which they were: the start of a run (checkpoint.init_from).
 
     Raises:
-        CheckpointError: config.json describes a model that megavl does not compute, or tensors are missing, unknown or
-            of another shape; all of them are named.
+        CheckpointError: as `describe`, or tensors are missing, unknown or of another shape; all of them are named.
     """
     source = Path(source)
-    config = _read_json(source / "config.json")
-    layout = next((part for part in LAYOUTS.values() if config.get("model_type") in part.MODEL_TYPES), None)
-    if layout is None:
-        known = ", ".join(name for part in LAYOUTS.values() for name in part.MODEL_TYPES)
-        raise CheckpointError(f"{source}: model_type {config.get('model_type')!r} is none of {known}")
-    model = _model_config(source, config, layout)
+    model, layout = describe(source)
     rules, shards = layout.tensor_rules(model), Shards(source)
     stored = {layout.canonical(name): name for name in shards.shapes}
     _check_tensors(source, layout, rules, {name: shards.shapes[original] for name, original in stored.items()})
     boxes = {f"param.{rule.ours}": _LazyBoxes(rule, shards, [stored[name] for name in rule.theirs]) for rule in rules}
     state = {"config": {"model": model.model_dump(mode="json")}, "converted_from": str(source)}
     return save_boxes(output, 0, boxes, state, keep=None)
+
+
+def describe(source: Path) -> tuple[ModelConfig, ModuleType]:
+    """The model in a directory of either layout, and the layout. Reads no tensor.
+
+    Raises:
+        CheckpointError: it is no such directory, or config.json describes a model that megavl does not compute.
+    """
+    if not (source / "config.json").is_file():
+        raise CheckpointError(
+            f"{source} is no directory with a config.json: there is no model to read. A Hugging Face folder holds "
+            "config.json, model.safetensors or its shards with model.safetensors.index.json, and as a rule "
+            "preprocessor_config.json; check the path"
+        )
+    config = _read_json(source / "config.json")
+    layout = next((part for part in LAYOUTS.values() if config.get("model_type") in part.MODEL_TYPES), None)
+    if layout is None:
+        known = ", ".join(name for part in LAYOUTS.values() for name in part.MODEL_TYPES)
+        raise CheckpointError(f"{source}: model_type {config.get('model_type')!r} is none of {known}")
+    return _model_config(source, config, layout), layout
 
 
 # -- megavl -> HF
@@ -139,7 +153,12 @@ def _new_directory(output: Path) -> Iterator[Path]:
         )
     hidden = output.with_name(f".{output.name}.writing")
     shutil.rmtree(hidden, ignore_errors=True)
-    hidden.mkdir(parents=True)
+    try:
+        hidden.mkdir(parents=True)
+    except OSError as error:
+        raise CheckpointError(
+            f"{output} cannot be made ({error.strerror}): nothing was written; choose another --output"
+        ) from error
     try:
         yield hidden
     except BaseException:

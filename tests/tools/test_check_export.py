@@ -8,10 +8,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from megavl.checkpoint.agree import CheckpointError
 from megavl.checkpoint.hf import to_hf
+from megavl.data.errors import DataError
 from megavl.data.store import EncodedDocument, EncodedImage, StoreWriter
 from megavl.data.tokenizer import load_tokenizer
 from tests.checkpoint.models import HYBRID, SIGLIP_ONLY, TEXTS, train_tokenizer, write_checkpoint
+from tools import check_export
 from tools.check_export import TOLERANCE, check
 
 
@@ -50,3 +53,28 @@ def test_losses_agree_and_a_wrong_value_shows(tmp_path, capsys, model):
     tensors["model.aligner.proj.bias" if model.sam else "model.aligner.linear2.bias"][0] += 2.0
     save_file(tensors, tmp_path / "hf" / "model.safetensors", {"format": "pt"})
     assert not check(*arguments[:3], None, 512)
+
+
+def test_what_cannot_be_compared_is_refused_before_anything_is_computed(tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    tokenizer = train_tokenizer(tmp_path / "tokenizer.model")
+    checkpoint = str(write_checkpoint(tmp_path / "checkpoints", SIGLIP_ONLY, torch.bfloat16, tokenizer))
+    other = write_checkpoint(tmp_path / "others", HYBRID, torch.bfloat16, tokenizer)
+    for source, name, layout in ((checkpoint, "hf", "transformers"), (other, "other", "transformers")):
+        to_hf(source, tmp_path / name, layout, report=lambda line: None)
+    to_hf(checkpoint, tmp_path / "deepseek", "deepseek", report=lambda line: None)
+    _write_store(tmp_path / "heldout", tokenizer)
+    (tmp_path / "text.png").write_text("no image")
+    data, gone = str(tmp_path / "heldout"), tmp_path / "gone"
+    monkeypatch.setattr(check_export, "load_model", lambda *arguments: pytest.fail("megavl's side was computed"))
+    for arguments, error, message in (
+        ((checkpoint, tmp_path / "other", data, None), CheckpointError, "other is no export .*sam.* here"),
+        ((checkpoint, tmp_path / "deepseek", data, None), CheckpointError, "--layout transformers"),
+        ((checkpoint, gone, data, None), CheckpointError, "gone is no directory with a config.json"),
+        ((str(gone), tmp_path / "hf", data, None), CheckpointError, "no checkpoint in .*gone"),
+        ((checkpoint, tmp_path / "hf", str(gone), None), DataError, "gone.* not found"),
+        ((checkpoint, tmp_path / "hf", data, gone), DataError, "--image .*gone.*give an image file"),
+        ((checkpoint, tmp_path / "hf", data, tmp_path / "text.png"), DataError, "no format that Pillow knows"),
+    ):
+        with pytest.raises(error, match=message):
+            check(*arguments, 512)

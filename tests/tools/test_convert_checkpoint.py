@@ -19,6 +19,26 @@ def _convert(*arguments: object) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
+def _refused(*arguments: object) -> str:
+    """The one line with which the command ended."""
+    done = _convert(*arguments)
+    assert done.returncode == 1 and done.stderr.startswith("convert_checkpoint: ") and done.stderr.count("\n") == 1
+    return done.stderr
+
+
+def test_missing_input_and_output_below_a_file(tmp_path):
+    said = _refused("from-hf", "--input", tmp_path / "gone", "--output", tmp_path / "back")
+    assert "gone is no directory with a config.json" in said and "model.safetensors" in said
+    assert not list(tmp_path.iterdir())
+    checkpoint = write_checkpoint(tmp_path / "checkpoints", SIGLIP_ONLY, torch.bfloat16)
+    (tmp_path / "file").touch()
+    said = _refused(
+        "to-hf", "--checkpoint", checkpoint, "--output", tmp_path / "file" / "hf", "--layout", "transformers"
+    )
+    assert "file/hf cannot be made (" in said and "choose another --output" in said
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoints", "file"}
+
+
 def test_there_and_back(tmp_path):
     tokenizer = train_tokenizer(tmp_path / "tokenizer.model")
     write_checkpoint(tmp_path / "run" / "checkpoints", SIGLIP_ONLY, torch.bfloat16, tmp_path / "moved.model")
