@@ -52,6 +52,8 @@ def train(paths: list[Path], output: Path, vocab_size: int) -> None:
             f"no text in {', '.join(map(str, paths))}: there is nothing to learn pieces from, and nothing was written; "
             "give files that hold text with --input"
         )
+    if output.is_dir():
+        raise ValueError(f"{output} is a directory. Nothing was written; name a file in it with --output")
     partial = output.with_name(output.name + ".partial")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)

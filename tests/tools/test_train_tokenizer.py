@@ -80,7 +80,8 @@ def test_input_without_text(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
 
 
-def test_an_output_below_a_file(documents, tmp_path):
+def test_an_output_below_a_file_or_that_is_a_directory(documents, tmp_path):
+    assert "is a directory" in refused(train([documents], tmp_path, "--vocab-size", "400"))
     said = refused(train([documents], documents / "t.model", "--vocab-size", "400"))
     assert "a.jsonl/t.model cannot be written" in said and "choose another --output" in said
 
