@@ -41,7 +41,7 @@ def every_rank(action: Callable[[], T]) -> T:
     result, failure, cause = None, None, None
     try:
         result = action()
-    except Exception as error:
+    except Exception as error:  # whatever it is: a rank that left here would leave the others waiting
         failure = str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
         cause = error
     failures = problems_of_all(failure)
