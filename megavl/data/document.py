@@ -5,9 +5,19 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Text:
-    """A run of text."""
+    """A run of text. `supervised`: whether the model learns to write it, or only reads it (a user's turn)."""
 
     text: str
+    supervised: bool = True
+
+
+@dataclass(frozen=True)
+class Token:
+    """One special token by its spelling, such as `<|ref|>`: only a template or a format writes it, never a document's
+    own text, where the same characters stay text."""
+
+    name: str
+    supervised: bool = True
 
 
 @dataclass(frozen=True)
@@ -16,6 +26,9 @@ class Image:
 
     data: bytes
     name: str
+
+
+Segment = Text | Token | Image
 
 
 @dataclass(frozen=True)
@@ -28,4 +41,4 @@ class Document:
 
     key: str
     source: str
-    segments: tuple[Text | Image, ...]
+    segments: tuple[Segment, ...]

@@ -22,7 +22,8 @@ import pyarrow as pa
 from megavl.data.errors import DataError
 from megavl.data.tokenizer import Tokenizer, file_identity
 
-TEXT, IMAGE = 0, 1
+# Modes of a sequence. 0 and 1 are Megatron's; text that is read but not learned (a user's turn) is 2.
+TEXT, IMAGE, PROMPT = 0, 1, 2
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _LEGACY_MAGIC = b"TNTIDX\x00\x00"
