@@ -256,6 +256,7 @@ class Store:
     """Reads a store through memory maps; picklable, so that a worker process opens its own.
 
     lengths:   int32 [N] elements of each sequence
+    pointers:  int64 [N] place of each sequence in the .bin file, in bytes
     modes:     int8 [N], TEXT or IMAGE, of each sequence
     documents: int64 [D + 1]; document k is the sequences documents[k] to documents[k + 1]
     """
@@ -296,7 +297,7 @@ class Store:
 
     def text(self, sequence: int, start: int, stop: int) -> np.ndarray:
         """Tokens `start` to `stop` of a text sequence: int64 [stop - start]."""
-        first = int(self._pointers[sequence]) // self.dtype.itemsize
+        first = int(self.pointers[sequence]) // self.dtype.itemsize
         return self._bin[first + start : first + stop].astype(np.int64)
 
     def image(self, sequence: int) -> bytes:
@@ -305,7 +306,7 @@ class Store:
         Raises:
             DataError: the number of pad bytes is not 0 to 3: what is stored there is no image.
         """
-        first = int(self._pointers[sequence]) // self.dtype.itemsize
+        first = int(self.pointers[sequence]) // self.dtype.itemsize
         payload = self._bin[first : first + int(self.lengths[sequence])].tobytes()
         pad = struct.unpack_from("<i", payload)[0]
         if not 0 <= pad <= 3:
@@ -321,6 +322,10 @@ class Store:
     def source(self, document: int) -> str:
         """File that a document was read from."""
         return self._rows["source"][document].as_py()
+
+    def rows(self, first: int, stop: int) -> pa.Table:
+        """Columns `key`, `source` and `images` of a range of documents; nothing is copied."""
+        return self._rows.slice(first, stop - first)
 
     def where(self, document: int) -> str:
         """How an error names a document."""
@@ -378,7 +383,7 @@ class Store:
         self.dtype = np.dtype(_DTYPES[code])
         offsets = np.cumsum([_HEADER.size, 4 * sequences, 8 * sequences, 8 * entries]).tolist()
         self.lengths = np.memmap(path, "<i4", "r", offsets[0], (sequences,))
-        self._pointers = np.memmap(path, "<i8", "r", offsets[1], (sequences,))
+        self.pointers = np.memmap(path, "<i8", "r", offsets[1], (sequences,))
         self.documents = np.memmap(path, "<i8", "r", offsets[2], (entries,))
         # A text index has no modes: a view of one zero, read as often as there are sequences.
         zeros = np.broadcast_to(np.int8(TEXT), (sequences,))
@@ -413,4 +418,4 @@ class Store:
             )
 
     def _expected_bin_size(self) -> int:
-        return int(self._pointers[-1]) + int(self.lengths[-1]) * self.dtype.itemsize
+        return int(self.pointers[-1]) + int(self.lengths[-1]) * self.dtype.itemsize
