@@ -32,6 +32,7 @@ setup(
         "pydantic~=2.14",
         "pyyaml~=6.0",
         "pillow>=13.0.0",
+        "lxml~=6.1",  # from 6.0 on its libxml2 reads HTML as browsers do
         "matplotlib~=3.11",
         "tensorboard~=2.21",
         "rich>=15.0",
