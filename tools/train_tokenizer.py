@@ -1,6 +1,6 @@
-"""Train a sentencepiece tokenizer (BPE with byte fallback) on the text of jsonl documents.
+"""Train a sentencepiece tokenizer (BPE with byte fallback) on the text of documents, in any format that can be read.
 
-    python tools/train_tokenizer.py --input A.jsonl [B.jsonl ...] --output data/quickstart/tokenizer.model
+    python tools/train_tokenizer.py --input A.jsonl [B.parquet DIR ...] --output data/quickstart/tokenizer.model
 
 The same input gives the same model. Ids: 0 unknown, 1 begin, 2 end of sequence, 3 padding, then 256 bytes, then pieces.
 """
@@ -18,23 +18,31 @@ import sentencepiece
 
 from megavl.data.document import Text
 from megavl.data.errors import DataError
-from megavl.data.readers.jsonl import parse, records
+from megavl.data.readers.reader import ReadOptions
+from megavl.data.readers.registry import input_files, reader_of
 
 # The four control pieces and the 256 bytes, which every model has.
 FIXED_PIECES = 4 + 256
 
+# What is read at a time.
+PART_BYTES = 64 << 20
 
-def texts(paths: list[Path]) -> Iterator[str]:
+
+def texts(inputs: list[str]) -> Iterator[str]:
     """Every text of every document, in the order of the files.
 
-    Raises DataError naming the file and line of a record that preprocessing would refuse, too.
+    Raises DataError naming the file and number of a record that preprocessing would refuse, too.
     """
-    for path in paths:
-        for record in records(str(path)):
-            yield from (segment.text for segment in parse(record).segments if isinstance(segment, Text))
+    for path in input_files(inputs):
+        reader = reader_of(path)
+        for part in reader.split(path, PART_BYTES):
+            for document in reader.read(part, ReadOptions()):
+                if isinstance(document, DataError):
+                    raise document
+                yield from (segment.text for segment in document.segments if isinstance(segment, Text))
 
 
-def train(paths: list[Path], output: Path, vocab_size: int) -> None:
+def train(inputs: list[str], output: Path, vocab_size: int) -> None:
     """Write a model that encodes any text without loss: no normalisation, bytes for characters it has not seen.
 
     Raises ValueError for an input, an output or a vocabulary size of which no model can be made; nothing is left then.
@@ -45,11 +53,11 @@ def train(paths: list[Path], output: Path, vocab_size: int) -> None:
             "was written; ask for more"
         )
     # One line per sentence is what the trainer takes; a line break itself becomes its byte.
-    lines = (line for text in texts(paths) for line in text.split("\n") if line)
+    lines = (line for text in texts(inputs) for line in text.split("\n") if line)
     first = next(lines, None)
     if first is None:
         raise ValueError(
-            f"no text in {', '.join(map(str, paths))}: there is nothing to learn pieces from, and nothing was written; "
+            f"no text in {', '.join(inputs)}: there is nothing to learn pieces from, and nothing was written; "
             "give files that hold text with --input"
         )
     if output.is_dir():
@@ -122,7 +130,7 @@ def _learn(lines: Iterator[str], model: BinaryIO, vocab_size: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--input", type=Path, nargs="+", required=True, metavar="FILE", help=".jsonl files of documents"
+        "--input", nargs="+", required=True, metavar="PATH", help="files of documents, and folders of them"
     )
     parser.add_argument("--output", type=Path, required=True, metavar="T.model", help="replaced if it is there")
     parser.add_argument("--vocab-size", type=int, default=2048, metavar="N", help="pieces; default 2048")

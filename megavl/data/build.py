@@ -9,16 +9,17 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import cache, partial
 
+from megavl.data.document import Image
 from megavl.data.encode import encode
 from megavl.data.errors import DataError
-from megavl.data.readers import jsonl
+from megavl.data.readers.reader import Part, ReadOptions
+from megavl.data.readers.registry import input_files, reader_of
 from megavl.data.store import EncodedDocument, EncodedImage, StoreWriter
 from megavl.data.tokenizer import Tokenizer, load_tokenizer
 from megavl.data.worker import end_with_parent
 
-# Records that a worker gets at a time: so many, or so many bytes.
-_CHUNK_RECORDS = 64
-_CHUNK_BYTES = 1 << 20
+# What a worker gets at a time.
+_PART_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,15 @@ class Progress:
     image_bytes: int = 0
 
 
-_Chunk = list[jsonl.Record]
-
-
 def is_multimodal(paths: Iterable[str]) -> bool:
     """Whether any record of the files holds an image. Reads on until the first one, so text is read twice."""
-    return any(jsonl.has_image(record) for path in paths for record in jsonl.records(path))
+    return any(
+        isinstance(segment, Image)
+        for part in _parts(paths)
+        for document in reader_of(part.path).read(part, ReadOptions())
+        if not isinstance(document, DataError)
+        for segment in document.segments
+    )
 
 
 def build(
@@ -62,7 +66,7 @@ def build(
     progress = Progress()
     with StoreWriter(prefix, tokenizer, multimodal, overwrite) as writer:
         work = partial(_encode, tokenizer_path)
-        for size, documents in _map(work, _chunks(paths), workers):
+        for size, documents in _map(work, _parts(paths), workers):
             for document in documents:
                 writer.add(document)
             images = [item for document in documents for item in document.sequences if isinstance(item, EncodedImage)]
@@ -80,24 +84,18 @@ def build(
     return progress
 
 
-def _chunks(paths: list[str]) -> Iterator[_Chunk]:
-    chunk: _Chunk = []
-    size = 0
-    for path in paths:
-        for record in jsonl.records(path):
-            chunk.append(record)
-            size += len(record.data)
-            if len(chunk) == _CHUNK_RECORDS or size >= _CHUNK_BYTES:
-                yield chunk
-                chunk, size = [], 0
-    if chunk:
-        yield chunk
+def _parts(paths: Iterable[str]) -> Iterator[Part]:
+    return (part for path in input_files(list(paths)) for part in reader_of(path).split(path, _PART_BYTES))
 
 
-def _encode(tokenizer_path: str, chunk: _Chunk) -> tuple[int, list[EncodedDocument]]:
-    """(bytes of the records, their documents)."""
-    tokenizer = _tokenizer(tokenizer_path)
-    return sum(len(record.data) for record in chunk), [encode(jsonl.parse(record), tokenizer) for record in chunk]
+def _encode(tokenizer_path: str, part: Part) -> tuple[int, list[EncodedDocument]]:
+    """(bytes of the part, its documents)."""
+    documents = []
+    for document in reader_of(part.path).read(part, ReadOptions()):
+        if isinstance(document, DataError):
+            raise document
+        documents.append(encode(document, _tokenizer(tokenizer_path)))
+    return part.size_bytes, documents
 
 
 @cache
@@ -107,7 +105,7 @@ def _tokenizer(path: str) -> Tokenizer:
 
 
 def _map(
-    work: Callable[[_Chunk], tuple[int, list[EncodedDocument]]], chunks: Iterator[_Chunk], workers: int
+    work: Callable[[Part], tuple[int, list[EncodedDocument]]], chunks: Iterator[Part], workers: int
 ) -> Iterator[tuple[int, list[EncodedDocument]]]:
     """Results in the order of the chunks. Only a few chunks per worker are under way, however large the input is."""
     if workers == 1:

@@ -14,9 +14,12 @@ class Text:
 @dataclass(frozen=True)
 class Token:
     """One special token by its spelling, such as `<|ref|>`: only a template or a format writes it, never a document's
-    own text, where the same characters stay text."""
+    own text, where the same characters stay text.
 
-    name: str
+    Without a name it is the tokenizer's end-of-sequence token, which every tokenizer has and each spells its own way.
+    """
+
+    name: str | None = None
     supervised: bool = True
 
 

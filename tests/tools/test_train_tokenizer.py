@@ -60,8 +60,8 @@ def refused(done) -> str:
     ("line", "message"),
     [
         ("{broken", "is not JSON"),
-        ('{"txt": "x"}', 'has neither "text" nor "segments"'),
-        ("[1]", "not an object"),
+        ('{"txt": "x"}', 'has no key of a layout (its keys: "txt")'),
+        ("[1]", "is a list ([1])"),
         ('{"text": 5}', '"text" is a number (5); it must be a string'),
     ],
 )
@@ -76,7 +76,7 @@ def test_a_line_that_is_no_document_is_named(line, message, tmp_path):
 def test_input_without_text(tmp_path):
     (tmp_path / "a.jsonl").touch()
     assert "no text in" in refused(train([tmp_path / "a.jsonl"], tmp_path / "t.model"))
-    assert "b.jsonl: cannot be read" in refused(train([tmp_path / "b.jsonl"], tmp_path / "t.model"))
+    assert "b.jsonl: no such file" in refused(train([tmp_path / "b.jsonl"], tmp_path / "t.model"))
     assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
 
 

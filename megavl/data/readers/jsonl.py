@@ -1,146 +1,81 @@
-"""JSON lines of text and of interleaved documents.
+"""JSON lines: one object per line, also compressed. Blank lines are skipped; a record's number is that of its line."""
 
-A record is `{"text": "..."}` or `{"segments": [{"text": "..."}, {"image": "relative/path.png"}, ...]}`, each with an
-optional `"id"`; image paths are relative to the file. Other keys of a record are metadata and are not read.
-"""
-
-import json
+import math
+import os
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
-from megavl.data.document import Document, Image, Text
+from megavl.data.document import Document
 from megavl.data.errors import DataError
+from megavl.data.readers import json_object
+from megavl.data.readers.files import compression, open_input, read_image
+from megavl.data.readers.reader import Part, ReadOptions, too_large, whole
+from megavl.data.readers.record import Place, Record, to_document
+from megavl.data.template import TEMPLATES
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+
+_BLOCK_BYTES = 1 << 20
 
 
-@dataclass(frozen=True)
-class Record:
-    """One line, not yet parsed: reading lines is cheap and stays in one process, parsing is spread over many."""
-
-    path: str
-    line: int
-    data: bytes
-
-    @property
-    def where(self) -> str:
-        """`file:line`, as compilers print it."""
-        return f"{self.path}:{self.line}"
-
-
-def records(path: str) -> Iterator[Record]:
-    """The lines of a file that are not blank, in order.
+def split(path: str, part_bytes: int) -> Iterator[Part]:
+    """Ranges of bytes that end where a line does; a compressed file is one part. Reads the file once, to count lines.
 
     Raises:
         DataError: the file cannot be read.
     """
-    try:
-        with open(path, "rb") as lines:
-            for number, data in enumerate(lines, start=1):
-                if data.strip():
-                    yield Record(path, number, data)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); check --input") from error
+    if compression(path):
+        yield from whole(path)
+        return
+    with open_input(path) as file:
+        start, first = 0, 1
+        while True:
+            lines, block = 0, b"\n"
+            while (left := start + part_bytes - file.tell()) > 0 and (read := file.read(min(left, _BLOCK_BYTES))):
+                block = read
+                lines += block.count(b"\n")
+            while not block.endswith(b"\n") and (block := file.readline(_BLOCK_BYTES)):
+                lines += block.count(b"\n")
+            if (stop := file.tell()) == start:
+                return
+            yield Part(path, start, stop, first, size_bytes=stop - start)
+            start, first = stop, first + lines
 
 
-def has_image(record: Record) -> bool:
-    """Whether the record holds an image segment. A malformed record holds none: `parse` is what complains."""
-    if b'"image"' not in record.data:
-        return False
-    try:
-        segments = json.loads(record.data)["segments"]
-        return any("image" in segment for segment in segments)
-    except (ValueError, LookupError, TypeError):
-        return False
-
-
-def parse(record: Record) -> Document:
-    """The document of a record, images read from their files.
+def read(part: Part, options: ReadOptions) -> Iterator[Document | DataError]:
+    """Documents of the part's lines; for a malformed line the error that names it.
 
     Raises:
-        DataError: the record is malformed or an image file cannot be read; the message starts with `file:line`.
+        DataError: the file cannot be read, or its compression is damaged.
     """
-    value = _decode(record)
-    key = value.get("id", f"{Path(record.path).name}:{record.line}")
-    if not isinstance(key, str | int) or isinstance(key, bool):
-        raise DataError(f'{record.where}: "id" is {_name(key)}; give a string or an integer, or leave it out')
-    match "text" in value, "segments" in value:
-        case True, False:
-            segments: tuple[Text | Image, ...] = (Text(_text(record, value["text"], '"text"')),)
-        case False, True:
-            segments = _segments(record, value["segments"])
-        case True, True:
-            raise DataError(f'{record.where}: has both "text" and "segments"; a record has one of them')
-        case _:
-            keys = ", ".join(map(repr, value)) or "none"
+    image = partial(read_image, os.path.dirname(part.path), max_bytes=options.max_record_bytes)
+    template = TEMPLATES[options.template]
+    for number, line in _lines(part, options.max_record_bytes):
+        place = Place(part.path, number)
+        try:
+            if len(line) > options.max_record_bytes:
+                raise too_large(options)
+            yield to_document(Record(json_object.parse(line), image, template), place)
+        except DataError as error:
+            yield place.refuse(error)
+
+
+def _lines(part: Part, max_bytes: int) -> Iterator[tuple[int, bytes]]:
+    """(number, line) of the part's lines that are not blank. A line above `max_bytes` is cut a byte behind them: the
+    rest is passed over without being held."""
+    number = part.first
+    with open_input(part.path) as file:
+        left = math.inf if compression(part.path) else part.stop - file.seek(part.start)
+        try:
+            while left > 0 and (line := file.readline(max_bytes + 1)):
+                left -= len(line)
+                end = line
+                while not end.endswith(b"\n") and (end := file.readline(_BLOCK_BYTES)):
+                    left -= len(end)
+                if text := line.strip():
+                    yield number, text
+                number += 1
+        except OSError as error:
             raise DataError(
-                f'{record.where}: has neither "text" nor "segments" (its keys: {keys}); write {{"text": "..."}} '
-                'or {"segments": [{"text": "..."}, {"image": "path"}]}'
-            )
-    return Document(str(key), record.path, segments)
-
-
-def _decode(record: Record) -> dict:
-    try:
-        value = json.loads(record.data.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{record.where}: is not UTF-8 (byte {record.data[error.start]:#04x} at offset {error.start} of the line); "
-            "convert the file, for example with iconv"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{record.where}: is not JSON ({error}); every line must be one JSON object") from error
-    if not isinstance(value, dict):
-        raise DataError(f"{record.where}: is {_name(value)}, not an object; every line must be one JSON object")
-    return value
-
-
-def _segments(record: Record, value: object) -> tuple[Text | Image, ...]:
-    if not isinstance(value, list):
-        raise DataError(f'{record.where}: "segments" is {_name(value)}; give a list with at least one segment')
-    if not value:
-        raise DataError(f'{record.where}: "segments" is empty; give at least one segment, or remove the line')
-    return tuple(_segment(record, segment, f"segment {index}") for index, segment in enumerate(value))
-
-
-def _segment(record: Record, value: object, name: str) -> Text | Image:
-    match value:
-        case {"text": text, **rest} if not rest:
-            return Text(_text(record, text, name))
-        case {"image": str(path), **rest} if path and not rest:
-            return Image(_file(record, path, name), path)
-    raise DataError(
-        f'{record.where}: {name} is {json.dumps(value)[:120]}; a segment is {{"text": "..."}} or {{"image": "path"}}'
-    )
-
-
-def _text(record: Record, value: object, name: str) -> str:
-    if not isinstance(value, str):
-        raise DataError(f"{record.where}: {name} is {_name(value)}; it must be a string")
-    if not value:
-        raise DataError(f"{record.where}: {name} is empty; remove it, there is nothing to learn from it")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{record.where}: {name} holds half of a surrogate pair ({value[error.start]!r} at character "
-            f"{error.start}), which is no character; write the text as valid Unicode"
-        ) from error
-    return value
-
-
-def _file(record: Record, path: str, name: str) -> bytes:
-    full = Path(record.path).parent / path
-    try:
-        return full.read_bytes()
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise DataError(
-            f"{record.where}: {name}: image {full} cannot be read ({reason}); image paths are relative to "
-            "the directory of the .jsonl file"
-        ) from error
-
-
-def _name(value: object) -> str:
-    names = {dict: "an object", list: "a list", bool: "a boolean", type(None): "null", str: "a string"}
-    name = names.get(type(value), "a number")
-    return f"{name} ({json.dumps(value)[:60]})"
+                f"{part.path}:{number}: the file cannot be read further ({error}); make it again"
+            ) from error

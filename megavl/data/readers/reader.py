@@ -1,5 +1,6 @@
 """What a reader of an input format is."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -24,6 +25,18 @@ class Part:
     size_bytes: int
 
 
+@dataclass(frozen=True)
+class ReadOptions:
+    """What the command line says of reading, the same for every format.
+
+    template:         how conversations are written, a name of `megavl.data.template.TEMPLATES` (`--template`)
+    max_record_bytes: a record or an image above this is refused before it is held in memory (`--max-record-bytes`)
+    """
+
+    template: str = "vl"
+    max_record_bytes: int = 256 << 20
+
+
 class Reader(Protocol):
     """One input format. A module of this package is one; `megavl.data.readers.registry` knows them by suffix."""
 
@@ -38,11 +51,38 @@ class Reader(Protocol):
         """
         ...
 
-    def read(self, part: Part) -> Iterator[Document | DataError]:
-        """Documents of a part in order, holding one record in memory at a time; for a malformed record the error that
-        names it, after which the rest of the part goes on.
+    def read(self, part: Part, options: ReadOptions) -> Iterator[Document | DataError]:
+        """Documents of a part in order, holding a few records in memory at a time; for a malformed record the error
+        that names it (`file:record: ...`), after which the rest of the part goes on.
 
         Raises:
             DataError: the part cannot be read any further.
         """
         ...
+
+
+def whole(path: str) -> Iterator[Part]:
+    """The one part of a file whose format cannot be cut, or none where the file is empty.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    if size_bytes := file_size(path):
+        yield Part(path, start=0, stop=1, first=1, size_bytes=size_bytes)
+
+
+def file_size(path: str) -> int:
+    """Bytes of an input file.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    try:
+        return os.stat(path).st_size
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); check --input") from error
+
+
+def too_large(options: ReadOptions) -> DataError:
+    """The reason to refuse a record or an image that is above the limit."""
+    return DataError(f"is larger than --max-record-bytes {options.max_record_bytes:,}; remove it, or raise the limit")

@@ -1,75 +1,122 @@
-import json
+import gzip
+import tracemalloc
 
+import pyarrow as pa
 import pytest
 
-from megavl.data.document import Image, Text
+from megavl.data.document import Document, Image, Text
 from megavl.data.errors import DataError
 from megavl.data.readers import jsonl
-
-
-def read(path):
-    return [jsonl.parse(record) for record in jsonl.records(str(path))]
+from megavl.data.readers.reader import ReadOptions
+from tests.data.readers.reading import PICTURE, documents, read, write_jsonl
 
 
 def test_documents_come_in_order_with_keys_sources_and_image_bytes(tmp_path):
     (tmp_path / "images").mkdir()
-    (tmp_path / "images" / "a.png").write_bytes(b"not checked here")
+    (tmp_path / "images" / "a.png").write_bytes(PICTURE)
     path = tmp_path / "in.jsonl"
     path.write_text(
-        '{"text": "one \\u00e9"}\n\n'
-        '{"id": 7, "segments": [{"text": "two"}, {"image": "images/a.png"}], "url": "metadata"}\n'
+        '{"text": "one \\u00e9"}\n\r\n'
+        '{"id": 7, "segments": [{"text": "two"}, {"image": "images/a.png"}], "url": "metadata"}'
     )
-    first, second = read(path)
-    assert (first.key, first.source, first.segments) == ("in.jsonl:1", str(path), (Text("one é"),))
-    assert (second.key, second.segments) == ("7", (Text("two"), Image(b"not checked here", "images/a.png")))
+    assert documents(path) == [
+        Document("in.jsonl:1", str(path), (Text("one é"),)),
+        Document("7", str(path), (Text("two"), Image(PICTURE, "images/a.png"))),
+    ]
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         (b'{"text": "cut', "is not JSON"),
-        (b"[1, 2]", "is a list"),
+        (b"[1, 2]", r"is a list \(\[1, 2\]\)"),
+        (b"null", "is null"),
         (b'{"text": "\xff"}', "is not UTF-8 \\(byte 0xff at offset 10"),
-        (b'{"content": "x"}', 'neither "text" nor "segments" \\(its keys: \'content\'\\)'),
-        (b'{"text": "x", "segments": []}', "both"),
-        (b'{"text": 3}', '"text" is a number \\(3\\); it must be a string'),
-        (b'{"text": null}', '"text" is null'),
-        (b'{"text": ""}', '"text" is empty'),
+        (b'{"text": "x", "text": "y"}', 'the key "text" is repeated'),
+        (b'{"text": "x", "meta": [{"a": 1, "a": 1}]}', 'the key "a" is repeated'),
         (b'{"text": "\\ud800"}', "surrogate"),
-        (b'{"text": "x", "id": [1]}', '"id" is a list'),
-        (b'{"segments": "x"}', '"segments" is a string'),
-        (b'{"segments": []}', '"segments" is empty; give at least one segment'),
-        (b'{"segments": ["x"]}', "segment 0 is"),
-        (b'{"segments": [{"text": "x"}, {}]}', "segment 1 is"),
-        (b'{"segments": [{"text": "x", "image": "y"}]}', "segment 0 is"),
-        (b'{"segments": [{"image": ""}]}', "segment 0 is"),
-        (b'{"segments": [{"text": ""}]}', "segment 0 is empty"),
-        (b'{"segments": [{"image": "absent.png"}]}', "absent.png cannot be read \\(No such file"),
-        (b'{"segments": [{"image": "."}]}', "cannot be read \\(Is a directory"),
-        (b'{"segments": [{"image": "a\\u0000b"}]}', "cannot be read \\(embedded null byte"),
+        (b'{"text": "a\\u0000b"}', "NUL byte \\(character 1\\)"),
+        (b'{"text": ' + b"[" * 100_000 + b"}", "is not JSON"),
+        (b'{"text": "x", "id": ' + b"7" * 5000 + b"}", "is not JSON"),
     ],
 )
-def test_a_malformed_record_is_named_by_file_and_line(tmp_path, line, message):
+def test_a_malformed_line_is_named_and_the_rest_goes_on(tmp_path, line, message):
     path = tmp_path / "bad.jsonl"
-    path.write_bytes(b'{"text": "good"}\n' + line + b"\n")
-    with pytest.raises(DataError, match=message) as error:
+    path.write_bytes(b'{"text": "good"}\n' + line + b'\n{"text": "also good"}\n')
+    first, error, last = read(path)
+    assert (first.key, last.key) == ("bad.jsonl:1", "bad.jsonl:3")
+    with pytest.raises(DataError, match=message):
+        raise error
+    assert str(error).startswith(f"{path}:2: ")
+
+
+@pytest.mark.parametrize("ending", [b"", b"\n", b"\n\n"])
+@pytest.mark.parametrize("part_bytes", [1, 7, 40, 10_000])
+def test_parts_hold_whole_lines_and_know_their_numbers(tmp_path, part_bytes, ending):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\n".join(b'{"text": "%s"}' % (b"x" * length) for length in range(1, 60)) + ending)
+    parts = list(jsonl.split(str(path), part_bytes))
+    assert [part.start for part in parts] == [0, *(part.stop for part in parts[:-1])]
+    assert sum(part.size_bytes for part in parts) == path.stat().st_size
+    assert all(part.size_bytes < part_bytes + 80 for part in parts)
+    found = [document for part in parts for document in jsonl.read(part, ReadOptions())]
+    assert [document.key for document in found] == [f"a.jsonl:{line}" for line in range(1, 60)]
+    assert found == documents(path)
+
+
+@pytest.mark.parametrize("codec", ["gzip", "zstd"])
+def test_a_compressed_file_is_one_part_and_reads_as_the_plain_one(tmp_path, codec):
+    lines = b"".join(b'{"text": "number %d"}\n' % number for number in range(5000))
+    (tmp_path / "a.jsonl").write_bytes(lines)
+    path = tmp_path / ("a.jsonl.gz" if codec == "gzip" else "a.jsonl.zst")
+    with pa.CompressedOutputStream(str(path), codec) as file:
+        file.write(lines)
+    assert len(list(jsonl.split(str(path), 100))) == 1
+    plain = documents(tmp_path / "a.jsonl")
+    assert [document.segments for document in documents(path)] == [document.segments for document in plain]
+
+
+def test_damaged_compression_ends_the_file_with_its_name(tmp_path):
+    path = tmp_path / "a.jsonl.gz"
+    data = gzip.compress(b"".join(b'{"text": "number %d"}\n' % number for number in range(5000)))
+    path.write_bytes(data[:-20])
+    with pytest.raises(DataError, match=r"a\.jsonl\.gz:\d+: the file cannot be read further \(Truncated"):
         read(path)
-    assert str(error.value).startswith(f"{path}:2: ")
+
+
+def test_a_giant_line_is_refused_without_being_held(tmp_path):
+    path = tmp_path / "a.jsonl"
+    with path.open("wb") as file:
+        file.write(b'{"text": "first"}\n{"text": "')
+        for _ in range(64):
+            file.write(b"x" * (1 << 20))
+        file.write(b'"}\n{"text": "last"}\n')
+    tracemalloc.start()
+    first, error, last = read(path, part_bytes=1 << 20, max_record_bytes=1 << 20)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (first.segments, last.segments) == ((Text("first"),), (Text("last"),))
+    assert str(error).startswith(f"{path}:2: is larger than --max-record-bytes 1,048,576")
+    assert peak < 8 << 20
+
+
+def test_a_line_at_the_limit_is_read(tmp_path):
+    line = b'{"text": "x"}'
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(line + b"\n" + line)
+    assert len(documents(path, max_record_bytes=len(line))) == 2
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(DataError, match="absent.jsonl: cannot be read"):
+    with pytest.raises(DataError, match="absent.jsonl: cannot be read \\(No such file"):
         read(tmp_path / "absent.jsonl")
 
 
-@pytest.mark.parametrize(
-    ("value", "expected"),
-    [
-        ({"segments": [{"text": "x"}, {"image": "a"}]}, True),
-        ({"segments": [{"text": 'an "image" in words'}]}, False),
-        ({"text": "x", "image": "metadata"}, False),
-        ({"segments": [7, "image"]}, False),
-    ],
-)
-def test_images_are_seen_without_parsing_the_document(value, expected):
-    assert jsonl.has_image(jsonl.Record("f", 1, json.dumps(value).encode())) is expected
+def test_an_empty_file_has_no_parts(tmp_path):
+    for name in ("a.jsonl", "a.jsonl.gz"):
+        (tmp_path / name).touch()
+        assert list(jsonl.split(str(tmp_path / name), 100)) == []
+
+
+def test_a_suffix_in_capitals_is_known(tmp_path):
+    assert documents(write_jsonl(tmp_path / "A.JSONL", {"text": "x"}))
