@@ -34,17 +34,6 @@ from megavl.parallel.groups import TensorAxis
 TOLERANCE = 1e-3
 
 
-def open_store(prefix: str) -> Store:
-    """The dataset at a prefix, of whichever kind it is."""
-    try:
-        return Store(prefix, multimodal=True)
-    except DataError as error:
-        try:
-            return Store(prefix, multimodal=False)
-        except DataError:
-            raise error from None
-
-
 def read_batch(store: Store, model: ModelConfig, tokens: int) -> Batch:
     """The first pack of `tokens` tokens, as training would assemble it."""
     kind = "multimodal" if store.multimodal else "text"
@@ -155,7 +144,7 @@ def check(checkpoint_path: str, export: Path, data: str, image: Path | None, tok
         raise CheckpointError(f"{export} is no export of the checkpoint: {error}") from error
     architecture = export_class(export)
     picture = None if image is None else read_image(image)
-    batch = read_batch(open_store(data), config, tokens)
+    batch = read_batch(Store(data), config, tokens)
     mine = losses(load_model(checkpoint, config).logits(batch), batch.labels)
     print(f"  {data}: {len(mine)} supervised tokens, {len(batch.pixels['siglip'])} images")
     model, processor = load_export(architecture, export)

@@ -13,10 +13,10 @@ import sys
 import time
 from pathlib import Path
 
-from megavl.data.build import Progress, build, is_multimodal
+from megavl.data.build import Progress, build
 from megavl.data.errors import DataError
-from megavl.data.store import refuse_existing, token_dtype
-from megavl.data.tokenizer import load_tokenizer
+from megavl.data.output import refuse_existing
+from megavl.data.store import Store
 
 
 class ProgressLine:
@@ -82,26 +82,23 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Decide the kind of the dataset, build it, and say what was written."""
-    tokenizer = load_tokenizer(arguments.tokenizer)
+    """Build the dataset and say what was written."""
     if not arguments.overwrite:
         refuse_existing(arguments.output_prefix)
-    print("looking for images in the input ...", file=sys.stderr)
-    multimodal = is_multimodal(arguments.input)
     line = ProgressLine(sum(os.path.getsize(path) for path in arguments.input))
     progress = build(
         arguments.input,
         arguments.output_prefix,
         arguments.tokenizer,
-        multimodal,
         arguments.workers,
         arguments.overwrite,
         line,
     )
-    kind, dtype = "multimodal" if multimodal else "text", token_dtype(tokenizer.vocab_size, multimodal)
+    store = Store(arguments.output_prefix)
+    kind = "multimodal" if store.multimodal else "text"
     print(f"{kind} dataset {arguments.output_prefix}: {line.speed(progress)} in {line.elapsed_s:.1f} s")
     print(
-        f"  {progress.tokens:,} tokens ({dtype}, end-of-sequence included), {progress.images:,} images "
+        f"  {progress.tokens:,} tokens ({store.dtype}, end-of-sequence included), {progress.images:,} images "
         f"({progress.image_bytes / 1e6:,.1f} MB)"
     )
     for suffix in ("bin", "idx", "meta"):

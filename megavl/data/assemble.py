@@ -11,8 +11,9 @@ from megavl.config.model import ModelConfig
 from megavl.data import image
 from megavl.data.decode import decode
 from megavl.data.errors import DataError
+from megavl.data.format import IMAGE
 from megavl.data.pack import Pack, Piece
-from megavl.data.store import IMAGE, Store
+from megavl.data.store import Store
 
 _IGNORE = -100
 

@@ -9,14 +9,14 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import cache, partial
 
-from megavl.data.document import Image
 from megavl.data.encode import encode
+from megavl.data.encoded import EncodedDocument, EncodedImage, EncodedText
 from megavl.data.errors import DataError
 from megavl.data.readers.reader import Part, ReadOptions
 from megavl.data.readers.registry import input_files, reader_of
-from megavl.data.store import EncodedDocument, EncodedImage, StoreWriter
 from megavl.data.tokenizer import Tokenizer, load_tokenizer
 from megavl.data.worker import end_with_parent
+from megavl.data.writer import StoreWriter
 
 # What a worker gets at a time.
 _PART_BYTES = 1 << 20
@@ -33,22 +33,10 @@ class Progress:
     image_bytes: int = 0
 
 
-def is_multimodal(paths: Iterable[str]) -> bool:
-    """Whether any record of the files holds an image. Reads on until the first one, so text is read twice."""
-    return any(
-        isinstance(segment, Image)
-        for part in _parts(paths)
-        for document in reader_of(part.path).read(part, ReadOptions())
-        if not isinstance(document, DataError)
-        for segment in document.segments
-    )
-
-
 def build(
     paths: list[str],
     prefix: str,
     tokenizer_path: str,
-    multimodal: bool,
     workers: int,
     overwrite: bool,
     report: Callable[[Progress], None],
@@ -64,18 +52,15 @@ def build(
     """
     tokenizer = load_tokenizer(tokenizer_path)
     progress = Progress()
-    with StoreWriter(prefix, tokenizer, multimodal, overwrite) as writer:
+    with StoreWriter(prefix, tokenizer, overwrite) as writer:
         work = partial(_encode, tokenizer_path)
         for size, documents in _map(work, _parts(paths), workers):
-            for document in documents:
-                writer.add(document)
+            writer.add(*documents)
             images = [item for document in documents for item in document.sequences if isinstance(item, EncodedImage)]
-            texts = [
-                item for document in documents for item in document.sequences if not isinstance(item, EncodedImage)
-            ]
+            texts = [item for document in documents for item in document.sequences if isinstance(item, EncodedText)]
             progress = Progress(
                 documents=progress.documents + len(documents),
-                tokens=progress.tokens + sum(map(len, texts)),
+                tokens=progress.tokens + sum(len(text.tokens) for text in texts),
                 images=progress.images + len(images),
                 input_bytes=progress.input_bytes + size,
                 image_bytes=progress.image_bytes + sum(len(image.data) for image in images),

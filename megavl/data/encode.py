@@ -2,10 +2,12 @@
 
 from itertools import groupby
 
+import numpy as np
+
 from megavl.data.decode import decode
 from megavl.data.document import Document, Image, Text
+from megavl.data.encoded import EncodedDocument, EncodedImage, EncodedText
 from megavl.data.errors import DataError
-from megavl.data.store import EncodedDocument, EncodedImage
 from megavl.data.tokenizer import Tokenizer
 
 
@@ -28,7 +30,13 @@ def encode(document: Document, tokenizer: Tokenizer) -> EncodedDocument:
     if not sequences or isinstance(sequences[-1], EncodedImage):
         sequences.append([])
     sequences[-1].append(tokenizer.eos)
-    return EncodedDocument(document.key, document.source, tuple(sequences))
+    return EncodedDocument(
+        document.key,
+        document.source,
+        tuple(
+            one if isinstance(one, EncodedImage) else EncodedText(np.array(one, dtype=np.int64)) for one in sequences
+        ),
+    )
 
 
 def _check(document: Document, segment: Image) -> EncodedImage:

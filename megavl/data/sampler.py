@@ -119,7 +119,13 @@ def _check_ratio(data: DataConfig) -> None:
 
 
 def _open(source: SourceConfig, multimodal: bool, data: DataConfig, tokenizer: Tokenizer) -> Store:
-    store = Store(source.prefix, multimodal)
+    store = Store(source.prefix)
+    if (store.meta.images > 0) != multimodal:
+        kinds = {True: "multimodal", False: "text"}
+        raise DataError(
+            f"dataset {source.prefix} holds {store.meta.images} images, but data.{kinds[multimodal]} lists it; list it "
+            f"under data.{kinds[not multimodal]}: a step is all text or all multimodal"
+        )
     if store.meta.tokenizer != tokenizer.identity:
         raise DataError(
             f"dataset {source.prefix} was made with another tokenizer (sha256 {store.meta.tokenizer[:16]}..., "

@@ -10,9 +10,10 @@ import bisect
 import numpy as np
 
 from megavl.data import blend
+from megavl.data.format import IMAGE
 from megavl.data.pack import Pack, Piece, cut, first_fit
 from megavl.data.shuffle import permute
-from megavl.data.store import IMAGE, Store
+from megavl.data.store import Store
 
 # Documents per window: some thousand packs, of which the last few are less than full.
 _WINDOW = 8192

@@ -14,6 +14,7 @@ from PIL import Image
 from megavl.config.model import DecoderConfig, ModelConfig, SamConfig, SiglipConfig
 from megavl.config.run import DataConfig, SourceConfig, TrainConfig
 from megavl.data.build import build
+from megavl.data.encoded import EncodedText
 
 IMAGE_SIZES = [(40, 90), (90, 40), (64, 64), (7, 120), (33, 21)]
 
@@ -49,6 +50,10 @@ def image_bytes(seed: int, size: tuple[int, int], form: str = "PNG") -> bytes:
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, form)
     return file.getvalue()
+
+
+def encoded_text(*tokens: int, supervised: bool = True) -> EncodedText:
+    return EncodedText(np.array(tokens, dtype=np.int64), supervised)
 
 
 def write_jsonl(path: Path, records: list) -> str:
@@ -97,7 +102,6 @@ def corpus(tmp_path_factory) -> Corpus:
             paths=[str(root / f"{name}.jsonl")],
             prefix=str(root / name),
             tokenizer_path=str(root / "tokenizer.model"),
-            multimodal=name == "multimodal",
             workers=1,
             overwrite=False,
             report=lambda _: None,

@@ -13,13 +13,16 @@ import torch
 
 from megavl.config.run import SourceConfig
 from megavl.data.decode import decode
+from megavl.data.encoded import EncodedDocument, EncodedImage
 from megavl.data.errors import DataError
+from megavl.data.format import IMAGE
 from megavl.data.image import preprocess
 from megavl.data.loader import Loader
 from megavl.data.sampler import Sampler
-from megavl.data.store import IMAGE, EncodedDocument, EncodedImage, Store, StoreWriter
+from megavl.data.store import Store
 from megavl.data.tokenizer import load_tokenizer
-from tests.data.conftest import image_bytes
+from megavl.data.writer import StoreWriter
+from tests.data.conftest import encoded_text, image_bytes
 
 SEQ_LEN, IMAGE_TOKENS, PLACEHOLDER = 96, 16, 399
 
@@ -114,7 +117,7 @@ def test_step_facts_are_those_of_the_actual_batch(corpus, reference):
 @pytest.mark.parametrize("seq_len", [SEQ_LEN, 20])
 def test_an_epoch_supervises_every_text_token_but_the_first_exactly_once(corpus, model, train, seq_len):
     """Token by token against the documents themselves, with documents that are cut where packs are short."""
-    store = Store(corpus.prefix("multimodal"), True)
+    store = Store(corpus.prefix("multimodal"))
     train = train.model_copy(update={"steps": 40})
     data = corpus.data(text=(), text_ratio=0, seq_len=seq_len)
     sampler = Sampler(data, model, train)
@@ -158,7 +161,7 @@ def _document(store, document):
 
 
 def test_pixels_are_those_of_the_images_in_the_order_of_their_placeholders(corpus, model, train):
-    store = Store(corpus.prefix("multimodal"), True)
+    store = Store(corpus.prefix("multimodal"))
     sampler = Sampler(corpus.data(text_ratio=0), model, train.model_copy(update={"steps": 1}))
     (step,) = Loader(sampler, 0, 1, True, 0)
     for pack, batch in zip(sampler.plan(0).packs, step.micro_batches, strict=True):
@@ -192,7 +195,7 @@ def test_without_pixels_nothing_is_decoded(corpus, model, train, reference, monk
 
 def multimodal_store(corpus, tmp_path, sequences) -> SourceConfig:
     prefix = str(tmp_path / "p")
-    with StoreWriter(prefix, load_tokenizer(corpus.tokenizer), multimodal=True) as writer:
+    with StoreWriter(prefix, load_tokenizer(corpus.tokenizer)) as writer:
         writer.add(EncodedDocument("the-key", "file.jsonl", sequences))
     return SourceConfig(prefix=prefix)
 
@@ -200,7 +203,7 @@ def multimodal_store(corpus, tmp_path, sequences) -> SourceConfig:
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_broken_image_is_one_message_that_names_the_document(corpus, model, train, tmp_path, workers):
     image = EncodedImage(image_bytes(0, (50, 50))[:-500], 50, 50)
-    source = multimodal_store(corpus, tmp_path, ([1, 2], image, [2]))
+    source = multimodal_store(corpus, tmp_path, (encoded_text(1, 2), image, encoded_text(2)))
     with pytest.raises(DataError) as error:
         steps(corpus, model, train, workers=workers, multimodal=(source,), text=(), text_ratio=0)
     message = str(error.value)
@@ -218,7 +221,7 @@ def test_a_broken_image_is_one_message_that_names_the_document(corpus, model, tr
     ],
 )
 def test_text_that_the_model_would_misread_is_refused(corpus, model, train, tmp_path, changes, message):
-    source = multimodal_store(corpus, tmp_path, ([5, 9, 7],))
+    source = multimodal_store(corpus, tmp_path, (encoded_text(5, 9, 7), EncodedImage(image_bytes(0, (50, 50)), 50, 50)))
     sampler = Sampler(corpus.data(multimodal=(source,), text=(), text_ratio=0), model, train)
     decoder = model.decoder.model_copy(update={"vocab_size": changes.get("vocab", 400)})
     # A tokenizer that fits is checked at the start; here the file holds more than its tokenizer could have made.

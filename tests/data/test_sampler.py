@@ -4,11 +4,12 @@ import sentencepiece
 
 from megavl.config.run import SourceConfig, TrainConfig
 from megavl.data.build import build
+from megavl.data.encoded import EncodedDocument
 from megavl.data.errors import DataError
 from megavl.data.sampler import Sampler
-from megavl.data.store import EncodedDocument, StoreWriter
 from megavl.data.tokenizer import load_tokenizer
-from tests.data.conftest import write_jsonl
+from megavl.data.writer import StoreWriter
+from tests.data.conftest import encoded_text, write_jsonl
 
 
 def test_a_plan_is_a_pure_function_of_seed_and_step(corpus, model, train):
@@ -73,9 +74,7 @@ def test_a_configuration_that_cannot_be_sampled_is_refused(corpus, model, train,
 
 def test_a_store_listed_under_the_other_modality_is_refused(corpus, model, train):
     source = (SourceConfig(prefix=corpus.prefix("multimodal")),)
-    with pytest.raises(
-        DataError, match="is a multimodal dataset, but it is read as text; list it under data.multimodal"
-    ):
+    with pytest.raises(DataError, match="holds 65 images, but data.text lists it; list it under data.multimodal"):
         Sampler(corpus.data(text=source), model, train)
 
 
@@ -85,7 +84,7 @@ def test_a_store_of_another_tokenizer_is_refused(corpus, model, train, tmp_path)
     sentencepiece.SentencePieceTrainer.train(
         input=path, model_prefix=str(tmp_path / "other"), vocab_size=50, hard_vocab_limit=False, minloglevel=2
     )
-    build([path], str(tmp_path / "p"), str(other), False, 1, False, lambda _: None)
+    build([path], str(tmp_path / "p"), str(other), 1, False, lambda _: None)
     with pytest.raises(DataError, match="was made with another tokenizer"):
         Sampler(corpus.data(text=(SourceConfig(prefix=str(tmp_path / "p")),)), model, train)
 
@@ -98,8 +97,8 @@ def test_a_vocabulary_that_the_model_lacks_is_refused(corpus, model, train):
 
 def test_a_step_without_a_target_is_refused(corpus, model, train, tmp_path):
     tokenizer = load_tokenizer(corpus.tokenizer)
-    with StoreWriter(str(tmp_path / "p"), tokenizer, multimodal=False) as writer:
-        writer.add(EncodedDocument("only the end", "file", ([tokenizer.eos],)))
+    with StoreWriter(str(tmp_path / "p"), tokenizer) as writer:
+        writer.add(EncodedDocument("only the end", "file", (encoded_text(tokenizer.eos),)))
     data = corpus.data(text=(SourceConfig(prefix=str(tmp_path / "p")),), multimodal=(), text_ratio=1)
     with pytest.raises(DataError, match="step 3 \\(text\\): none of its .* holds a text token to predict"):
         Sampler(data, model, train).plan(3)

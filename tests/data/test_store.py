@@ -11,9 +11,12 @@ import numpy as np
 import pytest
 import torch
 
+from megavl.data.encoded import EncodedDocument, EncodedImage
 from megavl.data.errors import DataError
-from megavl.data.store import IMAGE, EncodedDocument, EncodedImage, Store, StoreWriter
-from tests.data.conftest import image_bytes
+from megavl.data.format import IMAGE
+from megavl.data.store import Store
+from megavl.data.writer import StoreWriter
+from tests.data.conftest import encoded_text, image_bytes
 
 FILES = ("bin", "idx", "meta")
 
@@ -39,11 +42,10 @@ def megatron():
 
 def documents(vocab_size: int, number: int = 40) -> list[EncodedDocument]:
     random_ = random.Random(1)
+    lengths = [random_.randint(1, 50) for _ in range(number)]
     return [
-        EncodedDocument(
-            f"key {index}", "file", ([random_.randrange(vocab_size) for _ in range(random_.randint(1, 50))],)
-        )
-        for index in range(number)
+        EncodedDocument(f"key {index}", "file", (encoded_text(*random_.choices(range(vocab_size), k=length)),))
+        for index, length in enumerate(lengths)
     ]
 
 
@@ -53,16 +55,16 @@ def mixed(number: int = 12) -> list[EncodedDocument]:
     result = []
     for index in range(number):
         data = image_bytes(index, (9, 5)) + bytes(index % 4)
-        sequences = ([1, 2, index], EncodedImage(data, 9, 5), [random_.randrange(300)])
+        sequences = (encoded_text(1, 2, index), EncodedImage(data, 9, 5), encoded_text(random_.randrange(300)))
         result.append(EncodedDocument(f"key {index}", "file", sequences[index % 2 :]))
     return result
 
 
-def write(prefix, items, vocab_size=300, multimodal=False, overwrite=False) -> Store:
-    with StoreWriter(str(prefix), Vocabulary(vocab_size), multimodal, overwrite) as writer:
+def write(prefix, items, vocab_size=300, overwrite=False) -> Store:
+    with StoreWriter(str(prefix), Vocabulary(vocab_size), overwrite) as writer:
         for item in items:
             writer.add(item)
-    return Store(str(prefix), multimodal)
+    return Store(str(prefix))
 
 
 def left(directory) -> list[str]:
@@ -77,7 +79,7 @@ def test_text_files_are_byte_for_byte_megatrons(tmp_path, megatron, vocab_size, 
         str(tmp_path / "theirs.bin"), dtype=megatron.DType.optimal_dtype(vocab_size), multimodal=False
     )
     for document in documents(vocab_size):
-        builder.add_item(torch.tensor(document.sequences[0]))
+        builder.add_item(torch.from_numpy(document.sequences[0].tokens))
         builder.end_document()
     builder.finalize(str(tmp_path / "theirs.idx"))
     for suffix in ("bin", "idx"):
@@ -85,7 +87,7 @@ def test_text_files_are_byte_for_byte_megatrons(tmp_path, megatron, vocab_size, 
 
 
 def test_multimodal_files_are_byte_for_byte_megatrons_and_open_there(tmp_path, megatron):
-    store = write(tmp_path / "ours", mixed(), multimodal=True)
+    store = write(tmp_path / "ours", mixed())
     builder = megatron.IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=np.int32, multimodal=True)
     for document in mixed():
         for sequence in document.sequences:
@@ -94,7 +96,7 @@ def test_multimodal_files_are_byte_for_byte_megatrons_and_open_there(tmp_path, m
                 payload = np.frombuffer(sequence.data + bytes(pad), dtype=np.int32)
                 builder.add_item(torch.from_numpy(np.concatenate(([pad], payload)).astype(np.int32)), mode=1)
             else:
-                builder.add_item(torch.tensor(sequence), mode=0)
+                builder.add_item(torch.from_numpy(sequence.tokens), mode=0)
         builder.end_document()
     builder.finalize(str(tmp_path / "theirs.idx"))
     for suffix in ("bin", "idx"):
@@ -108,17 +110,19 @@ def test_multimodal_files_are_byte_for_byte_megatrons_and_open_there(tmp_path, m
         if isinstance(sequence, EncodedImage):
             assert elements[1:].tobytes()[: len(elements[1:]) * 4 - elements[0]] == sequence.data
         else:
-            assert elements.tolist() == list(sequence)
+            assert elements.tolist() == sequence.tokens.tolist()
 
 
 def test_stock_megatron_opens_a_text_store(tmp_path, megatron):
     write(tmp_path / "ours", documents(300))
     stock = megatron.IndexedDataset(str(tmp_path / "ours"))
-    assert [stock[index].tolist() for index in range(len(stock))] == [list(one.sequences[0]) for one in documents(300)]
+    assert [stock[index].tolist() for index in range(len(stock))] == [
+        one.sequences[0].tokens.tolist() for one in documents(300)
+    ]
 
 
 def test_what_was_written_is_read_back(tmp_path):
-    store = pickle.loads(pickle.dumps(write(tmp_path / "p", mixed(), multimodal=True)))
+    store = pickle.loads(pickle.dumps(write(tmp_path / "p", mixed())))
     assert len(store) == 12
     for number, document in enumerate(mixed()):
         first, stop = store.documents[number : number + 2]
@@ -127,8 +131,9 @@ def test_what_was_written_is_read_back(tmp_path):
             if store.modes[index] == IMAGE:
                 assert store.image(index) == sequence.data
             else:
-                assert store.text(index, 0, len(sequence)).tolist() == list(sequence)
-                assert store.text(index, 1, len(sequence)).tolist() == list(sequence)[1:]
+                tokens = sequence.tokens.tolist()
+                assert store.text(index, 0, len(tokens)).tolist() == tokens
+                assert store.text(index, 1, len(tokens)).tolist() == tokens[1:]
         assert (store.key(number), store.source(number)) == (document.key, "file")
     store.verify()
     assert (store.meta.tokenizer, store.meta.vocab_size, store.meta.multimodal) == ("f" * 64, 300, True)
@@ -137,7 +142,7 @@ def test_what_was_written_is_read_back(tmp_path):
 def test_the_meta_file_is_arrow_with_a_row_per_document(tmp_path):
     import pyarrow as pa
 
-    write(tmp_path / "p", mixed(), multimodal=True)
+    write(tmp_path / "p", mixed())
     with pa.ipc.open_file(str(tmp_path / "p.meta")) as file:
         table = file.read_all()
     assert table.column_names == ["key", "source", "images"]
@@ -149,7 +154,7 @@ def test_the_meta_file_is_arrow_with_a_row_per_document(tmp_path):
 def test_a_token_outside_the_vocabulary_is_refused_and_nothing_remains(tmp_path, tokens):
     """megatron-core wraps 70000 to 4464 in a uint16 file."""
     with pytest.raises(DataError, match="document odd holds the token ids .*0 to 299"):
-        write(tmp_path / "p", [*documents(300), EncodedDocument("odd", "file", (tokens,))])
+        write(tmp_path / "p", [*documents(300), EncodedDocument("odd", "file", (encoded_text(*tokens),))])
     assert left(tmp_path) == []
 
 
@@ -158,8 +163,7 @@ def test_a_token_outside_the_vocabulary_is_refused_and_nothing_remains(tmp_path,
     [
         ([], "no document to write"),
         ([EncodedDocument("k", "f", ())], "document k is empty"),
-        ([EncodedDocument("k", "f", ([],))], "document k holds an empty text sequence"),
-        (mixed(), "document key 0 holds an image, but the store was opened for text"),
+        ([EncodedDocument("k", "f", (encoded_text(),))], "document k holds an empty text sequence"),
     ],
 )
 def test_what_cannot_be_stored_is_refused_and_nothing_remains(tmp_path, items, message):
@@ -185,7 +189,7 @@ def test_files_of_the_prefix_are_replaced_only_on_request(tmp_path):
     write(tmp_path / "p", documents(300, 3))
     with pytest.raises(DataError, match="exist already; .*--overwrite"):
         write(tmp_path / "p", documents(300, 4))
-    assert len(Store(str(tmp_path / "p"), False)) == 3
+    assert len(Store(str(tmp_path / "p"))) == 3
     assert len(write(tmp_path / "p", documents(300, 4), overwrite=True)) == 4
     assert left(tmp_path) == ["p.bin", "p.idx", "p.meta"]
 
@@ -202,26 +206,18 @@ def test_a_missing_file_is_named_with_the_command_that_makes_it(tmp_path, suffix
     write(tmp_path / "p", documents(300))
     os.remove(tmp_path / f"p.{suffix}")
     with pytest.raises(DataError, match=f"p.{suffix} not found; .*preprocess_data.py"):
-        Store(str(tmp_path / "p"), False)
-
-
-@pytest.mark.parametrize("multimodal", [False, True])
-def test_a_store_read_as_the_other_kind_is_refused(tmp_path, multimodal):
-    """megatron-core reads image bytes as tokens, or fails in its destructor."""
-    write(tmp_path / "p", mixed() if multimodal else documents(300), multimodal=multimodal)
-    with pytest.raises(DataError, match="is a multimodal dataset" if multimodal else "is a text dataset"):
-        Store(str(tmp_path / "p"), not multimodal)
+        Store(str(tmp_path / "p"))
 
 
 @pytest.mark.parametrize("multimodal", [False, True])
 @pytest.mark.parametrize("suffix", FILES)
 def test_a_cut_off_file_is_refused(tmp_path, suffix, multimodal):
     """megatron-core opens a short .bin and reads uninitialised memory with mmap=False."""
-    write(tmp_path / "p", mixed() if multimodal else documents(300), multimodal=multimodal)
+    write(tmp_path / "p", mixed() if multimodal else documents(300))
     path = tmp_path / f"p.{suffix}"
     path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(DataError, match=f"p.{suffix} .*(cut off|damaged)"):
-        Store(str(tmp_path / "p"), multimodal)
+        Store(str(tmp_path / "p"))
 
 
 @pytest.mark.parametrize(
@@ -243,7 +239,7 @@ def test_a_header_of_another_format_is_refused(tmp_path, offset, value, message)
     data = path.read_bytes()
     path.write_bytes(data[:offset] + value + data[offset + len(value) :])
     with pytest.raises(DataError, match=message):
-        Store(str(tmp_path / "p"), False)
+        Store(str(tmp_path / "p"))
 
 
 def test_a_last_document_that_was_not_ended_is_refused(tmp_path):
@@ -252,7 +248,7 @@ def test_a_last_document_that_was_not_ended_is_refused(tmp_path):
     path = tmp_path / "p.idx"
     path.write_bytes(path.read_bytes()[:-8] + struct.pack("<q", 39))
     with pytest.raises(DataError, match="0 to 39, not 0 to 40; the writer did not end its last document"):
-        Store(str(tmp_path / "p"), False)
+        Store(str(tmp_path / "p"))
 
 
 @pytest.mark.parametrize("suffix", FILES)
@@ -261,7 +257,7 @@ def test_files_of_two_datasets_are_refused(tmp_path, suffix):
     write(tmp_path / "q", documents(300, 11))
     os.replace(tmp_path / f"q.{suffix}", tmp_path / f"p.{suffix}")
     with pytest.raises(DataError, match="belong"):
-        Store(str(tmp_path / "p"), False)
+        Store(str(tmp_path / "p"))
 
 
 def test_a_meta_file_of_another_version_is_refused(tmp_path):
@@ -271,11 +267,11 @@ def test_a_meta_file_of_another_version_is_refused(tmp_path):
     path = str(tmp_path / "p.meta")
     with pa.ipc.open_file(pa.OSFile(path)) as file:
         table = file.read_all()
-    facts = json.loads(table.schema.metadata[b"megavl"]) | {"version": "2"}
+    facts = json.loads(table.schema.metadata[b"megavl"]) | {"version": "3"}
     with pa.ipc.new_file(path, table.schema.with_metadata({"megavl": json.dumps(facts)})) as writer:
         writer.write_table(table)
-    with pytest.raises(DataError, match="p.meta has version 2"):
-        Store(str(tmp_path / "p"), False)
+    with pytest.raises(DataError, match="p.meta has version 3"):
+        Store(str(tmp_path / "p"))
 
 
 @pytest.mark.parametrize("suffix", ["bin", "idx"])
@@ -285,17 +281,17 @@ def test_verify_finds_a_flipped_bit(tmp_path, suffix):
     data = bytearray(path.read_bytes())
     data[40] ^= 1
     path.write_bytes(data)
-    with pytest.raises(DataError, match=f"p.{suffix} has the sha256"):
+    with pytest.raises(DataError, match=f"p.{suffix}: the bytes 0 to .* have the sha256"):
         store.verify()
 
 
 def test_an_image_payload_with_an_impossible_padding_is_refused(tmp_path):
-    write(tmp_path / "p", mixed(), multimodal=True)
+    write(tmp_path / "p", mixed())
     path = tmp_path / "p.bin"
     data = path.read_bytes()
     path.write_bytes(data[:12] + struct.pack("<i", 4) + data[16:])  # after the three tokens of the first sequence
     with pytest.raises(DataError, match="sequence 1 starts with 4, not a number of pad bytes"):
-        Store(str(tmp_path / "p"), True).image(1)
+        Store(str(tmp_path / "p")).image(1)
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path):

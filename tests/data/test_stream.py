@@ -3,7 +3,8 @@ from collections import Counter
 import pytest
 
 from megavl.data import stream as stream_module
-from megavl.data.store import IMAGE, Store
+from megavl.data.format import IMAGE
+from megavl.data.store import Store
 from megavl.data.stream import Stream
 
 SEQ_LEN, IMAGE_TOKENS = 96, 16
@@ -15,7 +16,7 @@ def stream(corpus, monkeypatch):
     monkeypatch.setattr(stream_module, "_WINDOW", 50)
 
     def make(*names, weights=None, seed=0, seq_len=SEQ_LEN):
-        stores = tuple(Store(corpus.prefix(name), name == "multimodal") for name in names)
+        stores = tuple(Store(corpus.prefix(name)) for name in names)
         return Stream(stores, weights or (1.0,) * len(names), seq_len, IMAGE_TOKENS, (seed, 0))
 
     return make
@@ -29,7 +30,7 @@ def window(stream, number):
 
 @pytest.mark.parametrize(("name", "size"), [("text", 150), ("multimodal", 60)])
 def test_every_document_is_drawn_whole_and_once_per_epoch(corpus, stream, name, size):
-    store = Store(corpus.prefix(name), name == "multimodal")
+    store = Store(corpus.prefix(name))
     one = stream(name)
     epochs, windows = 2, 2 * size // 50 if size == 150 else 6  # 300 draws in both cases
     drawn = [piece for number in range(windows) for piece in window(one, number)]
@@ -76,7 +77,7 @@ def test_sources_are_drawn_by_weight(stream):
 
 def test_no_pack_splits_an_image(corpus, stream):
     """Packs hardly longer than an image: most documents are cut."""
-    store = Store(corpus.prefix("multimodal"), True)
+    store = Store(corpus.prefix("multimodal"))
     one = stream("multimodal", seq_len=IMAGE_TOKENS + 5)
     drawn = [piece for number in range(6) for piece in window(one, number)]
     assert sum(piece.start > 0 for piece in drawn) > len(drawn) // 2

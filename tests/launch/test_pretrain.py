@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megavl.data.store import EncodedDocument, EncodedImage, StoreWriter
+from megavl.data.encoded import EncodedDocument, EncodedImage
 from megavl.data.tokenizer import load_tokenizer
-from tests.data.conftest import image_bytes
+from megavl.data.writer import StoreWriter
+from tests.data.conftest import encoded_text, image_bytes
 from tests.pool import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -198,8 +199,8 @@ def test_a_store_of_another_tokenizer_is_refused(recipe, corpus, tmp_path):
 
 def test_a_broken_image_ends_the_run_on_all_ranks(recipe, corpus, tmp_path):
     image = EncodedImage(image_bytes(0, (50, 50))[:-500], 50, 50)
-    with StoreWriter(str(tmp_path / "broken"), load_tokenizer(corpus.tokenizer), multimodal=True) as writer:
-        writer.add(EncodedDocument("the-broken-one", "file.jsonl", ([5, 6], image, [2])))
+    with StoreWriter(str(tmp_path / "broken"), load_tokenizer(corpus.tokenizer)) as writer:
+        writer.add(EncodedDocument("the-broken-one", "file.jsonl", (encoded_text(5, 6), image, encoded_text(2))))
     done = deepspeed(
         2,
         recipe,

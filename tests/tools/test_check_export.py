@@ -10,10 +10,12 @@ from safetensors.torch import load_file, save_file
 
 from megavl.checkpoint.agree import CheckpointError
 from megavl.checkpoint.hf import to_hf
+from megavl.data.encoded import EncodedDocument, EncodedImage
 from megavl.data.errors import DataError
-from megavl.data.store import EncodedDocument, EncodedImage, StoreWriter
 from megavl.data.tokenizer import load_tokenizer
+from megavl.data.writer import StoreWriter
 from tests.checkpoint.models import HYBRID, SIGLIP_ONLY, TEXTS, train_tokenizer, write_checkpoint
+from tests.data.conftest import encoded_text
 from tools import check_export
 from tools.check_export import TOLERANCE, check
 
@@ -26,10 +28,11 @@ def _write_store(prefix: Path, tokenizer_path: Path) -> None:
         data = io.BytesIO()
         Image.new("RGB", size, colour).save(data, "PNG")
         images.append(EncodedImage(data.getvalue(), *size))
-    words = [tokenizer.encode(text) for text in TEXTS]
-    with StoreWriter(str(prefix), tokenizer, multimodal=True) as store:
-        store.add(EncodedDocument("0", "here", (words[0], images[0], words[1], images[1], [*words[2], tokenizer.eos])))
-        store.add(EncodedDocument("1", "here", ([*words[3], tokenizer.eos],)))
+    ends = ((), (), (tokenizer.eos,), (tokenizer.eos,))
+    words = [encoded_text(*tokenizer.encode(text), *end) for text, end in zip(TEXTS, ends, strict=True)]
+    with StoreWriter(str(prefix), tokenizer) as store:
+        store.add(EncodedDocument("0", "here", (words[0], images[0], words[1], images[1], words[2])))
+        store.add(EncodedDocument("1", "here", (words[3],)))
 
 
 @pytest.mark.parametrize("model", [HYBRID, SIGLIP_ONLY], ids=["hybrid", "siglip"])

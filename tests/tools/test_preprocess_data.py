@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from megavl.data.store import IMAGE, Store
+from megavl.data.format import IMAGE
+from megavl.data.store import Store
 from megavl.data.tokenizer import load_tokenizer
 from tests.data.conftest import write_jsonl
 
@@ -40,7 +41,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 def test_files_become_one_store_that_says_what_it_holds(corpus, tmp_path):
     inputs = [corpus.root / "more.jsonl", corpus.root / "multimodal.jsonl"]
     result = run("--input", *inputs, "--output-prefix", tmp_path / "p", "--tokenizer", corpus.tokenizer)
-    store = Store(str(tmp_path / "p"), multimodal=True)
+    store = Store(str(tmp_path / "p"))
     store.verify()
     assert len(store) == 70 + 60
     assert (store.key(0), store.source(0)) == ("more-0", str(inputs[0]))
@@ -68,7 +69,7 @@ def test_the_output_does_not_depend_on_the_number_of_workers(corpus, tmp_path):
 def test_documents_without_images_are_a_text_store_of_one_sequence_each(corpus, tmp_path):
     path = write_jsonl(tmp_path / "in.jsonl", [{"text": "a b"}, {"segments": [{"text": "c"}, {"text": " d"}]}])
     run("--input", path, "--output-prefix", tmp_path / "p", "--tokenizer", corpus.tokenizer)
-    store = Store(str(tmp_path / "p"), multimodal=False)
+    store = Store(str(tmp_path / "p"))
     assert (len(store), len(store.lengths)) == (2, 2)
     tokenizer = load_tokenizer(corpus.tokenizer)
     assert store.text(1, 0, int(store.lengths[1])).tolist() == [*tokenizer.encode("c d"), tokenizer.eos]
@@ -102,7 +103,7 @@ def test_an_existing_dataset_is_replaced_only_on_request(corpus, tmp_path):
     write_jsonl(tmp_path / "in.jsonl", [{"text": "a"}, {"text": "b"}])
     assert "exist already" in run(*arguments, code=1).stderr
     run(*arguments, "--overwrite")
-    assert len(Store(str(tmp_path / "p"), multimodal=False)) == 2
+    assert len(Store(str(tmp_path / "p"))) == 2
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
