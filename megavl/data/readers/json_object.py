@@ -20,8 +20,8 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
-# Also for the parts of a longer text: `DECODER.raw_decode(text, start)`.
-DECODER = json.JSONDecoder(object_pairs_hook=_object)
+_STRICT = json.JSONDecoder(object_pairs_hook=_object)
+_ANY = json.JSONDecoder()
 
 
 def parse(data: bytes) -> dict[str, Any]:
@@ -32,16 +32,36 @@ def parse(data: bytes) -> dict[str, Any]:
             name the record.
     """
     try:
-        value = DECODER.decode(data.decode("utf-8"))
+        return checked(_STRICT.decode(data.decode("utf-8-sig")))
     except UnicodeDecodeError as error:
         raise DataError(
-            f"is not UTF-8 (byte {data[error.start]:#04x} at offset {error.start} of the record); convert the file, "
-            "for example with iconv"
+            f"is not UTF-8 (byte {error.object[error.start]:#04x} at offset {error.start} of the record); convert the "
+            "file, for example with iconv"
         ) from error
-    except RepeatedKey:
+    except DataError:
         raise
     except (ValueError, RecursionError) as error:
         raise DataError(f"is not JSON ({error}); a record is one JSON object") from error
+
+
+def parse_next(text: str, start: int) -> tuple[Any, int]:
+    """(value, its end) of the value that begins at `start`; for one with a repeated key, the error.
+
+    Raises:
+        json.JSONDecodeError: no value begins there, or its end is not in the text.
+    """
+    try:
+        return _STRICT.raw_decode(text, start)
+    except RepeatedKey as error:
+        return error, _ANY.raw_decode(text, start)[1]
+
+
+def checked(value: Any) -> dict[str, Any]:
+    """The value itself, if it is an object.
+
+    Raises:
+        DataError: it is not. The message does not name the record.
+    """
     if not isinstance(value, dict):
         raise DataError(f"is {described(value)}; a record is one JSON object")
     return value

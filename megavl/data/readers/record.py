@@ -94,7 +94,7 @@ def _segments(record: Record) -> Iterator[Segment]:
     """{"segments": [{"text"} | {"image"} | {"token"}, ...]}, with "supervised": false on what is read, not learned."""
     for number, value in enumerate(_list(record.values["segments"], '"segments"')):
         name = f"segment {number}"
-        match _object(value, name):
+        match _present(value, name):
             case {"text": text, **rest} if rest.keys() <= {"supervised"}:
                 yield Text(_text(text, name), _flag(rest, name))
             case {"token": token, **rest} if rest.keys() <= {"supervised"}:
@@ -153,14 +153,14 @@ def _said(record: Record, value: object, name: str) -> Iterator[Segment | None]:
             yield Text(_checked(text, name))
         return
     for part in _list(value, name):
-        match {key: item for key, item in _object(part, name).items() if item is not None and key != "type"}:
-            case {"text": text, **rest} if not rest:
+        match _present(part, name):
+            case {"text": text, **rest} if rest.keys() <= {"type"}:
                 yield Text(_text(text, name))
-            case {"token": token, **rest} if not rest:
+            case {"token": token, **rest} if rest.keys() <= {"type"}:
                 yield Token(_text(token, name))
-            case {"image": image, **rest} if not rest:
+            case {"image": image, **rest} if rest.keys() <= {"type"}:
                 yield _image(record, image, name)
-            case rest if not rest and part.get("type") == "image":
+            case {"type": "image", **rest} if not rest:
                 yield None
             case _:
                 raise DataError(
@@ -299,6 +299,11 @@ def _object(value: object, name: str) -> dict:
     if not isinstance(value, dict):
         raise DataError(f"{name} is {described(value)}; it must be an object")
     return value
+
+
+def _present(value: object, name: str) -> dict:
+    """An object without its nulls, of which a table puts one in the place of every absent key."""
+    return {key: item for key, item in _object(value, name).items() if item is not None}
 
 
 def _flag(rest: dict, name: str) -> bool:

@@ -4,11 +4,11 @@ import os
 from collections.abc import Iterator, Sequence
 
 from megavl.data.errors import DataError
-from megavl.data.readers import jsonl
+from megavl.data.readers import json_array, jsonl, table
 from megavl.data.readers.reader import Reader
 
 # One module per input format: add a new one here.
-READERS: tuple[Reader, ...] = (jsonl,)
+READERS: tuple[Reader, ...] = (json_array, jsonl, table)
 
 _BY_SUFFIX = {suffix: reader for reader in READERS for suffix in reader.SUFFIXES}
 
