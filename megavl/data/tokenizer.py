@@ -1,96 +1,84 @@
-"""Tokenizers: sentencepiece models and HF `tokenizer.json` files behind one protocol."""
+"""Tokenizers: text to token ids."""
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
 
-import sentencepiece
-import tokenizers
+import numpy as np
 
-from megavl.config.tokens import END_OF_SEQUENCE
+from megavl.data import fast_tokenizer
 from megavl.data.errors import DataError
+from megavl.data.fast_tokenizer import FastTokenizer
+from megavl.data.probes import probes
+from megavl.data.sentencepiece_model import SentencePieceModel
+from megavl.data.tokenizer_json import TokenizerJson
+from megavl.data.tokenizer_library import Library
+
+# Special tokens that an error message lists; a vocabulary may have hundreds.
+_LISTED = 20
 
 
-class Tokenizer(Protocol):
+class Tokenizer:
     """Text to token ids.
 
     eos:        id of the end-of-sequence token
     vocab_size: largest id + 1
     identity:   sha256 of the file, in hexadecimal digits
+    backend:    what serves `encode_batch`, and why
     """
 
-    eos: int
-    vocab_size: int
-    identity: str
+    def __init__(self, path: Path, library: Library, identity: str) -> None:
+        self._path, self._library, self.identity = path, library, identity
+        self.eos, self.vocab_size = library.eos, library.vocab_size
+        self.backend = library.name
+        self._fast: FastTokenizer | None = None
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of the text alone: no begin- or end-of-sequence token is added."""
-        ...
-
-    def decode(self, tokens: list[int]) -> str:
-        """Text of ids."""
-        ...
-
-
-class SentencePieceTokenizer:
-    """A sentencepiece `.model` file."""
-
-    def __init__(self, path: Path) -> None:
+    def accelerate(self, texts: Sequence[str] = ()) -> None:
+        """Let gigatoken serve `encode_batch` if it gives the library's ids for a built-in sample and for `texts`."""
+        sample = [*probes(self._library.special), *texts]
         try:
-            self._model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (RuntimeError, OSError) as error:
-            raise DataError(
-                f"tokenizer {path} is not a sentencepiece model ({error}); give a .model file or a tokenizer.json"
-            ) from error
-        self.eos = self._model.eos_id()
-        if self.eos < 0:
-            raise DataError(
-                f"tokenizer {path} has no end-of-sequence token, which every document must end with; "
-                "train the model with an eos_id"
-            )
-        self.vocab_size = self._model.get_piece_size()
-        self.identity = file_identity(path)
+            fast = FastTokenizer(self._library)
+            reason = fast.difference(sample)
+        except Exception as error:  # a package written in another language raises what it likes
+            reason = f"it cannot serve this tokenizer: {str(error)[:120]}"
+        if reason is not None:
+            self._fast, self.backend = None, f"{self._library.name}, without {fast_tokenizer.NAME}: {reason}"
+            return
+        size = sum(len(text.encode()) for text in sample)
+        self._fast = fast
+        self.backend = (
+            f"{fast_tokenizer.NAME}: the ids of {self._library.name} on {len(sample)} texts ({size / 1e3:.0f} kB)"
+        )
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text."""
-        return self._model.encode(text)
+        """Ids of the text alone: no begin- or end-of-sequence token is added, and a special token that is spelled out
+        in it stays ordinary text."""
+        return self._library.encode(text)
 
-    def decode(self, tokens: list[int]) -> str:
-        """Text of ids."""
-        return self._model.decode(tokens)
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The same for each text, as int32 [tokens]; the way to encode much text."""
+        if self._fast is not None:
+            return self._fast.encode_batch(texts)
+        return [np.array(self._library.encode(text), dtype=np.int32) for text in texts]
 
+    def token(self, name: str) -> int:
+        """Id of the special token of this spelling.
 
-class JsonTokenizer:
-    """A `tokenizer.json` file of the `tokenizers` package."""
-
-    def __init__(self, path: Path) -> None:
-        try:
-            self._model = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the package raises bare Exception
+        Raises:
+            DataError: the tokenizer has none of that name.
+        """
+        special = self._library.special
+        if name not in special:
+            shown = ", ".join([*special][:_LISTED]) + (" ..." if len(special) > _LISTED else "")
             raise DataError(
-                f"tokenizer {path} is not a tokenizer.json ({error}); give a .model file or a tokenizer.json"
-            ) from error
-        # A document is data: a special token that is spelled out in it stays text.
-        self._model.encode_special_tokens = True
-        # tokenizer.json does not say which of its special tokens ends a sequence.
-        special = {token.content: id for id, token in self._model.get_added_tokens_decoder().items() if token.special}
-        eos = next((special[name] for name in END_OF_SEQUENCE if name in special), None)
-        if eos is None:
-            raise DataError(
-                f"tokenizer {path} has no end-of-sequence token: none of {', '.join(END_OF_SEQUENCE)} is among its "
-                f"special tokens ({', '.join(special) or 'it has none'}); add one as a special token"
+                f"tokenizer {self._path} has no special token {name!r} (it has {shown}); add it to the tokenizer, or "
+                "choose a template or format that does not write it"
             )
-        self.eos = eos
-        self.vocab_size = max(self._model.get_vocab().values()) + 1
-        self.identity = file_identity(path)
+        return special[name]
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of the text."""
-        return self._model.encode(text, add_special_tokens=False).ids
-
-    def decode(self, tokens: list[int]) -> str:
-        """Text of ids."""
-        return self._model.decode(tokens)
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of ids; special tokens have none."""
+        return self._library.decode(tokens)
 
 
 def load_tokenizer(path: str) -> Tokenizer:
@@ -102,14 +90,13 @@ def load_tokenizer(path: str) -> Tokenizer:
     file = Path(path)
     if not file.is_file():
         raise DataError(f"tokenizer {path}: no such file; give a sentencepiece .model or a tokenizer.json")
-    match file.suffix:
-        case ".model":
-            return SentencePieceTokenizer(file)
-        case ".json":
-            return JsonTokenizer(file)
-    raise DataError(
-        f"tokenizer {path}: the suffix {file.suffix!r} is neither .model (sentencepiece) nor .json (tokenizer.json)"
-    )
+    libraries = {".model": SentencePieceModel, ".json": TokenizerJson}
+    if file.suffix not in libraries:
+        raise DataError(
+            f"tokenizer {path}: the suffix {file.suffix!r} is neither .model (sentencepiece) nor .json (tokenizer.json)"
+        )
+    data = file.read_bytes()
+    return Tokenizer(file, libraries[file.suffix](file, data), hashlib.sha256(data).hexdigest())
 
 
 def file_identity(path: Path) -> str:
