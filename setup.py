@@ -26,8 +26,11 @@ setup(
         "numpy~=2.4",
         "pyarrow>=26.0.1",
         "sentencepiece~=0.2.3",
-        "protobuf>=6",  # reads the parts of a sentencepiece model that an export carries over
+        "protobuf>=6",  # reads the pieces of a sentencepiece model, which its own package does not tell whole
         "tokenizers~=0.23.3",
+        # The fast path of both. Wheels for every platform that torch has some for; it brings awkward and typer. An
+        # optional one would leave most users ten times slower than they need be.
+        "gigatoken~=0.10.0",
         "safetensors~=0.8.0",
         "pydantic~=2.14",
         "pyyaml~=6.0",
@@ -47,6 +50,7 @@ setup(
         "hf": ["transformers==5.23.0"],
         "dev": [
             "pytest~=9.2",
+            "hypothesis~=6.170",
             # Exact: the formatter's output differs between versions.
             "ruff==0.17.5",
             # Exact: the reference for the bytes of an indexed dataset. It brings torch, numpy and packaging, no more.

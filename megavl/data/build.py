@@ -79,14 +79,20 @@ def _encode(tokenizer_path: str, part: Part) -> tuple[int, list[EncodedDocument]
     for document in reader_of(part.path).read(part, ReadOptions()):
         if isinstance(document, DataError):
             raise document
-        documents.append(encode(document, _tokenizer(tokenizer_path)))
-    return part.size_bytes, documents
+        documents.append(document)
+    encoded = encode(documents, _tokenizer(tokenizer_path))
+    for document in encoded:
+        if isinstance(document, DataError):
+            raise document
+    return part.size_bytes, encoded
 
 
 @cache
 def _tokenizer(path: str) -> Tokenizer:
     """One tokenizer per process: it is too large to travel with every chunk."""
-    return load_tokenizer(path)
+    tokenizer = load_tokenizer(path)
+    tokenizer.accelerate()
+    return tokenizer
 
 
 def _map(

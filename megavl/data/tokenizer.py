@@ -97,9 +97,3 @@ def load_tokenizer(path: str) -> Tokenizer:
         )
     data = file.read_bytes()
     return Tokenizer(file, libraries[file.suffix](file, data), hashlib.sha256(data).hexdigest())
-
-
-def file_identity(path: Path) -> str:
-    """sha256 of a file, in hexadecimal digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
