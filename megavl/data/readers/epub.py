@@ -15,12 +15,13 @@ from urllib.parse import unquote
 
 from lxml import etree
 
-from megavl.data.document import Document
+from megavl.data.document import Document, Image
 from megavl.data.errors import DataError
 from megavl.data.readers.flow import segments
 from megavl.data.readers.markup import drop_unseen, parse_xhtml, parse_xml
 from megavl.data.readers.picture import picture
-from megavl.data.readers.reader import Part
+from megavl.data.readers.reader import Part, ReadOptions, too_large, whole
+from megavl.data.readers.record import Place
 
 SUFFIXES = (".epub",)
 
@@ -38,38 +39,39 @@ class Chapter:
     number: int
 
     @property
-    def where(self) -> str:
-        return f"{self.book.path}:{self.number}"
+    def place(self) -> Place:
+        """By which errors name it."""
+        return Place(self.book.path, self.number)
 
     def tree(self) -> etree._Element | None:
         """What the page says, None where it is empty.
 
         Raises:
-            DataError: it is missing, damaged, encrypted or not text.
+            DataError: it is missing, damaged, encrypted or not text. The message does not name the book.
         """
-        root = parse_xhtml(self.book.read(self.name, self.where), self.where)
+        root = parse_xhtml(self.book.read(self.name))
         if root is not None:
             drop_unseen(root)
         return root
 
-    def image(self, reference: str) -> bytes:
-        """The bytes of an image, by a path relative to the page.
+    def image(self, element: etree._Element) -> Image | None:
+        """The image of an `img`, by a path relative to the page; None where it is left out.
 
         Raises:
-            DataError: it is missing, damaged or encrypted.
+            DataError: it is missing, damaged or encrypted. The message does not name the book.
         """
-        return self.book.read(_join(self.name, reference), self.where)
+        return picture(element, lambda name: self.book.read(_join(self.name, name)))
 
 
 class Book:
-    """An open archive.
+    """An open archive; a context manager.
 
     Raises:
         DataError: the file cannot be read, is no EPUB, or unpacks to more than 2 GiB or 100,000 files.
     """
 
-    def __init__(self, path: str) -> None:
-        self.path = path
+    def __init__(self, path: str, options: ReadOptions) -> None:
+        self.path, self._options = path, options
         try:
             self._archive = zipfile.ZipFile(path)
         except OSError as error:
@@ -96,8 +98,7 @@ class Book:
         Raises:
             DataError: the archive's container or package file is missing or malformed.
         """
-        package = self._package()
-        root = parse_xml(self.read(package, self.path), f"{self.path}: {package}")
+        package, root = self._package()
         items = {item.get("id"): item for item in root.iterfind("{*}manifest/{*}item")}
         for number, reference in enumerate(root.iterfind("{*}spine/{*}itemref"), start=1):
             item = items.get(reference.get("idref"))
@@ -110,59 +111,59 @@ class Book:
             if reference.get("linear") != "no" and not contents and "html" in item.get("media-type", ""):
                 yield Chapter(self, _join(package, item.get("href", "")), number)
 
-    def read(self, name: str, where: str) -> bytes:
+    def read(self, name: str) -> bytes:
         """The bytes of a file of the archive; never more than the archive declares for it.
 
         Raises:
-            DataError: it is missing, damaged or encrypted; the message starts with `where`.
+            DataError: it is missing, too large, damaged or encrypted. The message does not name the book.
         """
         try:
-            return self._archive.read(name)
+            info = self._archive.getinfo(name)
+            if info.file_size > self._options.max_record_bytes:
+                raise DataError(f"{name} {too_large(self._options)}")
+            return self._archive.read(info)
         except KeyError as error:
-            raise DataError(f"{where}: the book has no file {name}; it is damaged, leave it out") from error
+            raise DataError(f"the book has no file {name}; it is damaged, leave it out") from error
         except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, NotImplementedError) as error:
-            raise DataError(f"{where}: {name} is damaged or encrypted ({error}); leave the book out") from error
+            raise DataError(f"{name} is damaged or encrypted ({error}); leave the book out") from error
 
-    def _package(self) -> str:
+    def _package(self) -> tuple[str, etree._Element]:
+        """Name and root of the package file."""
         name = "META-INF/container.xml"
-        container = parse_xml(self.read(name, self.path), f"{self.path}: {name}")
-        rootfile = container.find("{*}rootfiles/{*}rootfile")
-        if rootfile is None or not rootfile.get("full-path"):
-            raise DataError(f"{self.path}: {name} names no package file; the book is damaged, leave it out")
-        return rootfile.get("full-path")
+        try:
+            rootfile = parse_xml(self.read(name)).find("{*}rootfiles/{*}rootfile")
+            if rootfile is None or not rootfile.get("full-path"):
+                raise DataError("names no package file; the book is damaged, leave it out")
+            name = rootfile.get("full-path")
+            return name, parse_xml(self.read(name))
+        except DataError as error:
+            raise DataError(f"{self.path}: {name}: {error}") from error
 
 
 def split(path: str, part_bytes: int) -> Iterator[Part]:
-    """The book as a whole; its chapters are read one by one."""
-    try:
-        size = Path(path).stat().st_size
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); check --input") from error
-    yield Part(path, 0, 1, 1, size)
+    """The file as a whole.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    return whole(path)
 
 
-def read(part: Part) -> Iterator[Document | DataError]:
+def read(part: Part, options: ReadOptions) -> Iterator[Document | DataError]:
     """A document per chapter; its key is the file's name and its place in the spine."""
     empty = True
-    with Book(part.path) as book:
+    with Book(part.path, options) as book:
         for chapter in book.chapters():
             try:
-                document = _document(chapter)
+                root = chapter.tree()
+                if root is None or not (found := segments(root, chapter.image)):
+                    continue
+                yield Document(f"{Path(part.path).name}:{chapter.number}", part.path, found)
             except DataError as error:
-                yield error
-                empty = False
-                continue
-            if document is not None:
-                yield document
-                empty = False
+                yield chapter.place.refuse(error)
+            empty = False
     if empty:
         yield DataError(f"{part.path}: no chapter holds text or an image; leave the book out")
-
-
-def _document(chapter: Chapter) -> Document | None:
-    root = chapter.tree()
-    found = () if root is None else segments(root, lambda img: picture(img, chapter.where, chapter.image))
-    return Document(f"{Path(chapter.book.path).name}:{chapter.number}", chapter.book.path, found) if found else None
 
 
 def _join(base: str, reference: str) -> str:

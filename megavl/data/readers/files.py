@@ -9,6 +9,7 @@ from typing import BinaryIO
 import pyarrow
 
 from megavl.data.errors import DataError
+from megavl.data.readers.reader import ReadOptions, too_large
 
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 
@@ -29,6 +30,22 @@ def open_input(path: str) -> BinaryIO:
         return io.BufferedReader(pyarrow.input_stream(path, compression=codec)) if codec else open(path, "rb")
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error}); check --input") from error
+
+
+def read_whole(path: str, options: ReadOptions) -> bytes:
+    """The bytes of a file that is one record.
+
+    Raises:
+        DataError: the file cannot be read. One that is too large for a record raises it without naming the file.
+    """
+    with open_input(path) as file:
+        try:
+            data = file.read(options.max_record_bytes + 1)
+        except OSError as error:
+            raise DataError(f"cannot be read ({error.strerror or error}); make it again") from error
+    if len(data) > options.max_record_bytes:
+        raise too_large(options)
+    return data
 
 
 def read_image(folder: str, reference: str, max_bytes: int) -> bytes:

@@ -3,7 +3,7 @@
 Runs of white space are one space, also no-break spaces. Paragraphs, headings, lists, tables and `pre` stand between
 blank lines, other blocks and `br` between line breaks. List items begin with "- " or their number, indented by their
 depth; a table's row is a line with " | " between its cells, unless the table holds another one: then it is layout, and
-its cells are blocks. `pre` keeps its white space.
+its cells are blocks. `pre` keeps its white space. Raised and lowered numbers are those of Unicode: 10³, H₂O.
 """
 
 import re
@@ -22,6 +22,8 @@ _BLOCKS = frozenset(
         *("figcaption", "footer", "header", "hgroup", "legend", "li", "main", "section", "summary", "tr"),
     )
 )
+_RAISED = dict(zip(map(ord, "0123456789+-−=()n"), "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁻⁼⁽⁾ⁿ", strict=True))
+_LOWERED = dict(zip(map(ord, "0123456789+-−=()"), "₀₁₂₃₄₅₆₇₈₉₊₋₋₌₍₎", strict=True))
 _SPACE = re.compile("[ \t\n\f\r\xa0]+")
 
 
@@ -33,12 +35,20 @@ def segments(root: etree._Element, load: Callable[[etree._Element], Image | None
             flow.open(element)
             if element.tag == "img" and (image := load(element)) is not None:
                 flow.image(image)
-            flow.write(element.text)
+            flow.write(_scripted(element))
         else:
             flow.close(element)
             if element is not root:
                 flow.write(element.tail)
     return flow.finish()
+
+
+def _scripted(element: etree._Element) -> str | None:
+    """The text that an element begins with, at the height that its characters have in Unicode where all of them do."""
+    script = {"sup": _RAISED, "sub": _LOWERED}.get(element.tag)
+    if script is None or not element.text or not all(ord(character) in script for character in element.text):
+        return element.text
+    return element.text.translate(script)
 
 
 class _Flow:

@@ -8,9 +8,6 @@ from lxml import etree
 
 from megavl.data.errors import DataError
 
-# A page is one record, which is in memory as a whole, and its tree takes some ten times its bytes.
-MAX_BYTES = 64 << 20
-
 # What a browser does not show as text of the page: code, metadata, controls, embedded things, fallbacks of ruby.
 UNSEEN = (
     *("title", "meta", "link", "base", "script", "style", "noscript", "template", "svg", "canvas", "audio", "video"),
@@ -37,14 +34,14 @@ _ENTITY = re.compile(r"&(\w+;)")
 _XML_ENTITIES = {"amp;", "lt;", "gt;", "quot;", "apos;"}
 
 
-def parse_html(data: bytes, where: str) -> etree._Element | None:
+def parse_html(data: bytes) -> etree._Element | None:
     """The root of an HTML page as browsers would build it, None for a page without an element.
 
     Raises:
-        DataError: the bytes are not text in their declared encoding (UTF-8 without one), or the page is larger than
-            64 MiB or nested deeper than 2048 elements. The message starts with `where`.
+        DataError: the bytes are not text in their declared encoding (UTF-8 without one), or the page is nested deeper
+            than 2048 elements. The message does not name the page.
     """
-    text = _decode(data, where)
+    text = _decode(data)
     # `huge_tree` lifts libxml2's own bound on the size, which cuts a page off without a word; the depth stays bounded.
     parser = etree.HTMLParser(encoding="utf-8", no_network=True, huge_tree=True)
     try:
@@ -52,41 +49,41 @@ def parse_html(data: bytes, where: str) -> etree._Element | None:
     except etree.XMLSyntaxError:  # how lxml reports a page that has no element at all
         root = None
     if fatal := [entry for entry in parser.error_log if entry.level == etree.ErrorLevels.FATAL]:
-        raise DataError(f"{where}: cannot be parsed ({fatal[0].message.strip()}, line {fatal[0].line}); leave it out")
+        raise DataError(f"cannot be parsed ({fatal[0].message.strip()}, line {fatal[0].line}); leave it out")
     return root
 
 
-def parse_xhtml(data: bytes, where: str) -> etree._Element | None:
+def parse_xhtml(data: bytes) -> etree._Element | None:
     """The root of an XHTML page, element names without their namespace; a page that is not well-formed is taken as
     HTML. Entities are those of HTML.
 
     Raises:
         DataError: as for `parse_html`, or the page declares entities of its own.
     """
-    text = _decode(data, where)
+    text = _decode(data)
     if "<!ENTITY" in text:
-        raise DataError(f"{where}: declares entities of its own, which could expand without end; leave it out")
+        raise DataError("declares entities of its own, which could expand without end; leave it out")
     text = re.sub(r"^\s*<\?xml[^>]*\?>", "", text)
     text = _ENTITY.sub(lambda match: match[0] if match[1] in _XML_ENTITIES else html5.get(match[1], match[0]), text)
     try:
-        root = parse_xml(text.encode("utf-8"), where)
+        root = parse_xml(text.encode("utf-8"))
     except DataError:
-        return parse_html(data, where)
+        return parse_html(data)
     for element in root.iter("*"):
         element.tag = etree.QName(element).localname.lower()
     return root
 
 
-def parse_xml(data: bytes, where: str) -> etree._Element:
+def parse_xml(data: bytes) -> etree._Element:
     """The root of an XML file. Neither entities nor DTDs are resolved, nothing is fetched.
 
     Raises:
-        DataError: the file is not well-formed.
+        DataError: the file is not well-formed. The message does not name it.
     """
     try:
         return etree.fromstring(data, etree.XMLParser(resolve_entities=False, no_network=True, load_dtd=False))
     except etree.XMLSyntaxError as error:
-        raise DataError(f"{where}: is not well-formed XML ({error}); repair or leave out the file") from error
+        raise DataError(f"is not well-formed XML ({error}); repair or leave out the file") from error
 
 
 def drop_unseen(root: etree._Element) -> None:
@@ -128,12 +125,7 @@ def _mark(root: etree._Element, path: str) -> None:
             element.tag = "script"
 
 
-def _decode(data: bytes, where: str) -> str:
-    if len(data) > MAX_BYTES:
-        raise DataError(
-            f"{where}: {len(data):,} bytes are more than the {MAX_BYTES:,} that one page may have, as it is held in "
-            "memory; split it or leave it out"
-        )
+def _decode(data: bytes) -> str:
     marks = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
     declared = _DECLARED.search(data[:1024])
     name = next((name for mark, name in marks if data.startswith(mark)), None) or (
@@ -142,9 +134,7 @@ def _decode(data: bytes, where: str) -> str:
     try:
         text = data.decode(_WEB_ENCODINGS.get(name.lower(), name))
     except (UnicodeError, LookupError) as error:
-        raise DataError(
-            f"{where}: is not text in {name} ({error}); convert the file to UTF-8, or leave it out"
-        ) from error
+        raise DataError(f"is not text in {name} ({error}); convert the file to UTF-8, or leave it out") from error
     if "\0" in text:
-        raise DataError(f"{where}: holds a NUL character at {text.index(chr(0))}; it is not a text file, leave it out")
+        raise DataError(f"holds a NUL character at {text.index(chr(0))}; it is not a text file, leave it out")
     return text

@@ -6,8 +6,6 @@ output, tracebacks, HTML and widgets are left out, as are terminal colours. Sour
 """
 
 import base64
-import binascii
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,12 +13,12 @@ from pathlib import Path
 
 from megavl.data.document import Document, Image, Segment, Text
 from megavl.data.errors import DataError
-from megavl.data.readers.reader import Part
+from megavl.data.readers.files import read_whole
+from megavl.data.readers.json_object import described, parse
+from megavl.data.readers.reader import Part, ReadOptions, whole
+from megavl.data.readers.record import checked_text
 
 SUFFIXES = (".ipynb",)
-
-# A notebook is one record, which is in memory as a whole.
-MAX_BYTES = 256 << 20
 
 _COLOURS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 # A format 3 output has its data under short names beside its type, format 4 under MIME types in "data".
@@ -47,45 +45,44 @@ class Notebook:
 
 
 def split(path: str, part_bytes: int) -> Iterator[Part]:
-    """The notebook as a whole."""
-    try:
-        size = Path(path).stat().st_size
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); check --input") from error
-    yield Part(path, 0, 1, 1, size)
+    """The file as a whole.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    return whole(path)
 
 
-def read(part: Part) -> Iterator[Document | DataError]:
+def read(part: Part, options: ReadOptions) -> Iterator[Document | DataError]:
     """The notebook's document, or the error that names it."""
     try:
-        found = tuple(_segments(load(part.path)))
+        found = tuple(_segments(load(part.path, options)))
         if not found:
-            raise DataError(f"{part.path}: holds neither text nor an image; leave it out")
+            raise DataError("holds neither text nor an image; leave it out")
         yield Document(Path(part.path).name, part.path, found)
     except DataError as error:
-        yield error
+        yield DataError(f"{part.path}: {error}")
 
 
-def load(path: str) -> Notebook:
+def load(path: str, options: ReadOptions) -> Notebook:
     """The cells of a notebook.
 
     Raises:
-        DataError: the file cannot be read, or is no notebook of format 3 or 4. The message starts with the path, and
-            with the cell's number where there is one.
+        DataError: the file is no notebook of format 3 or 4. The message does not name it.
     """
-    value = _json(path)
+    value = parse(read_whole(path, options))
     match value:
         case {"nbformat": 4, "cells": list(cells)}:
             pass
         case {"nbformat": 3, "worksheets": list(sheets)} if all(isinstance(sheet, dict) for sheet in sheets):
-            cells = [cell for sheet in sheets for cell in _list(sheet.get("cells", []), path)]
+            cells = [cell for sheet in sheets for cell in _list(sheet.get("cells", []), "cells")]
         case _:
             raise DataError(
-                f"{path}: is no notebook of format 3 or 4 (nbformat {str(value.get('nbformat'))[:20]}); convert it "
-                "with jupyter nbconvert --to notebook, or leave it out"
+                f"is no notebook of format 3 or 4 (nbformat {described(value.get('nbformat'))}); convert it with "
+                "jupyter nbconvert --to notebook, or leave it out"
             )
-    metadata = value.get("metadata")
-    return Notebook(_language(metadata, cells), tuple(_cell(cell, n, path) for n, cell in enumerate(cells, start=1)))
+    language = _language(value.get("metadata"), cells)
+    return Notebook(language, tuple(_cell(cell, number) for number, cell in enumerate(cells, start=1)))
 
 
 def _segments(notebook: Notebook) -> Iterator[Segment]:
@@ -117,26 +114,6 @@ def _fenced(text: str, language: str) -> str:
     return f"{fence}{language}\n{text}\n{fence}"
 
 
-def _json(path: str) -> dict:
-    try:
-        with open(path, "rb") as file:
-            data = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); check --input") from error
-    if len(data) > MAX_BYTES:
-        raise DataError(
-            f"{path}: has more than the {MAX_BYTES:,} bytes that a notebook may have, as it is held in memory; "
-            "leave it out"
-        )
-    try:
-        value = json.loads(data.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
-        raise DataError(f"{path}: is not JSON in UTF-8 ({error}); leave it out") from error
-    if not isinstance(value, dict):
-        raise DataError(f"{path}: is JSON, but no notebook, which is an object; leave it out")
-    return value
-
-
 def _language(metadata: object, cells: list) -> str:
     match metadata:
         case {"language_info": {"name": str(name)}} | {"kernelspec": {"language": str(name)}}:
@@ -152,63 +129,53 @@ def _language(metadata: object, cells: list) -> str:
     )
 
 
-def _cell(value: object, number: int, path: str) -> Cell:
-    where = f"{path}:{number}"
+def _cell(value: object, number: int) -> Cell:
+    name = f"cell {number}"
     match value:
         case {"cell_type": "code"}:
-            outputs = _list(value.get("outputs", []), where)
-            found = tuple(item for output in outputs for item in _output(output, where))
-            return Cell(number, "code", _text(value.get("source", value.get("input", "")), where), found)
+            outputs = _list(value.get("outputs", []), name)
+            found = tuple(item for output in outputs for item in _output(output, name))
+            return Cell(number, "code", _text(value.get("source", value.get("input", "")), name), found)
         case {"cell_type": str(kind)}:
-            return Cell(number, kind, _text(value.get("source", ""), where))
-    raise DataError(f'{where}: is no cell, which is an object with a "cell_type"; repair the notebook or leave it out')
+            return Cell(number, kind, _text(value.get("source", ""), name))
+    raise DataError(f'{name} is {described(value)}, but a cell is an object with a "cell_type"; leave the notebook out')
 
 
-def _output(value: object, where: str) -> Iterator[str | Image]:
+def _output(value: object, name: str) -> Iterator[str | Image]:
     match value:
         case {"output_type": "stream", "name": "stderr"} | {"output_type": "stream", "stream": "stderr"}:
             return
-        case {"output_type": "stream"}:
-            data = value
         case {"output_type": "display_data" | "execute_result", "data": dict(data)}:
             pass
-        case {"output_type": "display_data" | "pyout"}:
+        case {"output_type": "stream" | "display_data" | "pyout"}:
             data = value
         case _:
             return
     if kind := next((kind for kind in _IMAGES if kind in data), None):
-        yield _image(_text(data[kind], where), where)
+        yield _image(_text(data[kind], name), name)
     elif kind := next((kind for kind in _TEXTS if kind in data), None):
-        text = _COLOURS.sub("", _text(data[kind], where)).strip("\n")
+        text = _COLOURS.sub("", _text(data[kind], name)).strip("\n")
         if text.strip():
             yield text
 
 
-def _image(text: str, where: str) -> Image:
+def _image(text: str, name: str) -> Image:
     try:
-        return Image(base64.b64decode(re.sub(r"\s", "", text), validate=True), f"output of cell {where}")
-    except (binascii.Error, ValueError) as error:
-        raise DataError(
-            f"{where}: an image of its output is not base64 ({error}); repair or leave out the notebook"
-        ) from error
+        return Image(base64.b64decode(re.sub(r"\s", "", text), validate=True), f"output of {name}")
+    except ValueError as error:  # binascii.Error, or characters beyond ASCII
+        raise DataError(f"{name}: an image of its output is not base64 ({error}); leave the notebook out") from error
 
 
-def _text(value: object, where: str) -> str:
+def _text(value: object, name: str) -> str:
     """A multi-line string, which notebooks store as one string or as a list of lines."""
     if isinstance(value, list) and all(isinstance(line, str) for line in value):
         value = "".join(value)
     if not isinstance(value, str):
-        raise DataError(f"{where}: holds {str(value)[:60]!r} where text belongs; repair the notebook or leave it out")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{where}: holds half of a surrogate pair at character {error.start}, which is no character; leave it out"
-        ) from error
-    return value.replace("\r\n", "\n")
+        raise DataError(f"{name} has {described(value)} where text belongs; leave the notebook out")
+    return checked_text(value, name).replace("\r\n", "\n")
 
 
-def _list(value: object, where: str) -> list:
+def _list(value: object, name: str) -> list:
     if not isinstance(value, list):
-        raise DataError(f"{where}: holds {str(value)[:60]!r} where a list belongs; repair the notebook or leave it out")
+        raise DataError(f"{name}: {described(value)} where a list belongs; leave the notebook out")
     return value

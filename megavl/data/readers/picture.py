@@ -20,29 +20,31 @@ from megavl.data.errors import DataError
 _ON_A_SITE = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*:|/|\\")
 
 
-def picture(element: etree._Element, where: str, read: Callable[[str], bytes]) -> Image | None:
+def picture(element: etree._Element, read: Callable[[str], bytes]) -> Image | None:
     """The image of an `img`, None where it is left out.
 
     Args:
-        where: names the page in errors.
         read: gives the bytes of a path relative to the page, or raises DataError.
 
     Raises:
-        DataError: a `data:` image that is not base64, or what `read` raises.
+        DataError: a `data:` image that is not base64, a name that no file has, or what `read` raises. The message does
+            not name the page.
     """
     late = (element.get("data-src") or "").strip()
     source = (element.get("src") or "").strip()
     if late and not _ON_A_SITE.match(late):
         source = late
     if source[:5].lower() == "data:":
-        return None if late else _embedded(source, where)
+        return None if late else _embedded(source)
     path = unquote(re.split("[?#]", source, maxsplit=1)[0])
     if not path or _ON_A_SITE.match(source) or path.lower().endswith((".svg", ".svgz")):
         return None
+    if "\0" in path:
+        raise DataError(f"image {source[:120]} has a NUL byte in its name, which no file has; remove it")
     return Image(read(path), path)
 
 
-def _embedded(source: str, where: str) -> Image | None:
+def _embedded(source: str) -> Image | None:
     header, _, body = source[5:].partition(",")
     kind = header.split(";")[0].strip().lower()
     if kind == "image/svg+xml":
@@ -52,7 +54,5 @@ def _embedded(source: str, where: str) -> Image | None:
         try:
             data = base64.b64decode(re.sub(rb"\s", b"", data), validate=True)
         except binascii.Error as error:
-            raise DataError(
-                f"{where}: an image in the page (data:{header[:60]}) is not base64 ({error}); remove it"
-            ) from error
+            raise DataError(f"an image in the page (data:{header[:60]}) is not base64 ({error}); remove it") from error
     return Image(data, f"data:{kind}")

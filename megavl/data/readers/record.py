@@ -150,7 +150,7 @@ def _said(record: Record, value: object, name: str) -> Iterator[Segment | None]:
         for index, text in enumerate(value.split(MARKER)):
             if index:
                 yield None
-            yield Text(_checked(text, name))
+            yield Text(checked_text(text, name))
         return
     for part in _list(value, name):
         match _present(part, name):
@@ -272,11 +272,15 @@ def _text(value: object, name: str) -> str:
         raise DataError(f"{name} is {described(value)}; it must be a string")
     if not value:
         raise DataError(f"{name} is empty; remove it, there is nothing to learn from it")
-    return _checked(value, name)
+    return checked_text(value, name)
 
 
-def _checked(text: str, name: str) -> str:
-    """The text, if it is made of characters."""
+def checked_text(text: str, name: str) -> str:
+    """The text, if it is made of characters.
+
+    Raises:
+        DataError: it holds a NUL byte or half of a surrogate pair.
+    """
     if "\0" in text:
         raise DataError(f"{name} holds a NUL byte (character {text.index(chr(0))}), which no text has; remove it")
     try:

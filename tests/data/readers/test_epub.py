@@ -4,8 +4,8 @@ import pytest
 
 from megavl.data.document import Image, Text
 from megavl.data.errors import DataError
-from megavl.data.readers import epub
 from tests.data.conftest import image_bytes
+from tests.data.readers.reading import read
 
 PNG = image_bytes(0, (4, 3))
 CONTAINER = (
@@ -36,11 +36,6 @@ def write(path, chapters, files=(), spine=""):
         for name, data in dict(files).items():
             archive.writestr(name, data)
     return path
-
-
-def read(path):
-    (part,) = epub.split(str(path), 1 << 20)
-    return list(epub.read(part))
 
 
 def test_chapters_come_in_the_order_of_the_spine(tmp_path):

@@ -5,8 +5,8 @@ import pytest
 
 from megavl.data.document import Image, Text
 from megavl.data.errors import DataError
-from megavl.data.readers import notebook
 from tests.data.conftest import image_bytes
+from tests.data.readers.reading import read
 
 PNG = image_bytes(0, (4, 3))
 BASE64 = base64.encodebytes(PNG).decode()
@@ -17,10 +17,9 @@ def write(path, cells, **changes):
     return path
 
 
-def read(path):
-    (part,) = notebook.split(str(path), 1 << 20)
-    (document,) = notebook.read(part)
-    return document
+def document(path):
+    (found,) = read(path)
+    return found
 
 
 def code(source, *outputs):
@@ -45,11 +44,11 @@ def test_markdown_code_and_outputs_come_in_order(tmp_path):
         code(["f = '```'"]),
     ]
     path = write(tmp_path / "n.ipynb", cells, metadata={"kernelspec": {"language": "R"}})
-    document = read(path)
-    assert (document.key, document.source) == ("n.ipynb", str(path))
-    first, image, last = document.segments
+    found = document(path)
+    assert (found.key, found.source) == ("n.ipynb", str(path))
+    first, image, last = found.segments
     assert first == Text("# Title\nwords\n\n```r\nplot()\n```\n\n```\nred\n```")
-    assert image == Image(PNG, f"output of cell {path}:2")
+    assert image == Image(PNG, "output of cell 2")
     assert last == Text("\n\n```\n42\n```\n\n````r\nf = '```'\n````")
 
 
@@ -69,7 +68,7 @@ def test_format_3_is_read_like_format_4(tmp_path):
     ]
     path = tmp_path / "n.ipynb"
     path.write_text(json.dumps({"nbformat": 3, "worksheets": [{"cells": cells[:1]}, {"cells": cells[1:]}]}))
-    text, image = read(path).segments
+    text, image = document(path).segments
     assert text == Text("Title\n\n```python\nx = 1\nx\n```\n\n```\n1\n```")
     assert image.data == PNG
 
@@ -77,34 +76,40 @@ def test_format_3_is_read_like_format_4(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "n.ipynb: is not JSON in UTF-8"),
-        ("[" * 100_000, "n.ipynb: is not JSON in UTF-8"),
-        ("[]", "n.ipynb: is JSON, but no notebook"),
-        ('{"nbformat": 2}', r"n.ipynb: is no notebook of format 3 or 4 \(nbformat 2\)"),
-        ('{"nbformat": 4, "cells": []}', "n.ipynb: holds neither text nor an image"),
-        ('{"nbformat": 4, "cells": [7]}', "n.ipynb:1: is no cell"),
-        ('{"nbformat": 4, "cells": [{"cell_type": "code", "source": 7}]}', "n.ipynb:1: holds '7' where text belongs"),
+        ("{", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
+        ("[]", "is a list"),
+        ('{"nbformat": 2}', r"is no notebook of format 3 or 4 \(nbformat a number \(2\)\)"),
+        ('{"nbformat": 4, "cells": []}', "holds neither text nor an image"),
+        ('{"nbformat": 4, "cells": [7]}', "cell 1 is a number"),
+        (
+            '{"nbformat": 4, "cells": [{"cell_type": "code", "source": 7}]}',
+            "cell 1 has a number .7. where text belongs",
+        ),
         (
             '{"nbformat": 4, "cells": [{"cell_type": "raw", "source": ["a", 7]}]}',
-            "n.ipynb:1: holds .* where text belongs",
+            "cell 1 has a list .* where text belongs",
         ),
         (
             '{"nbformat": 4, "cells": [{"cell_type": "code", "outputs": {}}]}',
-            "n.ipynb:1: holds '{}' where a list belongs",
+            "cell 1: an object .* where a list belongs",
         ),
-        (
-            '{"nbformat": 4, "cells": [{"cell_type": "raw", "source": "\\ud800"}]}',
-            "n.ipynb:1: holds half of a surrogate",
-        ),
+        ('{"nbformat": 4, "cells": [{"cell_type": "raw", "source": "\\ud800"}]}', "cell 1 holds half of a surrogate"),
+        ('{"nbformat": 4, "cells": [{"cell_type": "raw", "source": "\\u0000"}]}', "cell 1 holds a NUL byte"),
         (
             json.dumps({"nbformat": 4, "cells": [code("", figure(**{"image/png": "a"}))]}),
-            "n.ipynb:1: an image .* not base64",
+            "cell 1: an image .* not base64",
+        ),
+        (
+            json.dumps({"nbformat": 4, "cells": [code("", figure(**{"image/png": "é"}))]}),
+            "cell 1: an image .* not base64",
         ),
     ],
 )
 def test_a_malformed_notebook_is_named(tmp_path, content, message):
     (tmp_path / "n.ipynb").write_text(content)
-    error = read(tmp_path / "n.ipynb")
+    error = document(tmp_path / "n.ipynb")
     assert isinstance(error, DataError)
     with pytest.raises(DataError, match=message):
         raise error
+    assert str(error).startswith(f"{tmp_path / 'n.ipynb'}: ")
