@@ -8,6 +8,9 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "megavl" / "__init__.py").read_text(), re.MULTILINE)[1]
 
+# tools/construct_data.py. Pages are rendered with the machine's own Chromium: playwright drives it and brings none.
+CONSTRUCT = ["playwright~=1.65", "pypdfium2~=5.15", "markdown-it-py~=4.3"]
+
 setup(
     name="megavl",
     version=VERSION,
@@ -35,7 +38,7 @@ setup(
         "pydantic~=2.14",
         "pyyaml~=6.0",
         "pillow>=13.0.0",
-        "lxml~=6.1",  # from 6.0 on its libxml2 reads HTML as browsers do
+        "lxml~=6.1",  # from 6.0 on its libxml2 reads HTML's tokens as the standard has them
         "matplotlib~=3.11",
         "tensorboard~=2.21",
         "rich>=15.0",
@@ -48,7 +51,9 @@ setup(
     extras_require={
         # Exact: exported checkpoints are proven against the classes of this version.
         "hf": ["transformers==5.23.0"],
+        "construct": CONSTRUCT,
         "dev": [
+            *CONSTRUCT,
             "pytest~=9.2",
             "hypothesis~=6.170",
             # Exact: the formatter's output differs between versions.
