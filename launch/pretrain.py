@@ -9,10 +9,12 @@ world after parallel.tensor and parallel.pipeline. `--dry-run --world N` prints 
 import argparse
 import sys
 from datetime import timedelta
+from pathlib import Path
 
 from megavl.config.error import ConfigError
 from megavl.config.load import load_run
 from megavl.config.rules import check, check_files
+from megavl.config.run import RunConfig
 from megavl.plan.report import describe
 
 
@@ -37,6 +39,22 @@ def arguments() -> argparse.Namespace:
     return args
 
 
+def describe_data(config: RunConfig) -> str:
+    """What the run would read of each source, if its datasets are there. Ends the process where they do not fit."""
+    data = config.data
+    needed = [data.tokenizer, *(f"{source.prefix}.idx" for source in (*data.text, *data.multimodal))]
+    if missing := [path for path in needed if not Path(path).is_file()]:
+        return f"Data: not looked at, for there is no file {', '.join(missing)}."
+    # Imported here: the plan of a run does not need the readers of the data.
+    from megavl.data.errors import DataError
+    from megavl.data.sampler import Sampler
+
+    try:
+        return f"Data, as expected: {Sampler(data, config.model, config.train).expected()}"
+    except DataError as error:
+        sys.exit(f"error: {error}")
+
+
 def main() -> None:
     args = arguments()
     if args.dry_run:
@@ -47,6 +65,7 @@ def main() -> None:
         except ConfigError as error:
             sys.exit(f"error: {error}")
         print(describe(config, world))
+        print(f"\n{describe_data(config)}")
         return
 
     # Imported here: a dry run needs neither torch nor DeepSpeed, whose import takes seconds.

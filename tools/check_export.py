@@ -37,7 +37,7 @@ TOLERANCE = 1e-3
 def read_batch(store: Store, model: ModelConfig, tokens: int) -> Batch:
     """The first pack of `tokens` tokens, as training would assemble it."""
     kind = "multimodal" if store.multimodal else "text"
-    pack = Stream((store,), (1.0,), tokens, model.image_tokens, key=(0,)).pack(0)
+    pack = Stream((store,), (1.0,), tokens, model.image_tokens, key=(0,)).packs(0, 1)[0]
     return Assembler({kind: (store,)}, model, tokens, pad=0, with_pixels=True)(kind, [pack])
 
 

@@ -144,18 +144,28 @@ def _image_room(config: RunConfig) -> list[str]:
 
 
 def _modalities(config: RunConfig) -> list[str]:
-    ratio, problems = config.data.text_ratio, []
-    if ratio > 0 and not config.data.text:
+    (least, most), problems = config.data.text_ratio.extremes, []
+    if most > 0 and not config.data.text:
         problems.append(
-            f"data.text_ratio = {ratio} asks for text steps, but data.text is empty: add a source, or set "
+            f"data.text_ratio = {most:g} asks for text steps, but data.text is empty: add a source, or set "
             "data.text_ratio=0"
         )
-    if ratio < 1 and not config.data.multimodal:
+    if least < 1 and not config.data.multimodal:
         problems.append(
-            f"data.text_ratio = {ratio} asks for multimodal steps, but data.multimodal is empty: add a source, or set "
-            "data.text_ratio=1"
+            f"data.text_ratio = {least:g} asks for multimodal steps, but data.multimodal is empty: add a source, or "
+            "set data.text_ratio=1"
         )
     return problems
+
+
+def _text_ratio(config: RunConfig) -> list[str]:
+    ratio, steps = config.data.text_ratio, config.train.steps
+    if ratio.steps <= steps:
+        return []
+    return [
+        f"data.text_ratio.steps = {ratio.steps} is above train.steps = {steps}: the ratio would never reach "
+        f"data.text_ratio.final = {ratio.final:g}; set data.text_ratio.steps to {steps} or fewer"
+    ]
 
 
 def _trainable(config: RunConfig) -> list[str]:
@@ -192,6 +202,7 @@ _RUN_RULES = (
     _positions,
     _image_room,
     _modalities,
+    _text_ratio,
     _trainable,
     _warmup,
 )

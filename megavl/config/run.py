@@ -2,9 +2,9 @@
 
 import re
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from megavl.config.model import ModelConfig, Section
 
@@ -33,10 +33,46 @@ class ParallelConfig(Section):
 
 
 class SourceConfig(Section):
-    """One indexed dataset, and how often it is drawn from among those of its modality."""
+    """One indexed dataset, and how much is drawn from it among those of its modality."""
 
     prefix: str
-    weight: PositiveFloat = 1.0
+    weight: PositiveFloat = Field(1.0, description="share of the modality's tokens, on any scale")
+    max_epochs: PositiveFloat | None = Field(
+        None, description="a run that would read the dataset more often is refused; null: no limit"
+    )
+
+
+_Ratio = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class TextRatioConfig(Section):
+    """Probability that a step is text, over the steps (modality warm-up, DeepSeek-VL section 4.4).
+
+    A number in its place is the same probability throughout.
+    """
+
+    start: _Ratio = 1.0
+    final: _Ratio
+    steps: NonNegativeInt = Field(0, description="way from `start` to `final`; 0 is `final` from the first step on")
+    shape: Literal["linear", "step"] = "linear"
+    milestones: tuple[float, ...] = Field(
+        (0.25, 0.5, 0.75, 1.0), description="step: fractions of `steps`; at each the ratio jumps by an equal part"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_number(cls, value: Any) -> Any:
+        return {"final": value} if type(value) in (int, float) else value
+
+    @property
+    def extremes(self) -> tuple[float, float]:
+        """Least and greatest probability of the schedule."""
+        return (min(self.start, self.final), max(self.start, self.final)) if self.steps else (self.final, self.final)
+
+    def problems(self) -> Iterator[str]:
+        marks = list(self.milestones)
+        if not marks or marks != sorted(set(marks)) or not all(0 < mark <= 1 for mark in marks):
+            yield f"milestones = {marks} must rise above 0 and up to 1"
 
 
 class DataConfig(Section):
@@ -45,8 +81,9 @@ class DataConfig(Section):
     tokenizer: str = Field(description="sentencepiece .model or tokenizer.json; its identity must be the datasets' own")
     text: tuple[SourceConfig, ...] = ()
     multimodal: tuple[SourceConfig, ...] = ()
-    text_ratio: float = Field(ge=0.0, le=1.0, description="probability that a step is text")
+    text_ratio: TextRatioConfig = Field(description="probability that a step is text: a number, or a schedule")
     seq_len: PositiveInt = Field(description="tokens of one pack, image tokens included")
+    max_tiles: PositiveInt | None = Field(None, description="images of one pack at most; null: as its tokens allow")
     workers: NonNegativeInt = Field(2, description="processes that decode images; 0 decodes in the training process")
     prefetch: PositiveInt = Field(2, description="steps that are prepared ahead")
 

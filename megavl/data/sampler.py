@@ -5,18 +5,26 @@ the n-th step of a kind takes the packs n * global_batch onwards of that modalit
 micro-batches or worker processes, so none of them can change the samples.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megavl.batch import Kind
 from megavl.config.model import ModelConfig
 from megavl.config.run import DataConfig, SourceConfig, TrainConfig
 from megavl.data.errors import DataError
+from megavl.data.kinds import text_steps
+from megavl.data.ledger import Entry, Ledger
 from megavl.data.pack import Pack
 from megavl.data.store import Store
-from megavl.data.stream import Stream
+from megavl.data.stream import Stream, Use
 from megavl.data.tokenizer import Tokenizer, load_tokenizer
+
+if TYPE_CHECKING:  # a dry run samples without torch, which megavl.batch imports
+    from megavl.batch import Kind
 
 # Positions of the modalities in the keys of random draws: a new one goes to the end.
 _TEXT, _MULTIMODAL, _KINDS = 0, 1, 2
@@ -46,7 +54,7 @@ class Sampler:
         Raises:
             DataError: a dataset or the tokenizer is missing, damaged or of the wrong kind; a dataset was made with
                 another tokenizer; the vocabulary or an image does not fit the model or the pack; `text_ratio` needs a
-                modality that has no source.
+                modality that has no source; a source would be read more often than its `max_epochs`.
         """
         _check_ratio(data)
         if data.multimodal and model.image_tokens > data.seq_len:
@@ -63,17 +71,19 @@ class Sampler:
             )
         self.data, self.model, self.train = data, model, train
         self.eos = tokenizer.eos
+        self._sources: dict[Kind, tuple[SourceConfig, ...]] = {"text": data.text, "multimodal": data.multimodal}
         self.stores: dict[Kind, tuple[Store, ...]] = {
             "text": tuple(_open(source, False, data, tokenizer) for source in data.text),
             "multimodal": tuple(_open(source, True, data, tokenizer) for source in data.multimodal),
         }
         self._streams: dict[Kind, Stream] = {
-            "text": self._stream("text", data.text, _TEXT),
-            "multimodal": self._stream("multimodal", data.multimodal, _MULTIMODAL),
+            "text": self._stream("text", _TEXT),
+            "multimodal": self._stream("multimodal", _MULTIMODAL),
         }
-        draws = np.random.Generator(np.random.Philox(np.random.SeedSequence((train.seed, _KINDS))))
-        # The first n draws do not depend on how many follow: a longer run starts with the same steps.
-        self._is_text = draws.random(train.steps) < data.text_ratio
+        is_text = text_steps(data.text_ratio, train.steps, (train.seed, _KINDS))
+        # Entry s counts the text steps before step s.
+        self._text_steps = np.concatenate(([0], np.cumsum(is_text)))
+        self._refuse_repeats()
 
     def plan(self, step: int) -> StepPlan:
         """The global batch of a step in 0..train.steps-1; the same whenever and wherever it is asked.
@@ -81,11 +91,8 @@ class Sampler:
         Raises:
             DataError: nothing in the step is supervised.
         """
-        is_text = self._is_text[step]
-        kind: Kind = "text" if is_text else "multimodal"
-        size = self.train.global_batch
-        first = int((self._is_text[:step] == is_text).sum()) * size
-        packs = tuple(self._streams[kind].pack(number) for number in range(first, first + size))
+        kind: Kind = "text" if self.steps("text", step + 1) > self.steps("text", step) else "multimodal"
+        packs = tuple(self._streams[kind].packs(self._packs(kind, step), self._packs(kind, step + 1)))
         pieces = [piece for pack in packs for piece in pack]
         supervised = sum(piece.supervised for piece in pieces)
         if not supervised:
@@ -102,18 +109,87 @@ class Sampler:
             squared_tokens=sum(piece.tokens**2 for piece in pieces),
         )
 
-    def _stream(self, kind: Kind, sources: tuple[SourceConfig, ...], modality: int) -> Stream:
-        weights = tuple(source.weight for source in sources)
-        key = (self.train.seed, modality)
-        return Stream(self.stores[kind], weights, self.data.seq_len, self.model.image_tokens, key)
+    def steps(self, kind: Kind, step: int) -> int:
+        """How many of the steps before `step` are of a kind."""
+        text = int(self._text_steps[step])
+        return text if kind == "text" else step - text
+
+    def position(self, step: int) -> dict[str, dict]:
+        """Where the streams stand before a step, in JSON types, for `resume` of another run's sampler."""
+        return {kind: self._streams[kind].position(self._packs(kind, step)) for kind in self._sampled()}
+
+    def resume(self, position: dict[str, dict]) -> list[Kind]:
+        """Go on from a position at once. Returns the kinds whose packs are other ones than where it was taken, or of
+        which it says nothing: they are packed again from the first one on, from lengths alone."""
+        return [
+            kind for kind in self._sampled() if kind not in position or not self._streams[kind].resume(position[kind])
+        ]
+
+    def expected(self) -> Ledger:
+        """What the whole run will read: its steps exactly, the rest by the weights and the first packs."""
+        return self._ledger(self.train.steps, Stream.expect)
+
+    def read(self, step: int) -> Ledger:
+        """What is read before a step, exactly."""
+        return self._ledger(step, Stream.read)
+
+    def _ledger(self, step: int, uses_of: Callable[[Stream, int], list[Use]]) -> Ledger:
+        filled, entries = {}, []
+        for kind in self._sampled():
+            packs = self._packs(kind, step)
+            uses = uses_of(self._streams[kind], packs)
+            tokens = sum(use.tokens for use in uses)
+            if packs:
+                filled[kind] = tokens / (packs * self.data.seq_len)
+            for source, store, use in zip(self._sources[kind], self.stores[kind], uses, strict=True):
+                share = use.tokens / tokens if tokens else 0.0
+                epochs = use.documents / len(store)
+                entries.append(Entry(kind, source.prefix, share, use.documents, use.tokens, epochs))
+        return Ledger(step, self.steps("text", step), filled, tuple(entries))
+
+    def _sampled(self) -> list[Kind]:
+        """The kinds that have sources."""
+        return [kind for kind, sources in self._sources.items() if sources]
+
+    def _packs(self, kind: Kind, step: int) -> int:
+        """Packs of a kind before a step."""
+        return self.steps(kind, step) * self.train.global_batch
+
+    def _refuse_repeats(self) -> None:
+        limits = [source.max_epochs for kind in self._sampled() for source in self._sources[kind]]
+        if not any(limits):
+            return
+        problems = [
+            f"the run would read dataset {entry.source} {entry.epochs:.2f} times ({entry.share:.2%} of the tokens of "
+            f"its {entry.kind} steps), but its max_epochs is {limit:g}; lower its weight, shorten the run, or raise "
+            "max_epochs"
+            for entry, limit in zip(self.expected().entries, limits, strict=True)
+            if limit is not None and entry.epochs > limit
+        ]
+        if problems:
+            raise DataError("\n".join(problems))
+
+    def _stream(self, kind: Kind, modality: int) -> Stream:
+        weights = tuple(source.weight for source in self._sources[kind])
+        return Stream(
+            self.stores[kind],
+            weights,
+            self.data.seq_len,
+            self.model.image_tokens,
+            key=(self.train.seed, modality),
+            max_tiles=self.data.max_tiles,
+        )
 
 
 def _check_ratio(data: DataConfig) -> None:
-    ratio = data.text_ratio
-    for kind, sources, needed in (("text", data.text, ratio > 0), ("multimodal", data.multimodal, ratio < 1)):
+    least, most = data.text_ratio.extremes
+    for kind, sources, needed, ratio in (
+        ("text", data.text, most > 0, most),
+        ("multimodal", data.multimodal, least < 1, least),
+    ):
         if needed and not sources:
             raise DataError(
-                f"data.text_ratio is {ratio}, so some steps are {kind}, but data.{kind} lists no source; add one or "
+                f"data.text_ratio is {ratio:g}, so some steps are {kind}, but data.{kind} lists no source; add one or "
                 f"set data.text_ratio to {0 if kind == 'text' else 1}"
             )
 

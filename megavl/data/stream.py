@@ -1,22 +1,52 @@
 """Stream: the endless sequence of packs of one modality, a pure function of the seed.
 
-Documents are drawn from the sources by weight, in an order shuffled anew for every epoch of a source, and packed
-window by window: a window is a fixed number of drawn documents, and no pack crosses its border. So pack n is found by
-counting packs per window, without reading a token.
+Documents are drawn from the sources by weight and packed window by window: a window is as many documents as give a
+fixed number of tokens, and no pack crosses its border. Where a window starts is a few numbers per source, so that the
+stream goes on from a saved position at once; without one it is found by packing the windows before, from lengths alone.
 """
 
-import bisect
+import hashlib
+import json
+import math
+from bisect import bisect_right
+from dataclasses import dataclass
+from functools import cached_property
+from operator import attrgetter
 
 import numpy as np
 
 from megavl.data import blend
-from megavl.data.format import IMAGE
-from megavl.data.pack import Pack, Piece, cut, first_fit
+from megavl.data.cut import pieces
+from megavl.data.pack import Pack, Piece, best_fit
 from megavl.data.shuffle import permute
+from megavl.data.source import Source
 from megavl.data.store import Store
 
-# Documents per window: some thousand packs, of which the last few are less than full.
-_WINDOW = 8192
+# Packs that a window's documents would fill without a gap. Best-fit leaves 0.1 % of 1024 packs empty, 0.2 % of 512 and
+# 0.6 % of 128 (docs/data.md); a longer window only makes the wait for the first batch longer.
+_WINDOW = 1024
+# Goes up when other packs come out of the same inputs: positions saved before are then found to be of another stream.
+_VERSION = 1
+# Which random order a key is of.
+_DOCUMENTS, _PACKS = 0, 1
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a window starts: its number, its first pack, and what was drawn from each source before it."""
+
+    window: int
+    pack: int
+    documents: tuple[int, ...]
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Use:
+    """What was read of a source: documents (counted when they begin) and tokens, as the model sees them."""
+
+    documents: int
+    tokens: int
 
 
 class Stream:
@@ -29,88 +59,133 @@ class Stream:
         seq_len: int,
         image_tokens: int,
         key: tuple[int, ...],
+        max_tiles: int | None = None,
     ) -> None:
-        """Nothing is computed before the first pack is asked for.
+        """No document is drawn before the first pack is asked for.
 
         Args:
+            weights: of each store, its share of the tokens on any positive scale.
             seq_len: tokens of a pack.
             image_tokens: tokens of one image, at most `seq_len`.
-            key: what the shuffles derive from, with the source and its epoch.
+            key: what the random orders derive from.
+            max_tiles: images of a pack at most; None leaves the tokens to bound them.
         """
-        self._stores, self._weights, self._key = stores, weights, key
-        self._seq_len, self._image_tokens = seq_len, image_tokens
-        # Window w starts with pack _first[w], after _drawn[w] documents of each source.
-        self._first = [0]
-        self._drawn = [np.zeros(len(stores), dtype=np.int64)]
-        self._cached: tuple[int, list[Pack]] = (-1, [])
+        self.sources = tuple(
+            Source(store, number, image_tokens, (*key, _DOCUMENTS, number)) for number, store in enumerate(stores)
+        )
+        self._weights, self._key, self._seq_len = weights, key, seq_len
+        fits = seq_len // image_tokens
+        self._max_tiles = fits if max_tiles is None else min(max_tiles, fits)
+        # Where the tokens bound the images anyway, they need not be counted.
+        self._counts_tiles = self._max_tiles < fits
+        datasets = [[store.meta.idx_sha256, weight] for store, weight in zip(stores, weights, strict=True)]
+        facts = [_VERSION, _WINDOW, key, seq_len, image_tokens, self._max_tiles, datasets]
+        self._identity = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+        self._origin = Start(0, 0, (0,) * len(stores), (0,) * len(stores))
+        # Of consecutive windows; all but the last one have been packed.
+        self._starts = [self._origin]
+        self._packed: tuple[int, list[Pack]] = (-1, [])
 
-    def pack(self, number: int) -> Pack:
-        """The pieces of a pack, in order. Ascending numbers are cheap; a jump ahead packs the windows between."""
-        while self._first[-1] <= number:
-            self._window(len(self._first) - 1)
-        window = bisect.bisect_right(self._first, number) - 1
-        return self._window(window)[number - self._first[window]]
+    def packs(self, first: int, stop: int) -> list[Pack]:
+        """The packs `first` to `stop`, each the pieces in it in the order of the draws.
 
-    def _window(self, window: int) -> list[Pack]:
-        if self._cached[0] == window:
-            return self._cached[1]
-        drawn = self._drawn[window]
-        sources = blend.draws(self._weights, drawn, _WINDOW)
-        documents = np.empty(_WINDOW, dtype=np.int64)
-        for source in range(len(self._stores)):
-            mine = np.flatnonzero(sources == source)
-            documents[mine] = self._documents(source, int(drawn[source]), len(mine))
-        pieces = self._pieces(sources, documents)
-        packs = [
-            tuple(pieces[index] for index in chosen)
-            for chosen in first_fit([piece.tokens for piece in pieces], self._seq_len)
-        ]
-        if window == len(self._first) - 1:
-            self._first.append(self._first[-1] + len(packs))
-            self._drawn.append(drawn + np.bincount(sources, minlength=len(self._stores)))
-        self._cached = (window, packs)
+        Ascending numbers are cheap; a jump ahead packs the windows between, a jump back before the position that the
+        stream was resumed at packs those from the first one on.
+        """
+        packs: list[Pack] = []
+        while (number := first + len(packs)) < stop:
+            start = self._start(number)
+            packs += self._window(start)[number - start.pack : stop - start.pack]
         return packs
 
-    def _documents(self, source: int, first: int, number: int) -> np.ndarray:
-        """The documents that the draws `first` to `first + number` of a source take: every one once per epoch."""
-        size = len(self._stores[source])
-        epochs, places = np.divmod(np.arange(first, first + number), size)
-        result = np.empty(number, dtype=np.int64)
-        for epoch in np.unique(epochs).tolist():
-            inside = epochs == epoch
-            result[inside] = permute(places[inside], size, (*self._key, source, epoch))
-        return result
+    def position(self, pack: int) -> dict:
+        """Where the window of a pack starts, in JSON types: with it, `resume` finds that pack at once."""
+        facts = {
+            name: list(fact) if isinstance(fact, tuple) else fact for name, fact in vars(self._start(pack)).items()
+        }
+        return {"stream": self._identity, **facts}
 
-    def _pieces(self, sources: np.ndarray, documents: np.ndarray) -> list[Piece]:
-        """The documents as pieces, in the order of the draws; a document that is longer than a pack gives several."""
-        pieces: list[list[Piece]] = [[] for _ in range(len(documents))]
-        for source, store in enumerate(self._stores):
-            mine = np.flatnonzero(sources == source)
-            firsts, stops = store.documents[documents[mine]], store.documents[documents[mine] + 1]
-            numbers = stops - firsts
-            offsets = np.concatenate(([0], np.cumsum(numbers)))
-            # Sequences of all these documents, one after another.
-            sequences = np.repeat(firsts - offsets[:-1], numbers) + np.arange(offsets[-1])
-            is_image = store.modes[sequences] == IMAGE
-            lengths = np.where(is_image, self._image_tokens, store.lengths[sequences]).astype(np.int64)
-            tokens = _sums(lengths, offsets)
-            images = _sums(is_image.astype(np.int64), offsets)
-            text = tokens - images * self._image_tokens
-            # The first token of a document is never a target.
-            supervised = text - ~is_image[offsets[:-1]]
-            columns = (mine, documents[mine], tokens, supervised, images, offsets[:-1], offsets[1:])
-            for draw, document, length, targets, pictures, start, stop in zip(
-                *(column.tolist() for column in columns), strict=True
-            ):
-                if length <= self._seq_len:
-                    pieces[draw].append(Piece(source, document, 0, length, targets, pictures))
-                    continue
-                segments = zip(lengths[start:stop].tolist(), is_image[start:stop].tolist(), strict=True)
-                pieces[draw] += [Piece(source, document, *part) for part in cut(segments, self._seq_len)]
-        return [piece for group in pieces for piece in group]
+    def resume(self, position: dict) -> bool:
+        """Go on from a saved position. False, and nothing changes, where it is of a stream with other packs."""
+        if position["stream"] != self._identity:
+            return False
+        start = Start(position["window"], position["pack"], tuple(position["documents"]), tuple(position["tokens"]))
+        if start.window > self._starts[-1].window:
+            self._starts = [start]
+        return True
 
+    def read(self, packs: int) -> list[Use]:
+        """What the first packs hold of each source."""
+        start = self._start(packs)
+        documents, tokens = list(start.documents), list(start.tokens)
+        for pack in self._window(start)[: packs - start.pack]:
+            for piece in pack:
+                documents[piece.source] += piece.start == 0
+                tokens[piece.source] += piece.tokens
+        return [Use(*counts) for counts in zip(documents, tokens, strict=True)]
 
-def _sums(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """Sum of the values in each range offsets[i] to offsets[i + 1]."""
-    total = np.concatenate(([0], np.cumsum(values)))
-    return total[offsets[1:]] - total[offsets[:-1]]
+    def expect(self, packs: int) -> list[Use]:
+        """What so many packs will hold of each source: its share, of packs that are as full as those of the first
+        window."""
+        shares = [weight / sum(self._weights) for weight in self._weights]
+        tokens = [packs * self._tokens_per_pack * share for share in shares]
+        return [
+            Use(round(amount / source.mean_tokens), round(amount))
+            for source, amount in zip(self.sources, tokens, strict=True)
+        ]
+
+    @cached_property
+    def _tokens_per_pack(self) -> float:
+        _, following = self._pack(self._origin)
+        return sum(following.tokens) / following.pack
+
+    def _start(self, pack: int) -> Start:
+        """The start of the window that holds a pack."""
+        if pack < self._starts[0].pack:
+            self._starts, self._packed = [self._origin], (-1, [])
+        while self._starts[-1].pack <= pack:
+            self._window(self._starts[-1])
+        return self._starts[bisect_right(self._starts, pack, key=attrgetter("pack")) - 1]
+
+    def _window(self, start: Start) -> list[Pack]:
+        if self._packed[0] != start.window:
+            packs, following = self._pack(start)
+            if start is self._starts[-1]:
+                self._starts.append(following)
+            self._packed = (start.window, packs)
+        return self._packed[1]
+
+    def _pack(self, start: Start) -> tuple[list[Pack], Start]:
+        """The packs of a window, and the start of the next one."""
+        draws, documents_drawn, tokens_drawn = self._draws(start)
+        drawn = pieces(draws, self.sources, self._seq_len, self._max_tiles)
+        tokens, tiles = drawn["stop"] - drawn["start"], drawn["images"] * self._counts_tiles
+        chosen = best_fit(tokens, tiles, self._seq_len, self._max_tiles * self._counts_tiles)
+        as_pieces = list(map(Piece._make, drawn.tolist()))
+        # Best-fit makes packs of one long document first, and packs of many short ones last.
+        order = permute(np.arange(len(chosen)), len(chosen), (*self._key, _PACKS, start.window)).tolist()
+        packs = [tuple(as_pieces[index] for index in sorted(chosen[number])) for number in order]
+        return packs, Start(start.window + 1, start.pack + len(packs), documents_drawn, tokens_drawn)
+
+    def _draws(self, start: Start) -> tuple[np.ndarray, tuple[int, ...], tuple[int, ...]]:
+        """The documents of a window in the order of the draws, DRAW [any]; documents and tokens drawn with them."""
+        documents, tokens = np.array(start.documents), np.array(start.tokens)
+        wanted, drawn = _WINDOW * self._seq_len, []
+        while wanted > 0:
+            offered = [
+                source.draws(first, self._offer(source, weight, wanted))
+                for source, weight, first in zip(self.sources, self._weights, documents.tolist(), strict=True)
+            ]
+            order = blend.merge(self._weights, tokens.tolist(), [draws["tokens"] for draws in offered])
+            draws = np.concatenate(offered)[order]
+            # The document that completes the window is its last.
+            draws = draws[: np.searchsorted(np.cumsum(draws["tokens"]), wanted) + 1]
+            np.add.at(documents, draws["source"], 1)
+            np.add.at(tokens, draws["source"], draws["tokens"])
+            wanted -= int(draws["tokens"].sum())
+            drawn.append(draws)
+        return np.concatenate(drawn), tuple(documents.tolist()), tuple(tokens.tolist())
+
+    def _offer(self, source: Source, weight: float, wanted: int) -> int:
+        """Documents of a source that `wanted` tokens of the blend will need, or a few more."""
+        return math.ceil(1.1 * wanted * weight / sum(self._weights) / source.mean_tokens) + 8

@@ -24,6 +24,7 @@ from megavl.runtime.health import RunError, together
 from megavl.runtime.metrics import Metrics
 from megavl.runtime.optim import schedule_ratio, set_learning_rate
 from megavl.runtime.pipeline import Pipeline, build_stages
+from megavl.runtime.reading import announce, report
 from megavl.runtime.state import fragments, set_optimizer_step
 
 
@@ -42,10 +43,13 @@ def train(config: RunConfig, env: Env) -> None:
     engine = build_engine(stages, config, mesh)
     pipeline = Pipeline(engine, stages, config, mesh, ops)
     checkpoints = Path(config.output_dir) / "checkpoints"
-    first_step = resume(engine, stages, config, mesh, checkpoints)
+    state = resume(engine, stages, config, mesh, checkpoints)
+    first_step = state["step"]
+    repacked = sampler.resume(state.get("data", {})) if first_step else []
 
     if env.rank == 0:
         _introduce(config, topology, ops, first_step)
+        announce(sampler, first_step, repacked)
     metrics = Metrics(config, env)
     has_stem = any(stage.vlm.stem is not None for stage in stages)
     loader = Loader(sampler, mesh.dp.rank, mesh.dp.size, with_pixels=has_stem, first_step=first_step)
@@ -63,9 +67,11 @@ def train(config: RunConfig, env: Env) -> None:
             _refuse_infinite("gradient norm", grad_norm, step)
             metrics.record(batch, loss, grad_norm, lr, time.perf_counter() - started)
             if (step + 1) % config.checkpoint.every == 0 or step + 1 == config.train.steps:
-                saved = keep(engine, stages, config, mesh, checkpoints, step + 1)
+                data = sampler.position(step + 1)
+                saved = keep(engine, stages, config, mesh, checkpoints, step + 1, data)
                 if env.rank == 0:
                     print(f"checkpoint {saved}", flush=True)
+                    report(sampler, step + 1, config.output_dir)
     finally:
         loader.close()
         metrics.close()
@@ -73,20 +79,20 @@ def train(config: RunConfig, env: Env) -> None:
 
 def resume(
     engine: deepspeed.DeepSpeedEngine, stages: nn.ModuleList, config: RunConfig, mesh: Mesh, checkpoints: Path
-) -> int:
-    """Read the newest checkpoint, if there is one. Returns the first step to run."""
+) -> dict:
+    """Read the newest checkpoint, if there is one. Returns its state, of which `step` is the first one to run."""
     newest = latest(checkpoints)
     held = fragments(engine, stages, mesh.dp.rank)
     if newest is None:
         if config.checkpoint.init_from is not None:
             load_weights(config.checkpoint.init_from, held, config.model)
-        return 0
+        return {"step": 0}
     state = read_state(newest)
     load(newest, held, config.model)
     set_optimizer_step(engine, state["optimizer_step"])
     if dist.get_rank() == 0:
         print(f"resumed from {newest}", *differences(state["config"], dump_run(config)), sep="\n  ", flush=True)
-    return state["step"]
+    return state
 
 
 def keep(
@@ -96,10 +102,11 @@ def keep(
     mesh: Mesh,
     checkpoints: Path,
     done: int,
+    data: dict,
 ) -> Path:
     """Write a checkpoint after `done` steps. Collective. With the step and the seed in the configuration the stream of
-    data is known, and nothing else in a run is random."""
-    state = {"optimizer_step": done, "config": dump_run(config)}
+    data is known, and nothing else in a run is random; `data`, the sampler's position, saves finding it anew."""
+    state = {"optimizer_step": done, "config": dump_run(config), "data": data}
     return save(checkpoints, done, fragments(engine, stages, mesh.dp.rank), state, config.checkpoint.keep)
 
 

@@ -122,7 +122,10 @@ class TestMistake:
             ("parallel.zero=5", "parallel.zero: 5 is not allowed: input should be 0, 1, 2 or 3"),
             ("train.precision=fp16", "train.precision: 'fp16' is not allowed: input should be 'fp32' or 'bf16'"),
             ("parallel.tensor=0", "parallel.tensor: 0 is not allowed: input should be greater than 0"),
-            ("data.text_ratio=1.5", "data.text_ratio: 1.5 is not allowed: input should be less than or equal to 1"),
+            (
+                "data.text_ratio=1.5",
+                "data.text_ratio.final: 1.5 is not allowed: input should be less than or equal to 1",
+            ),
             # What a lenient reader would take for a number.
             ("parallel.tensor=true", "parallel.tensor: True is not allowed: input should be a valid integer"),
             ("parallel.tensor='2'", "parallel.tensor: '2' is not allowed: input should be a valid integer"),

@@ -7,6 +7,7 @@ import pytest
 from megavl.config.load import load_run
 from megavl.config.presets import PRESETS
 from megavl.config.rules import check
+from megavl.config.run import TextRatioConfig
 
 RECIPES = Path(__file__).parents[2] / "launch" / "recipes"
 
@@ -24,7 +25,8 @@ def test_stage_2(name, lr, steps, batch, pipelined, gpus):
     assert (schedule.shape, schedule.warmup_steps) == ("step", 2000)
     assert (schedule.milestones, schedule.ratios) == ((0.8, 0.9), (0.316, 0.1))
     assert (config.train.steps, config.train.global_batch, config.data.seq_len) == (steps, batch, 4096)
-    assert config.data.text_ratio == 0.7 and config.train.precision == "bf16" and config.parallel.zero == 1
+    assert config.data.text_ratio == TextRatioConfig(start=1.0, final=0.7, steps=2000)
+    assert config.train.precision == "bf16" and config.parallel.zero == 1
     assert (config.parallel.pipeline > 1) == pipelined
     check(config, gpus)
 

@@ -115,8 +115,9 @@ def test_step_facts_are_those_of_the_actual_batch(corpus, reference):
 
 
 @pytest.mark.parametrize("seq_len", [SEQ_LEN, 20])
-def test_an_epoch_supervises_every_text_token_but_the_first_exactly_once(corpus, model, train, seq_len):
+def test_an_epoch_supervises_every_text_token_but_the_first_exactly_once(corpus, model, train, seq_len, monkeypatch):
     """Token by token against the documents themselves, with documents that are cut where packs are short."""
+    monkeypatch.setattr("megavl.data.stream._WINDOW", 24)  # packs; far less than an epoch
     store = Store(corpus.prefix("multimodal"))
     train = train.model_copy(update={"steps": 40})
     data = corpus.data(text=(), text_ratio=0, seq_len=seq_len)
@@ -142,8 +143,8 @@ def test_an_epoch_supervises_every_text_token_but_the_first_exactly_once(corpus,
     for document, targets in seen.items():
         expected = _document(store, document)[1]
         assert set(targets) == {position for position, label in enumerate(expected) if label != -100}
-        # The run ends within an epoch, perhaps between the parts of a document.
-        assert max(targets.values()) - min(targets.values()) <= 1
+        # The run ends within a window, perhaps between the parts of a document that it holds of two epochs.
+        assert max(targets.values()) - min(targets.values()) <= 2
 
 
 def _document(store, document):

@@ -1,8 +1,10 @@
-import numpy as np
+import json
+import os
+
 import pytest
 import sentencepiece
 
-from megavl.config.run import SourceConfig, TrainConfig
+from megavl.config.run import SourceConfig, TextRatioConfig, TrainConfig
 from megavl.data.build import build
 from megavl.data.encoded import EncodedDocument
 from megavl.data.errors import DataError
@@ -28,14 +30,16 @@ def test_steps_of_a_kind_take_consecutive_packs(corpus, model, train):
     assert {plan.kind for plan in plans} == {"text", "multimodal"}
     for kind in ("text", "multimodal"):
         packs = [pack for plan in plans if plan.kind == kind for pack in plan.packs]
-        assert packs == [sampler._streams[kind].pack(number) for number in range(len(packs))]
+        assert packs == sampler._streams[kind].packs(0, len(packs))
+        assert sampler.steps(kind, train.steps) == sum(plan.kind == kind for plan in plans)
 
 
-def test_the_share_of_text_steps_is_the_ratio(corpus, model):
-    train = TrainConfig(steps=20000, global_batch=1)
-    for ratio in (0.0, 0.3, 0.7, 1.0):
-        is_text = Sampler(corpus.data(text_ratio=ratio), model, train)._is_text
-        assert abs(is_text.mean() - ratio) < 0.011  # three standard deviations
+def test_a_schedule_decides_the_kinds(corpus, model):
+    train = TrainConfig(steps=100, global_batch=1)
+    ratio = TextRatioConfig(start=1.0, final=0.0, steps=60, shape="step", milestones=(1.0,))
+    sampler = Sampler(corpus.data(text_ratio=ratio), model, train)
+    assert [sampler.plan(step).kind for step in (0, 59, 60, 99)] == ["text", "text", "multimodal", "multimodal"]
+    assert (sampler.steps("text", 100), sampler.steps("multimodal", 100)) == (60, 40)
 
 
 def test_a_plan_counts_what_its_packs_hold(corpus, model, train):
@@ -104,13 +108,100 @@ def test_a_step_without_a_target_is_refused(corpus, model, train, tmp_path):
         Sampler(data, model, train).plan(3)
 
 
-def test_sources_are_blended_by_weight(corpus, model):
+def blended(corpus, **changes):
+    """Two text sources, the second with four fifths of the tokens, and one multimodal source."""
     sources = (
         SourceConfig(prefix=corpus.prefix("text"), weight=1),
         SourceConfig(prefix=corpus.prefix("more"), weight=4),
     )
-    data = corpus.data(text=sources, multimodal=(), text_ratio=1)
-    sampler = Sampler(data, model, TrainConfig(steps=20, global_batch=48))
-    pieces = [piece for step in range(20) for pack in sampler.plan(step).packs for piece in pack if piece.start == 0]
-    share = np.mean([piece.source for piece in pieces])
-    assert abs(share - 0.8) < 0.01  # measured 0.800
+    return corpus.data(text=sources, **changes)
+
+
+def test_the_ledger_is_what_the_steps_hold(corpus, model):
+    train = TrainConfig(steps=60, global_batch=24, seed=3)
+    sampler = Sampler(blended(corpus), model, train)
+    read, plans = sampler.read(40), [sampler.plan(step) for step in range(40)]
+    assert read.steps == 40 and read.text_steps == sum(plan.kind == "text" for plan in plans)
+    assert [(entry.kind, entry.source) for entry in read.entries] == [
+        ("text", corpus.prefix("text")),
+        ("text", corpus.prefix("more")),
+        ("multimodal", corpus.prefix("multimodal")),
+    ]
+    for kind, number in (("text", 0), ("text", 1), ("multimodal", 0)):
+        plans_of_kind = [plan for plan in plans if plan.kind == kind]
+        pieces = [p for plan in plans_of_kind for pack in plan.packs for p in pack if p.source == number]
+        entry = read.entries[number if kind == "text" else 2]
+        assert entry.documents == sum(piece.start == 0 for piece in pieces)
+        assert entry.tokens == sum(piece.tokens for piece in pieces)
+        assert entry.epochs == entry.documents / len(sampler.stores[kind][number])
+        assert entry.share == entry.tokens / sum(plan.tokens for plan in plans_of_kind)
+    assert read.entries[1].share == pytest.approx(0.8, abs=0.01)
+    for kind, filled in read.filled.items():
+        plans_of_kind = [plan for plan in plans if plan.kind == kind]
+        assert filled == sum(plan.tokens for plan in plans_of_kind) / (24 * 96 * len(plans_of_kind))
+
+
+def test_the_ledger_expects_what_is_read_in_the_end(corpus, model):
+    sampler = Sampler(blended(corpus), model, TrainConfig(steps=150, global_batch=24))
+    expected, read = sampler.expected(), sampler.read(150)
+    assert (expected.steps, expected.text_steps) == (read.steps, read.text_steps)
+    for one, other in zip(expected.entries, read.entries, strict=True):
+        assert one.epochs == pytest.approx(other.epochs, rel=0.03)
+        assert one.share == pytest.approx(other.share, abs=0.01)
+    lines = str(expected).splitlines()
+    assert lines[0].startswith(f"{read.text_steps} text and {150 - read.text_steps} multimodal steps")
+    assert "packs filled to 9" in lines[0] and len(lines) == 5 and corpus.prefix("more") in lines[3]
+
+
+def test_a_run_that_would_repeat_a_source_too_often_is_refused(corpus, model):
+    train = TrainConfig(steps=20, global_batch=12)
+    epochs = [entry.epochs for entry in Sampler(corpus.data(), model, train).expected().entries]
+
+    def limited(text, multimodal):
+        return corpus.data(
+            text=(SourceConfig(prefix=corpus.prefix("text"), max_epochs=text),),
+            multimodal=(SourceConfig(prefix=corpus.prefix("multimodal"), max_epochs=multimodal),),
+        )
+
+    Sampler(limited(epochs[0] * 1.01, epochs[1] * 1.01), model, train)
+    with pytest.raises(DataError) as error:
+        Sampler(limited(epochs[0] * 0.99, None), model, train)
+    assert (
+        f"would read dataset {corpus.prefix('text')} {epochs[0]:.2f} times (100.00% of the tokens of its text steps)"
+        in (str(error.value))
+    )
+    with pytest.raises(DataError) as error:
+        Sampler(limited(epochs[0] / 2, epochs[1] / 2), model, train)
+    assert len(str(error.value).splitlines()) == 2
+
+
+@pytest.mark.parametrize("step", [1, 20, 59])
+def test_a_position_goes_on_from_any_step(corpus, model, step):
+    train = TrainConfig(steps=60, global_batch=24, seed=3)
+    whole = Sampler(blended(corpus), model, train)
+    expected = [whole.plan(number) for number in range(60)]
+    position = json.loads(json.dumps(whole.position(step)))
+    resumed, anew = Sampler(blended(corpus), model, train), Sampler(blended(corpus), model, train)
+    assert resumed.resume(position) == [] and anew.resume({}) == ["text", "multimodal"]
+    for sampler in (resumed, anew):
+        assert [sampler.plan(number) for number in range(step, 60)] == expected[step:]
+        assert sampler.read(step) == whole.read(step)
+
+
+def test_a_position_holds_for_the_streams_that_are_the_same(corpus, model):
+    train = TrainConfig(steps=60, global_batch=24)
+    position = Sampler(blended(corpus), model, train).position(30)
+    other = Sampler(corpus.data(), model, train)
+    assert other.resume(position) == ["text"]
+    # The packs of a stream depend neither on how many make a step nor on how often its kind has its turn.
+    other = Sampler(blended(corpus, text_ratio=0.2), model, train.model_copy(update={"global_batch": 12}))
+    assert other.resume(position) == []
+    expected = Sampler(blended(corpus, text_ratio=0.2), model, train.model_copy(update={"global_batch": 12}))
+    assert [other.plan(step) for step in (3, 59)] == [expected.plan(step) for step in (3, 59)]
+
+
+def test_another_prefix_of_the_same_dataset_is_the_same_stream(corpus, model, train, tmp_path):
+    for suffix in (".bin", ".idx", ".meta"):
+        os.symlink(corpus.prefix("text") + suffix, tmp_path / f"moved{suffix}")
+    moved = corpus.data(text=(SourceConfig(prefix=str(tmp_path / "moved")),))
+    assert Sampler(moved, model, train).resume(Sampler(corpus.data(), model, train).position(5)) == []

@@ -148,7 +148,7 @@ def train(config: RunConfig, checkpoints: str | None = None) -> tuple[list[tuple
     """(loss, gradient norm) of each step, and this rank's parameters after the last one, in their place in full tensors
     of which the rest is NaN. With `checkpoints`, begins at the newest one there and leaves one behind."""
     mesh, stages, engine, pipeline = set_up(config)
-    first = resume(engine, stages, config, mesh, Path(checkpoints)) if checkpoints else 0
+    first = resume(engine, stages, config, mesh, Path(checkpoints))["step"] if checkpoints else 0
     history = []
     for step in range(first, config.train.steps):
         set_learning_rate(engine.basic_optimizer, config.optim.lr)
@@ -156,7 +156,7 @@ def train(config: RunConfig, checkpoints: str | None = None) -> tuple[list[tuple
         engine.step()
         history.append((loss, float(engine.get_global_grad_norm())))
     if checkpoints:
-        keep(engine, stages, config, mesh, Path(checkpoints), config.train.steps)
+        keep(engine, stages, config, mesh, Path(checkpoints), config.train.steps, data={})
     return history, weights(engine, stages, mesh)
 
 

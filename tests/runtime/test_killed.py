@@ -1,0 +1,105 @@
+"""A run whose ranks are killed in the middle of an epoch reads on, on other ranks, as if nothing had happened."""
+
+import json
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from megavl.config.presets import PRESETS
+from megavl.config.run import (
+    CheckpointConfig,
+    DataConfig,
+    LogConfig,
+    OptimConfig,
+    RunConfig,
+    SourceConfig,
+    TrainConfig,
+)
+from megavl.runtime.env import Env, start_deepspeed
+from megavl.runtime.loop import train
+from megavl.runtime.metrics import Metrics
+from tests.data.conftest import corpus
+
+__all__ = ["corpus"]
+
+STEPS, KILLED_AFTER, GLOBAL_BATCH = 6, 4, 12
+
+
+def config(corpus, folder: Path, workers: int, micro_batch: int) -> RunConfig:
+    decoder = PRESETS["vl_debug"].decoder.model_copy(
+        update={"layers": 1, "width": 48, "heads": 6, "kv_heads": 6, "mlp_width": 72, "vocab_size": 402}
+    )
+    return RunConfig(
+        output_dir=str(folder),
+        model=PRESETS["vl_debug"].model_copy(update={"decoder": decoder, "image_token_id": 398}),
+        data=DataConfig(
+            tokenizer=corpus.tokenizer,
+            text=(
+                SourceConfig(prefix=corpus.prefix("text"), weight=2),
+                SourceConfig(prefix=corpus.prefix("more")),
+            ),
+            multimodal=(SourceConfig(prefix=corpus.prefix("multimodal")),),
+            text_ratio=0.5,
+            seq_len=96,
+            workers=workers,
+        ),
+        optim=OptimConfig(lr=1e-3, eps=1e-6),
+        train=TrainConfig(steps=STEPS, global_batch=GLOBAL_BATCH, micro_batch=micro_batch, precision="fp32", seed=1),
+        checkpoint=CheckpointConfig(every=3),
+        log=LogConfig(tensorboard=False),
+    )
+
+
+def run(config: RunConfig, killed_after: int | None) -> None:
+    """Train as launch/pretrain.py does; each rank writes the keys of its samples, and is killed after so many steps."""
+    # The pool's ranks are daemons, which may have no children; the loader's workers end with their rank by themselves.
+    multiprocessing.current_process()._config["daemon"] = False
+    start_deepspeed("gloo")
+    env = Env(int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"]))
+    record, keys = Metrics.record, Path(config.output_dir) / f"keys_{env.world}_{env.rank}.jsonl"
+
+    def record_and_die(metrics, batch, *rest):
+        tokens = [micro_batch.tokens.tolist() for micro_batch in batch.micro_batches]
+        with open(keys, "a") as file:
+            file.write(json.dumps([batch.step, sum(tokens, [])]) + "\n")
+        record(metrics, batch, *rest)
+        if batch.step + 1 == killed_after:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Metrics.record = record_and_die
+    train(config, env)
+
+
+def samples(folder: Path, world: int) -> dict[int, list[int]]:
+    """The tokens of each step's global batch, from what the ranks of a world wrote."""
+    ranks = [
+        dict(json.loads(line) for line in (folder / f"keys_{world}_{rank}.jsonl").read_text().splitlines())
+        for rank in range(world)
+    ]
+    return {step: sum((rank[step] for rank in ranks), []) for step in ranks[0]}
+
+
+def test_the_samples_and_losses_of_a_killed_run(pool, corpus, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    pool.run(1, run, config(corpus, whole, workers=0, micro_batch=4), None)
+    with pytest.raises(AssertionError, match="rank 0 died without a word"):
+        pool.run(2, run, config(corpus, killed, workers=1, micro_batch=3), KILLED_AFTER)
+    pool.run(3, run, config(corpus, killed, workers=2, micro_batch=2), None)
+
+    expected = samples(whole, 1)
+    assert list(expected) == list(range(STEPS)) and len({tuple(tokens) for tokens in expected.values()}) == STEPS
+    before, after = samples(killed, 2), samples(killed, 3)
+    assert list(before) == list(range(KILLED_AFTER)) and list(after) == [3, 4, 5]
+    assert before == {step: expected[step] for step in before} and after == {step: expected[step] for step in after}
+
+    losses = [
+        {row["step"]: row["loss"] for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())}
+        for folder in (whole, killed)
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)  # measured 1.3e-7
+    ledgers = [json.loads((folder / "data.json").read_text()) for folder in (whole, killed)]
+    assert ledgers[0] == ledgers[1] and ledgers[0]["read"]["steps"] == STEPS
+    assert all(entry["epochs"] % 1 for entry in ledgers[0]["read"]["entries"])
