@@ -11,7 +11,7 @@ import pyarrow
 from megavl.data.errors import DataError
 from megavl.data.readers.reader import ReadOptions, too_large
 
-_COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+_COMPRESSIONS = {".gz": "gzip", ".tgz": "gzip", ".zst": "zstd"}
 
 
 def compression(path: str) -> str | None:

@@ -4,11 +4,11 @@ import os
 from collections.abc import Iterator, Sequence
 
 from megavl.data.errors import DataError
-from megavl.data.readers import epub, html, json_array, jsonl, notebook, table
+from megavl.data.readers import epub, html, json_array, jsonl, notebook, table, webdataset
 from megavl.data.readers.reader import Reader
 
 # One module per input format: add a new one here.
-READERS: tuple[Reader, ...] = (json_array, jsonl, table, html, epub, notebook)
+READERS: tuple[Reader, ...] = (jsonl, json_array, table, webdataset, html, epub, notebook)
 
 _BY_SUFFIX = {suffix: reader for reader in READERS for suffix in reader.SUFFIXES}
 

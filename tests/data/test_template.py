@@ -1,0 +1,114 @@
+from functools import partial
+
+import pytest
+
+from megavl.data.document import Image, Text, Token
+from megavl.data.errors import DataError
+from megavl.data.template import TEMPLATES, Turn
+
+PICTURE = Image(b"bytes", "a.png")
+SYSTEM = (
+    "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
+    "provides, and assist the user with a variety of tasks using natural language."
+)
+read = partial(Text, supervised=False)
+
+
+def turns(*said) -> list[Turn]:
+    return [
+        Turn(("user", "assistant")[number % 2], segments if isinstance(segments, tuple) else (Text(segments),))
+        for number, segments in enumerate(said)
+    ]
+
+
+def write(template: str, talk: list[Turn]):
+    """Segments with neighbours of one kind joined, as encoding joins them."""
+    joined = []
+    for segment in TEMPLATES[template].write(talk):
+        last = joined[-1] if joined else None
+        if isinstance(segment, Text) and isinstance(last, Text) and last.supervised == segment.supervised:
+            segment = Text(joined.pop().text + segment.text, segment.supervised)
+        joined.append(segment)
+    return joined
+
+
+def test_vl_is_the_conversation_of_the_released_code():
+    """Prompt and answers as `Conversation.get_prompt` of DeepSeek-VL writes them; the last end of sequence is the
+    document's own."""
+    assert write("vl", turns((PICTURE, Text("What is it? ")), " A cat.\n", "Sure?", "Yes.")) == [
+        read(f"{SYSTEM}\n\nUser: "),
+        PICTURE,
+        read("What is it?\n\nAssistant:"),
+        Text(" A cat."),
+        Token(),
+        read("User: Sure?\n\nAssistant:"),
+        Text(" Yes."),
+    ]
+
+
+def test_vl2_writes_its_roles_as_special_tokens_and_no_system_prompt():
+    assert write("vl2", turns((PICTURE, Text("\nWhat?")), "A cat.", "Sure?", "Yes.")) == [
+        Token("<|User|>", False),
+        read(": "),
+        PICTURE,
+        read("\nWhat?\n\n"),
+        Token("<|Assistant|>", False),
+        read(":"),
+        Text(" A cat."),
+        Token(),
+        Token("<|User|>", False),
+        read(": Sure?\n\n"),
+        Token("<|Assistant|>", False),
+        read(":"),
+        Text(" Yes."),
+    ]
+
+
+def test_plain_adds_nothing():
+    assert write("plain", turns("Write: ", (Text(" one"), PICTURE))) == [read("Write:"), Text("one"), PICTURE]
+
+
+def test_alignment_keeps_the_images_of_a_question_and_a_line_break():
+    talk = turns((Text("Describe it.\n"), PICTURE), "A cat.")
+    assert write("alignment", talk) == [PICTURE, read("\n"), Text("A cat.")]
+
+
+def test_a_system_prompt_of_its_own_takes_the_place_of_the_template_s():
+    talk = [Turn("system", (Text("Be brief. "),)), *turns("Q", "A")]
+    assert write("vl", talk) == [read("Be brief.\n\nUser: Q\n\nAssistant:"), Text(" A")]
+    assert write("vl2", talk)[:2] == [read("Be brief.\n\n"), Token("<|User|>", False)]
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_every_answer_is_learned_and_nothing_else(template):
+    talk = turns((PICTURE, Text("question")), "ANSWER", (PICTURE, Text("question")), (Text("ANSWER"), Token("<|ref|>")))
+    written = TEMPLATES[template].write(talk)
+    learned = "".join(s.text for s in written if isinstance(s, Text) and s.supervised)
+    assert learned.split() == (["ANSWER", "ANSWER"] if " " in learned else ["ANSWERANSWER"])
+    assert all(segment.text for segment in written if isinstance(segment, Text))
+    assert written[-1] == Token("<|ref|>")
+
+
+@pytest.mark.parametrize(
+    ("template", "talk", "message"),
+    [
+        ("vl", [], "does not end with an answer"),
+        ("vl", [Turn("system", (Text("x"),))], "does not end with an answer"),
+        ("vl", turns("Q"), "does not end with an answer"),
+        ("vl", turns("Q", "A", "Q"), "does not end with an answer"),
+        ("vl", turns("Q", "A")[::-1], "a turn of the assistant is where one of the user is due"),
+        ("vl", turns("Q", "A")[:1] * 2, "a turn of the user is where one of the assistant is due"),
+        (
+            "vl",
+            [*turns("Q", "A"), Turn("system", (Text("x"),))],
+            "a turn of the system is where one of the user is due",
+        ),
+        ("vl", turns(" ", "A"), "a turn of the user is empty"),
+        ("vl", turns("Q", "\n"), "a turn of the assistant is empty"),
+        ("vl", [Turn("system", (Text(" "),)), *turns("Q", "A")], "a turn of the system is empty"),
+        ("alignment", turns("Q", "A"), "a question holds no image"),
+    ],
+)
+def test_conversations_that_cannot_be_written(template, talk, message):
+    with pytest.raises(DataError, match=message):
+        TEMPLATES[template].write(talk)
