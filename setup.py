@@ -19,6 +19,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["megavl", "megavl.*"]),
+    package_data={"megavl.data.inspect": ["page.html", "page.css", "page.js"]},
     python_requires=">=3.11",
     install_requires=[
         # Exact: torch.distributed.pipelining and DCP's planner hooks are used below their stable surface. Exact also so

@@ -23,19 +23,20 @@ class Tokenizer:
 
     eos:        id of the end-of-sequence token
     vocab_size: largest id + 1
+    special:    ids of the special tokens by their spelling
     identity:   sha256 of the file, in hexadecimal digits
     backend:    what serves `encode_batch`, and why
     """
 
     def __init__(self, path: Path, library: Library, identity: str) -> None:
         self._path, self._library, self.identity = path, library, identity
-        self.eos, self.vocab_size = library.eos, library.vocab_size
+        self.eos, self.vocab_size, self.special = library.eos, library.vocab_size, library.special
         self.backend = library.name
         self._fast: FastTokenizer | None = None
 
     def accelerate(self, texts: Sequence[str] = ()) -> None:
         """Let gigatoken serve `encode_batch` if it gives the library's ids for a built-in sample and for `texts`."""
-        sample = [*probes(self._library.special), *texts]
+        sample = [*probes(self.special), *texts]
         try:
             fast = FastTokenizer(self._library)
             reason = fast.difference(sample)
@@ -67,14 +68,13 @@ class Tokenizer:
         Raises:
             DataError: the tokenizer has none of that name.
         """
-        special = self._library.special
-        if name not in special:
-            shown = ", ".join([*special][:_LISTED]) + (" ..." if len(special) > _LISTED else "")
+        if name not in self.special:
+            shown = ", ".join([*self.special][:_LISTED]) + (" ..." if len(self.special) > _LISTED else "")
             raise DataError(
                 f"tokenizer {self._path} has no special token {name!r} (it has {shown}); add it to the tokenizer, or "
                 "choose a template or format that does not write it"
             )
-        return special[name]
+        return self.special[name]
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of ids; special tokens have none."""
