@@ -124,7 +124,7 @@ class Book:
             return self._archive.read(info)
         except KeyError as error:
             raise DataError(f"the book has no file {name}; it is damaged, leave it out") from error
-        except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, NotImplementedError) as error:
+        except (zipfile.BadZipFile, zlib.error, UnicodeError, EOFError, OSError, RuntimeError) as error:
             raise DataError(f"{name} is damaged or encrypted ({error}); leave the book out") from error
 
     def _package(self) -> tuple[str, etree._Element]:

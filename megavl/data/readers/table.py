@@ -95,10 +95,10 @@ def _groups(path: str) -> Iterator[tuple[int, int]]:
         memory = _mapped(path)
         if _is_parquet(path):
             file, _ = _parquet(path, memory)
-            for index in range(file.metadata.num_row_groups):
-                group = file.metadata.row_group(index)
-                columns = map(group.column, range(group.num_columns))
-                yield group.num_rows, sum(column.total_compressed_size for column in columns)
+            groups = [file.metadata.row_group(index) for index in range(file.metadata.num_row_groups)]
+            # Its share of the file, by what it unpacks to: a look at its damaged columns would abort the process.
+            total = max(1, sum(group.total_byte_size for group in groups))
+            yield from ((group.num_rows, len(memory) * group.total_byte_size // total) for group in groups)
         else:
             yield from ((batch.num_rows, batch.nbytes) for batch in _arrow_batches(path, memory))
 
@@ -112,7 +112,7 @@ def _pieces(part: Part) -> Iterator[pyarrow.RecordBatch]:
         else:
             batches = islice(_arrow_batches(part.path, memory), part.start, part.stop)
         for batch in batches:
-            step = max(1, int(batch.num_rows * _ROWS_BYTES / max(1, batch.nbytes)))
+            step = max(1, batch.num_rows * _ROWS_BYTES // max(1, batch.nbytes))
             for start in range(0, batch.num_rows, step):
                 yield batch.slice(start, step)
                 # What was read stays in the system's cache, but counts no longer as this process's memory.
@@ -136,7 +136,7 @@ def _parquet_batches(part: Part, memory: mmap.mmap) -> Iterator[pyarrow.RecordBa
     file, columns = _parquet(part.path, memory)
     for index in range(part.start, part.stop):
         group = file.metadata.row_group(index)
-        rows = max(1, int(group.num_rows * _ROWS_BYTES / max(1, group.total_byte_size)))
+        rows = max(1, min(group.num_rows, group.num_rows * _ROWS_BYTES // max(1, group.total_byte_size)))
         yield from file.iter_batches(rows, row_groups=[index], columns=columns)
 
 
@@ -177,5 +177,5 @@ def _columns(path: str, schema: pyarrow.Schema) -> list[str]:
 def _damage(path: str) -> Iterator[None]:
     try:
         yield
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: is damaged or of another format ({error}); make it again") from error
