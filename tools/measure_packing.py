@@ -87,17 +87,18 @@ def measure(blend: Blend, seq_len: int, image_tokens: int, max_tiles: int | None
             tokens += sum(piece.tokens for piece in pack)
             images = max(images, sum(piece.images for piece in pack))
     elapsed_s = time.perf_counter() - started
-    documents = long = cut_documents = cut_images = 0
+    documents = long = images_seen = cut_documents = cut_images = 0
     for source, store in zip(stream.sources, blend.stores, strict=True):
         number = min(len(store), DOCUMENTS)
         draws = source.draws(0, number)
         documents += number
         long += int(((draws["tokens"] > seq_len) | (draws["images"] > (max_tiles or seq_len))).sum())
+        images_seen += int(draws["images"].sum())
         found = cuts(source, number, seq_len)
         cut_documents, cut_images = cut_documents + found[0], cut_images + found[1]
     return (
         f"| {blend.name} | {seq_len} | {tokens / (packs * seq_len):.2%} | {images} | {packs / elapsed_s:,.0f} | "
-        f"{long / documents:.1%} | {cut_documents / documents:.1%} | {cut_images:,} |"
+        f"{long / documents:.1%} | {cut_documents / documents:.1%} | {cut_images / max(1, images_seen):.1%} |"
     )
 
 
@@ -119,9 +120,7 @@ def main() -> None:
     except (ConfigError, DataError) as error:
         sys.exit(f"error: {error}")
     image_tokens, max_tiles = args.image_tokens or defaults[1], args.max_tiles or defaults[2]
-    print(
-        "| blend | seq_len | filled | most images of a pack | packs/s | documents cut | laid end to end: cut | images |"
-    )
+    print("| blend | seq_len | filled | most images of a pack | packs/s | cut | laid end to end: cut | images cut |")
     print("|---|---|---|---|---|---|---|---|")
     for blend in blends:
         for seq_len in args.seq_len or defaults[:1]:

@@ -32,7 +32,7 @@ def test_made_up_sources():
     )
     assert name == "obelics + captions" and images == "5"
     assert 60 < float(filled.rstrip("%")) < 90 and float(cut.rstrip("%")) < float(cut_naively.rstrip("%")) / 2
-    assert int(cut_images.replace(",", "")) > 1000
+    assert 10 < float(cut_images.rstrip("%")) < 20  # 576 of 4096 tokens, near enough
 
 
 def test_the_sources_of_a_recipe(corpus, tmp_path):
@@ -45,7 +45,7 @@ def test_the_sources_of_a_recipe(corpus, tmp_path):
     path.write_text(yaml.safe_dump(recipe))
     rows = measure("--config", str(path), "data.max_tiles=2", "--packs", "200")
     assert [row[:2] for row in rows] == [["text", "192"], ["multimodal", "192"]]
-    assert rows[0][3] == rows[0][7] == "0" and rows[1][3] == "2"
+    assert (rows[0][3], rows[0][7]) == ("0", "0.0%") and rows[1][3] == "2"
     assert rows[0][5] == "0.0%" != rows[0][6]
 
 
