@@ -79,7 +79,8 @@ def main() -> None:
         config = load_run(args.config, args.overrides)
         check(config, env.world)
         check_files(config)
-        start_process_group(env, timeout=timedelta(minutes=10))
+        # The others wait longer for a rank than it waits for its data, and so hear why it ends.
+        start_process_group(env, timeout=timedelta(minutes=5, seconds=config.data.timeout_s))
         train(config, env)
     except LaunchError as error:
         sys.exit(f"error: {error}")

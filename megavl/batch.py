@@ -19,7 +19,8 @@ class Batch:
     positions:  int64 [T]; restart at 0 with every document
     cu_seqlens: int32 [N + 1]; document n is tokens[cu_seqlens[n]:cu_seqlens[n + 1]]; the last entry is T
     pixels:     tower name ("siglip", "sam") -> float32 [I, 3, S, S], normalised, in the order of the placeholders;
-                I may be 0. None on ranks that do not hold the stem
+                I may be 0. None on ranks that do not hold the stem. Where the tensor ranks share the images
+                (`parallel.vision: sharded`), only those of `image_share`
     """
 
     tokens: Tensor
@@ -38,6 +39,38 @@ class Batch:
             self.pixels and {tower: pixels.to(device, non_blocking=True) for tower, pixels in self.pixels.items()},
         )
 
+    def pin_memory(self) -> "Batch":
+        """The same micro-batch in page-locked memory, from which copies to a GPU do not wait. A DataLoader calls it, in
+        a thread of its own."""
+        return Batch(
+            *(tensor.pin_memory() for tensor in (self.tokens, self.labels, self.positions, self.cu_seqlens)),
+            self.pixels and {tower: pixels.pin_memory() for tower, pixels in self.pixels.items()},
+        )
+
+
+def image_share(images: int, rank: int, size: int) -> range:
+    """Which images of a micro-batch tensor rank `rank` of `size` decodes and encodes, where the ranks share them: equal
+    runs, of which the last ones are shorter or empty."""
+    each = -(-images // size)
+    return range(min(rank * each, images), min((rank + 1) * each, images))
+
+
+@dataclass(frozen=True)
+class BadImage:
+    """An image that could not be decoded, for which a blank one stands in.
+
+    pack, image:     where it was met: number of the pack in the global batch, of the image in the pack
+    dataset, document, sequence: where it is stored: prefix, key of the document, sequence of the dataset
+    reason:          why it could not be decoded
+    """
+
+    pack: int
+    image: int
+    dataset: str
+    document: str
+    sequence: int
+    reason: str
+
 
 @dataclass(frozen=True)
 class StepBatch:
@@ -45,6 +78,7 @@ class StepBatch:
 
     supervised_tokens, tokens, images, squared_tokens count the global batch, not this rank's part.
     squared_tokens: sum over documents of their length squared, which packed attention costs.
+    bad_images: those that this rank has replaced, not the global batch's.
     """
 
     step: int
@@ -54,3 +88,4 @@ class StepBatch:
     tokens: int
     images: int
     squared_tokens: int
+    bad_images: tuple[BadImage, ...] = ()

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from megavl import __version__
-from megavl.batch import Batch, Kind, StepBatch
+from megavl.batch import Batch, Kind, StepBatch, image_share
 from megavl.config.error import ConfigError
 from megavl.config.load import load_run
 from megavl.config.rules import check
@@ -49,7 +49,7 @@ def arguments() -> argparse.Namespace:
     return parser.parse_intermixed_args()
 
 
-def made_up_pack(config: RunConfig, images: int, with_pixels: bool) -> Batch:
+def made_up_pack(config: RunConfig, images: int, mesh: Mesh) -> Batch:
     """Random tokens in documents of equal length; the images begin the first documents, as many as each can hold."""
     model, seq_len = config.model, config.data.seq_len
     length = seq_len // DOCUMENTS
@@ -66,13 +66,14 @@ def made_up_pack(config: RunConfig, images: int, with_pixels: bool) -> Batch:
     cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     labels[cu_seqlens[1:].long() - 1] = IGNORED
     towers = {"siglip": model.siglip} | ({"sam": model.sam} if model.sam else {})
-    pixels = {name: torch.randn(images, 3, tower.image_size, tower.image_size) for name, tower in towers.items()}
+    mine = len(image_share(images, mesh.tp.rank, mesh.tp.size)) if mesh.tp.shares_images else images
+    pixels = {name: torch.randn(mine, 3, tower.image_size, tower.image_size) for name, tower in towers.items()}
     return Batch(
         tokens=tokens,
         labels=labels,
         positions=torch.cat([torch.arange(each) for each in lengths]),
         cu_seqlens=cu_seqlens,
-        pixels=pixels if with_pixels else None,
+        pixels=pixels if mesh.pp.rank == 0 else None,
     )
 
 
@@ -80,7 +81,7 @@ def made_up_step(config: RunConfig, mesh: Mesh, kind: Kind, images: int) -> Step
     """A step whose micro-batches are one pack each, all alike."""
     images = images if kind == "multimodal" else 0
     torch.manual_seed(0)
-    pack = made_up_pack(config, images, with_pixels=mesh.pp.rank == 0)
+    pack = made_up_pack(config, images, mesh)
     packs = config.train.global_batch
     lengths = pack.cu_seqlens.diff().long()
     return StepBatch(
@@ -125,7 +126,7 @@ def main() -> None:
 def benchmark(config: RunConfig, env: Env, args: argparse.Namespace) -> None:
     parallel = config.parallel
     topology = Topology(parallel.pipeline, env.world // parallel.model, parallel.tensor)
-    mesh = build_mesh(topology, parallel.sequence)
+    mesh = build_mesh(topology, parallel.sequence, parallel.vision == "sharded")
     ops = choose(env.device)
     stages = build_stages(config, mesh, ops, env.device)
     engine = build_engine(stages, config, mesh)

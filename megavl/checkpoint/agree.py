@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from megavl.parallel.agree import problems_of_all
+from megavl.parallel.agree import said_by_all
 
 T = TypeVar("T")
 
@@ -44,7 +44,7 @@ def every_rank(action: Callable[[], T]) -> T:
     except Exception as error:  # whatever it is: a rank that left here would leave the others waiting
         failure = str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
         cause = error
-    failures = problems_of_all(failure)
+    failures = said_by_all(failure)
     if failures:
         raise CheckpointError(_summary(failures)) from cause
     return result

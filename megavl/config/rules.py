@@ -100,6 +100,17 @@ def _zero(config: RunConfig) -> list[str]:
     return []
 
 
+def _vision(config: RunConfig) -> list[str]:
+    parallel = config.parallel
+    if parallel.vision == "replicated" or parallel.zero < 3 or parallel.tensor == 1:
+        return []
+    return [
+        f"parallel.vision = sharded with parallel.zero = 3 and parallel.tensor = {parallel.tensor}: ZeRO-3 fetches a "
+        "parameter when its own layer runs, but shared images need all of a tower's beforehand; use "
+        "parallel.vision=replicated, or parallel.zero=2"
+    ]
+
+
 def _batch(config: RunConfig, dp: int) -> list[str]:
     train, parallel = config.train, config.parallel
     ranks = dp * train.micro_batch
@@ -199,6 +210,7 @@ _RUN_RULES = (
     _stages,
     _virtual_stages,
     _zero,
+    _vision,
     _positions,
     _image_room,
     _modalities,

@@ -19,6 +19,9 @@ class ParallelConfig(Section):
     stages: tuple[PositiveInt, ...] | None = Field(
         None, description="items of the model list (stem, blocks, head) on each stage; null splits them evenly"
     )
+    vision: Literal["replicated", "sharded"] = Field(
+        "replicated", description="every tensor rank encodes all images of a micro-batch, or each its share of them"
+    )
     zero: Literal[0, 1, 2, 3] = 1
 
     @property
@@ -86,6 +89,10 @@ class DataConfig(Section):
     max_tiles: PositiveInt | None = Field(None, description="images of one pack at most; null: as its tokens allow")
     workers: NonNegativeInt = Field(2, description="processes that decode images; 0 decodes in the training process")
     prefetch: PositiveInt = Field(2, description="steps that are prepared ahead")
+    timeout_s: PositiveFloat = Field(300.0, description="a run ends whose loader processes bring nothing for that long")
+    bad_images: NonNegativeInt = Field(
+        0, description="images that may turn out to be broken in the whole run; each is replaced by a blank one"
+    )
 
 
 class ScheduleConfig(Section):

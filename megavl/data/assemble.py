@@ -1,71 +1,119 @@
 """Assembly: pieces of documents into one micro-batch, images decoded."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from megavl.batch import Batch, Kind
+from megavl.batch import BadImage, Batch, Kind, image_share
 from megavl.config.model import ModelConfig
 from megavl.data import image
 from megavl.data.decode import decode
 from megavl.data.errors import DataError
-from megavl.data.format import IMAGE
+from megavl.data.format import IMAGE, TEXT
 from megavl.data.pack import Pack, Piece
 from megavl.data.store import Store
 
 _IGNORE = -100
+
+# Memory for the pixels of some images: tower name -> float32 [images, 3, S, S].
+Room = Callable[[int], Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class ImageShare:
+    """The images that this rank decodes: all, or its share (`megavl.batch.image_share`) among the tensor ranks."""
+
+    rank: int = 0
+    size: int = 1
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """A micro-batch, and the images in it that had to be replaced."""
+
+    batch: Batch
+    bad_images: tuple[BadImage, ...]
+
+    def pin_memory(self) -> "Assembled":
+        """A DataLoader calls it, in a thread of its own."""
+        return replace(self, batch=self.batch.pin_memory())
+
+    def __reduce__(self) -> tuple:
+        """From a worker process pixels come as shared memory, the rest by value: shared memory is an open file, and a
+        step may have hundreds of micro-batches."""
+        batch = self.batch
+        fields = (batch.tokens, batch.labels, batch.positions, batch.cu_seqlens)
+        return _arrived, (tuple(field.numpy() for field in fields), batch.pixels, self.bad_images)
+
+
+def _arrived(
+    fields: tuple[np.ndarray, ...], pixels: Mapping[str, Tensor] | None, bad_images: tuple[BadImage, ...]
+) -> Assembled:
+    return Assembled(Batch(*map(torch.from_numpy, fields), pixels), bad_images)
 
 
 class Assembler:
     """Turns packs into batches. Picklable: a worker process gets a copy, whose stores open their own files."""
 
     def __init__(
-        self, stores: dict[Kind, tuple[Store, ...]], model: ModelConfig, seq_len: int, pad: int, with_pixels: bool
+        self,
+        stores: dict[Kind, tuple[Store, ...]],
+        model: ModelConfig,
+        seq_len: int,
+        pad: int,
+        images: ImageShare | None,
     ) -> None:
         """What every batch has in common.
 
         Args:
             pad: token id that fills a pack up; it is never supervised.
-            with_pixels: decode images; otherwise `pixels` of every batch is None.
+            images: which to decode; with None, `pixels` of every batch is None.
         """
         self._stores, self._model = stores, model
-        self._seq_len, self._pad, self._with_pixels = seq_len, pad, with_pixels
+        self._seq_len, self._pad, self._images = seq_len, pad, images
 
-    def __call__(self, kind: Kind, packs: Sequence[Pack]) -> Batch:
+    def __call__(self, kind: Kind, first: int, packs: Sequence[Pack], room: Room) -> Assembled:
         """The packs laid end to end: T = len(packs) * seq_len tokens. Padding counts as a document of its own.
 
+        An image that cannot be decoded becomes a blank one; the text around it stays.
+
+        Args:
+            first: number of the first pack in the global batch.
+            room: where the pixels go.
+
         Raises:
-            DataError: an image does not decode, or a text token is the image placeholder or outside the vocabulary.
+            DataError: a dataset is damaged there; a text token is the image placeholder or outside the vocabulary.
         """
         size = len(packs) * self._seq_len
         tokens = np.full(size, self._pad, dtype=np.int64)
         labels = np.full(size, _IGNORE, dtype=np.int64)
-        borders, pixels = [0], []
+        borders = [0]
         for number, pack in enumerate(packs):
             for piece in pack:
                 start, stop = borders[-1], borders[-1] + piece.tokens
-                store = self._stores[kind][piece.source]
-                tokens[start:stop], labels[start:stop] = self._read(store, piece)
-                if self._with_pixels and piece.images:
-                    pixels += self._decode(store, piece)
+                tokens[start:stop], labels[start:stop] = self._read(self._stores[kind][piece.source], piece)
                 borders.append(stop)
             if borders[-1] < (number + 1) * self._seq_len:
                 borders.append((number + 1) * self._seq_len)
         lengths = np.diff(borders)
         positions = np.arange(size) - np.repeat(borders[:-1], lengths)
-        return Batch(
+        pixels, bad_images = (None, ()) if self._images is None else self._decode(kind, first, packs, room)
+        batch = Batch(
             tokens=torch.from_numpy(tokens),
             labels=torch.from_numpy(labels),
             positions=torch.from_numpy(positions),
             cu_seqlens=torch.tensor(borders, dtype=torch.int32),
-            pixels=self._stack(pixels) if self._with_pixels else None,
+            pixels=pixels,
         )
+        return Assembled(batch, bad_images)
 
     def _read(self, store: Store, piece: Piece) -> tuple[np.ndarray, np.ndarray]:
-        """(tokens, labels) of a piece, each [piece.tokens]: label t is token t + 1 of the document where that is
-        text."""  # One token more than the piece has: the target of its last position. Outside a text it stays unset.
+        """(tokens, labels) of a piece, each [piece.tokens]: label t is token t + 1 of the document where that is text
+        to learn."""
+        # One token more than the piece has: the target of its last position. Outside a text it stays unset.
         tokens = np.full(piece.tokens + 1, self._model.image_token_id, dtype=np.int64)
         targets = np.full(piece.tokens + 1, _IGNORE, dtype=np.int64)
         for sequence, offset, length in self._segments(store, piece.document):
@@ -76,27 +124,47 @@ class Assembler:
                 text = store.text(sequence, first - offset, last - offset)
                 self._check(store, piece, text)
                 tokens[first - piece.start : last - piece.start] = text
-                targets[first - piece.start : last - piece.start] = text
+                if store.modes[sequence] == TEXT:
+                    targets[first - piece.start : last - piece.start] = text
         return tokens[:-1], targets[1:]
 
-    def _decode(self, store: Store, piece: Piece) -> list[dict[str, Tensor]]:
-        """Pixels of the images in a piece, in order. An image begins in a piece only if all of it is there."""
-        pixels = []
-        for sequence, offset, _ in self._segments(store, piece.document):
-            if store.modes[sequence] == IMAGE and piece.start <= offset < piece.stop:
-                try:
-                    pixels.append(image.preprocess(decode(store.image(sequence)), self._model))
-                except DataError as error:
-                    raise DataError(
-                        f"{store.where(piece.document)}: the image in its sequence {sequence} is broken: {error}; "
-                        "remove the document or replace the image, and make the dataset again"
-                    ) from error
-        return pixels
+    def _decode(
+        self, kind: Kind, first: int, packs: Sequence[Pack], room: Room
+    ) -> tuple[Mapping[str, Tensor], tuple[BadImage, ...]]:
+        """Pixels of this rank's share of the images, in order, and what had to be replaced."""
+        places = list(self._places(kind, packs))
+        mine = image_share(len(places), self._images.rank, self._images.size)
+        pixels, bad_images = room(len(mine)), []
+        for index, (pack, number, store, document, sequence) in enumerate(places[mine.start : mine.stop]):
+            data = store.image(sequence)
+            try:
+                picture = decode(data)
+            except DataError as error:
+                bad_images.append(
+                    BadImage(first + pack, number, store.prefix, store.key(document), sequence, str(error))
+                )
+                picture = image.blank(self._model)
+            image.preprocess(picture, self._model, {tower: stack[index] for tower, stack in pixels.items()})
+        return pixels, tuple(bad_images)
+
+    def _places(self, kind: Kind, packs: Sequence[Pack]) -> Iterator[tuple[int, int, Store, int, int]]:
+        """(pack, number in the pack, store, document, sequence) of every image, in order. An image is in the piece that
+        holds its first token: it is never cut."""
+        for number, pack in enumerate(packs):
+            images = 0
+            for piece in pack:
+                if not piece.images:
+                    continue
+                store = self._stores[kind][piece.source]
+                for sequence, offset, _ in self._segments(store, piece.document):
+                    if store.modes[sequence] == IMAGE and piece.start <= offset < piece.stop:
+                        yield number, images, store, piece.document, sequence
+                        images += 1
 
     def _segments(self, store: Store, document: int) -> list[tuple[int, int, int]]:
         """(sequence, offset, length) of a document's segments, the last two in tokens of the document."""
         offset, segments = 0, []
-        for sequence in range(int(store.documents[document]), int(store.documents[document + 1])):
+        for sequence in store.sequences(document):
             is_image = store.modes[sequence] == IMAGE
             length = self._model.image_tokens if is_image else int(store.lengths[sequence])
             segments.append((sequence, offset, length))
@@ -116,9 +184,3 @@ class Assembler:
                 "model.image_token_id; an image would be expected there; "
                 "remove the document, or choose a placeholder that no text has"
             )
-
-    def _stack(self, pixels: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        sizes = image.tower_sizes(self._model)
-        empty = {tower: torch.empty(0, 3, size, size) for tower, size in sizes.items()}
-        stacked = {tower: torch.stack([one[tower] for one in pixels]) for tower in sizes} if pixels else empty
-        return stacked  # tower -> [I, 3, S, S]

@@ -5,18 +5,18 @@ differ from transformers' DeepseekVL(Hybrid)ImageProcessor: the resized sides ar
 the SigLIP image of the hybrid encoder is a bilinear resize of unquantised pixels, not a bicubic one of 8-bit pixels.
 """
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from megavl.config.model import ModelConfig
+from megavl.config.model import ModelConfig, SamConfig, SiglipConfig
 
 # The shorter side of a very flat image is not resized below this.
 _MIN_SIDE = 14
-
-_Colour = tuple[float, float, float]
 
 
 def tower_sizes(model: ModelConfig) -> dict[str, int]:
@@ -25,35 +25,57 @@ def tower_sizes(model: ModelConfig) -> dict[str, int]:
     return sizes if model.sam is None else sizes | {"sam": model.sam.image_size}
 
 
-def preprocess(image: Image.Image, model: ModelConfig) -> dict[str, Tensor]:
-    """Normalised pixels of an RGB image for each tower of the model: tower name -> float32 [3, S, S].
+def numbers(model: ModelConfig, images: int) -> int:
+    """Float32 numbers in the pixels of some images, of all towers."""
+    return sum(images * 3 * size**2 for size in tower_sizes(model).values())
+
+
+def room(model: ModelConfig, images: int, memory: Tensor) -> dict[str, Tensor]:
+    """Where the pixels of some images go in a flat memory of `numbers` float32 or more: tower -> [images, 3, S, S]."""
+    views, start = {}, 0
+    for tower, size in tower_sizes(model).items():
+        stop = start + images * 3 * size**2
+        views[tower], start = memory[start:stop].view(images, 3, size, size), stop
+    return views
+
+
+def preprocess(image: Image.Image, model: ModelConfig, pixels: Mapping[str, Tensor]) -> None:
+    """Write the normalised pixels of an RGB image into `pixels`: tower name -> float32 [3, S, S].
 
     With a SAM tower the image is prepared once at SAM's resolution, and SigLIP gets that square image resized.
     """
-    siglip, sam = model.siglip, model.sam
-    if sam is None:
-        square = _square(image, siglip.image_size, siglip.pixel_mean)
-        return {"siglip": _normalise(square, siglip.pixel_mean, siglip.pixel_std)}
-    high = _square(image, sam.image_size, sam.pixel_mean)
-    size = (siglip.image_size, siglip.image_size)
-    low = functional.interpolate(high[None], size, mode="bilinear", antialias=True, align_corners=False)[0]  # [3, S, S]
-    return {
-        "siglip": _normalise(low, siglip.pixel_mean, siglip.pixel_std),
-        "sam": _normalise(high, sam.pixel_mean, sam.pixel_std),
-    }
+    low = pixels["siglip"]
+    if model.sam is None:
+        _write_square(image, model.siglip, low)
+    else:
+        high = pixels["sam"]
+        _write_square(image, model.sam, high)
+        size = low.shape[1:]
+        low.copy_(functional.interpolate(high[None], size, mode="bilinear", antialias=True, align_corners=False)[0])
+        _normalise(high, model.sam)
+    _normalise(low, model.siglip)
 
 
-def _square(image: Image.Image, size: int, mean: _Colour) -> Tensor:
-    """The image with long side `size`, centred on a square of the mean colour: float32 [3, size, size] in 0..1."""
+def blank(model: ModelConfig) -> Image.Image:
+    """An image that is nothing but padding, to stand in for one that cannot be decoded."""
+    return Image.new("RGB", (1, 1), _padding(model.sam or model.siglip))
+
+
+def _write_square(image: Image.Image, tower: SiglipConfig | SamConfig, pixels: Tensor) -> None:
+    """Write the image, its long side resized to S, centred on a square of the mean colour: [3, S, S] in 0..1."""
+    size = tower.image_size
     long_side = max(image.size)
     width, height = (max(int(side / long_side * size), _MIN_SIDE) for side in image.size)
     resized = image.resize((width, height), Image.Resampling.BICUBIC)
-    square = Image.new("RGB", (size, size), tuple(int(channel * 255) for channel in mean))
+    square = Image.new("RGB", (size, size), _padding(tower))
     square.paste(resized, ((size - width) // 2, (size - height) // 2))
-    pixels = torch.from_numpy(np.array(square)).permute(2, 0, 1)  # [3, size, size]
-    return (pixels.double() * (1 / 255)).float().contiguous()
+    pixels.copy_(torch.from_numpy(np.array(square)).permute(2, 0, 1)).div_(255)  # [3, S, S]
 
 
-def _normalise(pixels: Tensor, mean: _Colour, std: _Colour) -> Tensor:
+def _padding(tower: SiglipConfig | SamConfig) -> tuple[int, ...]:
+    return tuple(int(channel * 255) for channel in tower.pixel_mean)
+
+
+def _normalise(pixels: Tensor, tower: SiglipConfig | SamConfig) -> None:
     shape = (3, 1, 1)
-    return (pixels - torch.tensor(mean).view(shape)) / torch.tensor(std).view(shape)  # [3, S, S]
+    pixels.sub_(torch.tensor(tower.pixel_mean).view(shape)).div_(torch.tensor(tower.pixel_std).view(shape))  # [3, S, S]

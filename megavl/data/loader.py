@@ -1,19 +1,40 @@
 """Loader: the steps of one rank, read, decoded and assembled ahead of the training process."""
 
 import math
+import time
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
 
+import torch
 from torch.utils.data import DataLoader, Dataset
 
-from megavl.batch import Batch, Kind, StepBatch
-from megavl.data.assemble import Assembler
+from megavl.batch import Kind, StepBatch
+from megavl.config.model import ModelConfig
+from megavl.data import image
+from megavl.data.assemble import Assembled, Assembler, ImageShare
 from megavl.data.errors import DataError
 from megavl.data.pack import Pack
+from megavl.data.places import PlaceMemory, Places
 from megavl.data.sampler import Sampler, StepPlan
 from megavl.data.worker import end_with_parent
 
-_Request = tuple[Kind, tuple[Pack, ...]]
+# Seconds between two looks at worker processes that bring nothing.
+_LOOK_S = 1.0
+# Documents of a dataset that a message names; more would hide the rest of it.
+_NAMED = 3
+
+
+@dataclass(frozen=True)
+class _Request:
+    """A micro-batch to assemble; `first` is the number of its first pack in the global batch of the step."""
+
+    step: int
+    kind: Kind
+    first: int
+    packs: tuple[Pack, ...]
+    place: int | None
 
 
 class Loader:
@@ -23,11 +44,20 @@ class Loader:
     micro-batches of `train.micro_batch`. The training process plans, which needs lengths only; worker processes read.
     """
 
-    def __init__(self, sampler: Sampler, dp_rank: int, dp_size: int, with_pixels: bool, first_step: int) -> None:
+    def __init__(
+        self,
+        sampler: Sampler,
+        dp_rank: int,
+        dp_size: int,
+        images: ImageShare | None,
+        first_step: int,
+        pin_memory: bool = False,
+    ) -> None:
         """Worker processes start with the iteration.
 
         Args:
-            with_pixels: decode images (ranks that hold the stem); others need no worker process.
+            images: which to decode; None on ranks that do not hold the stem, which need no worker process.
+            pin_memory: bring batches in page-locked memory, for a GPU.
 
         Raises:
             DataError: the global batch does not divide into micro-batches of every rank.
@@ -38,50 +68,55 @@ class Loader:
                 f"train.global_batch {train.global_batch} does not divide by {dp_size} data-parallel ranks times "
                 f"train.micro_batch {train.micro_batch}; change one of them"
             )
-        self._sampler, self._first_step = sampler, first_step
+        self._sampler, self._first_step, self._pin_memory = sampler, first_step, pin_memory
         share = train.global_batch // dp_size
-        self._mine = [
-            slice(first, first + train.micro_batch)
-            for first in range(dp_rank * share, (dp_rank + 1) * share, train.micro_batch)
-        ]
-        self._workers = data.workers if with_pixels else 0
-        self._requests = _Requests(Assembler(sampler.stores, sampler.model, data.seq_len, sampler.eos, with_pixels))
-        self._batches: Iterator[Batch | DataError] = iter(())
+        self._firsts = range(dp_rank * share, (dp_rank + 1) * share, train.micro_batch)
+        self._workers = data.workers if images is not None else 0
+        self._places = Places(self._workers) if self._workers else None
+        assembler = Assembler(sampler.stores, sampler.model, data.seq_len, sampler.eos, images)
+        self._assembly = _Assembly(assembler, sampler.model)
+        self._requests: deque[_Request] = deque()
+        self._arriving: Iterator[Assembled | DataError] = iter(())
 
     def __iter__(self) -> Iterator[StepBatch]:
-        """The steps in order.
+        """The steps in order. Images that could not be decoded are in their `bad_images`: whoever asks for a step
+        decides how many are too many.
 
         Raises:
-            DataError: a document of a step cannot be read; the message names it.
+            DataError: a document of a step cannot be read; a worker process has died or brings nothing for
+                `data.timeout_s`. The message names the documents.
         """
         plans: deque[StepPlan] = deque()
-        self._batches = iter(self._start(plans))
+        self._arriving = iter(self._start(plans))
         for step in range(self._first_step, self._sampler.train.steps):
-            micro_batches = tuple(self._next() for _ in self._mine)
+            arrived = [self._next() for _ in self._firsts]
             plan = plans.popleft()
             yield StepBatch(
                 step=step,
                 kind=plan.kind,
-                micro_batches=micro_batches,
+                micro_batches=tuple(one.batch for one in arrived),
                 supervised_tokens=plan.supervised_tokens,
                 tokens=plan.tokens,
                 images=plan.images,
                 squared_tokens=plan.squared_tokens,
+                bad_images=tuple(bad for one in arrived for bad in one.bad_images),
             )
 
     def close(self) -> None:
         """End the worker processes."""
-        self._batches = iter(())
+        self._arriving = iter(())
 
     def _start(self, plans: deque[StepPlan]) -> DataLoader:
         workers = self._workers
         return DataLoader(
-            self._requests,
+            self._assembly,
             sampler=self._plan(plans),
             batch_size=None,
             num_workers=workers,
-            prefetch_factor=math.ceil(self._sampler.data.prefetch * len(self._mine) / workers) if workers else None,
+            prefetch_factor=math.ceil(self._sampler.data.prefetch * len(self._firsts) / workers) if workers else None,
             collate_fn=_same,
+            pin_memory=self._pin_memory,
+            timeout=_LOOK_S if workers else 0,
             worker_init_fn=_start_worker,
             # A fork of the training process would inherit its communication threads and its accelerator.
             multiprocessing_context="forkserver" if workers else None,
@@ -92,33 +127,84 @@ class Loader:
         for step in range(self._first_step, self._sampler.train.steps):
             plan = self._sampler.plan(step)
             plans.append(plan)
-            for mine in self._mine:
-                yield plan.kind, plan.packs[mine]
+            for first in self._firsts:
+                packs = plan.packs[first : first + self._firsts.step]
+                place = self._places.take() if self._places is not None else None
+                self._requests.append(_Request(step, plan.kind, first, packs, place))
+                yield self._requests[-1]
 
-    def _next(self) -> Batch:
-        batch = next(self._batches)
-        if isinstance(batch, DataError):
-            raise batch
-        return batch
+    def _next(self) -> Assembled:
+        """The next micro-batch, when it is there. Worker processes bring them in the order of the requests."""
+        arrived = self._wait()
+        request = self._requests.popleft()
+        if isinstance(arrived, DataError):
+            raise arrived
+        if self._places is not None:
+            pixels = arrived.batch.pixels["siglip"]
+            # What is pinned is a copy, and no image needs no memory.
+            self._places.give_back(request.place, None if self._pin_memory or not len(pixels) else pixels)
+        return arrived
+
+    def _wait(self) -> Assembled | DataError:
+        timeout_s = self._sampler.data.timeout_s
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                return next(self._arriving)
+            except RuntimeError as error:
+                # The DataLoader's own, of which it has no classes; after a time-out it can be asked again.
+                if "exited unexpectedly" in str(error):
+                    raise DataError(
+                        f"a loader process of this rank was killed ({error}); {self._awaited()}. The system ends "
+                        "processes when memory runs out (see its log), and one that finds no room in /dev/shm ends "
+                        "with a bus error (a container's is 64 MiB unless it is told otherwise); give more, or lower "
+                        "data.workers or data.prefetch"
+                    ) from error
+                if "timed out" not in str(error):
+                    raise
+                if time.monotonic() > deadline:
+                    raise DataError(
+                        f"no micro-batch from the loader processes of this rank for {timeout_s:g} s; "
+                        f"{self._awaited()}. A disk hangs or is slow, or a document takes that long; raise "
+                        "data.timeout_s if that is to be expected"
+                    ) from error
+
+    def _awaited(self) -> str:
+        """What the micro-batch that should be here is made of."""
+        request = self._requests[0]
+        documents: dict[str, list[str]] = {}
+        for piece in (piece for pack in request.packs for piece in pack):
+            store = self._sampler.stores[request.kind][piece.source]
+            documents.setdefault(store.prefix, []).append(f"{store.key(piece.document)} (number {piece.document})")
+        named = (
+            f"{prefix}: {', '.join(keys[:_NAMED])}{f' and {len(keys) - _NAMED} more' * (len(keys) > _NAMED)}"
+            for prefix, keys in documents.items()
+        )
+        return f"due is step {request.step + 1}, with these documents of {'; of '.join(named)}"
 
 
-class _Requests(Dataset):
+class _Assembly(Dataset):
     """The DataLoader's data set, which lives in the worker processes; its indices are the requests themselves."""
 
-    def __init__(self, assembler: Assembler) -> None:
-        self._assembler = assembler
+    def __init__(self, assembler: Assembler, model: ModelConfig) -> None:
+        self._assembler, self._model = assembler, model
+        self._memory = PlaceMemory(model)
 
-    def __getitem__(self, request: _Request) -> Batch | DataError:
+    def __getitem__(self, request: _Request) -> Assembled | DataError:
+        room = self._fresh if request.place is None else partial(self._memory.room, request.place)
         try:
-            return self._assembler(*request)
+            return self._assembler(request.kind, request.first, request.packs, room)
         except DataError as error:
             # Returned, not raised: the DataLoader would bury the message under a worker's traceback.
             return error
+
+    def _fresh(self, images: int) -> dict[str, torch.Tensor]:
+        return image.room(self._model, images, torch.empty(image.numbers(self._model, images)))
 
 
 def _start_worker(_: int) -> None:
     end_with_parent()
 
 
-def _same(batch: Batch | DataError) -> Batch | DataError:
-    return batch
+def _same(arrived: Assembled | DataError) -> Assembled | DataError:
+    return arrived

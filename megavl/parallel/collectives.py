@@ -10,12 +10,18 @@ replaces them by all-gather and reduce-scatter over the tokens. With an axis of 
 | split          | this rank's tokens        | all-gather                |
 | gather         | all-gather                | reduce-scatter            |
 | reduce_scatter | reduce-scatter            | all-gather                |
+| join           | all-gather                | this rank's part          |
+
+split and join assume that what follows is computed alike on every rank, so that the gradients are equal as well.
 """
+
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import Function
+from torch.func import functional_call
 
 from megavl.parallel.groups import Axis, TensorAxis
 
@@ -96,6 +102,17 @@ class _ReduceScatter(Function):
         return _all_gather(grad, ctx.axis), None
 
 
+class _Join(Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return _all_gather(x, axis)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return _split(grad, ctx.axis), None
+
+
 def enter_parallel(x: Tensor, tp: TensorAxis) -> Tensor:
     """[T, D] (replicated) or [T / tp, D] (sequence) -> [T, D], the input that column-parallel weights multiply."""
     if tp.size == 1:
@@ -124,3 +141,18 @@ def shared_weight(weight: Tensor, tp: TensorAxis) -> Tensor:
     """A replicated weight that meets only this rank's tokens: under sequence parallelism its gradient is a partial sum,
     which the backward pass adds up over the ranks."""
     return _Copy.apply(weight, tp) if tp.sequence else weight
+
+
+def join_shares(x: Tensor, total: int, axis: Axis) -> Tensor:
+    """Shares of `total` rows, which every rank then continues with: [share, ...] -> [total, ...]. The shares are those
+    of `megavl.batch.image_share`: only the last ones are short, so that padding them leaves the rows in order."""
+    each = -(-total // axis.size)
+    padding = x.new_zeros(each - len(x), *x.shape[1:])
+    return _Join.apply(torch.cat((x, padding)), axis)[:total]
+
+
+def summing_gradients(module: nn.Module, axis: Axis) -> Callable[..., Tensor]:
+    """`module`, called with a part of the input that the ranks share: the gradients of its parameters, which are whole
+    on every rank, are partial sums, which the backward pass adds up. Frozen ones cost nothing."""
+    copies = {name: _Copy.apply(weight, axis) for name, weight in module.named_parameters() if weight.requires_grad}
+    return lambda *inputs: functional_call(module, copies, inputs)

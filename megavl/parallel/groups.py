@@ -18,9 +18,11 @@ class Axis:
 
 @dataclass(frozen=True)
 class TensorAxis(Axis):
-    """The tensor axis. With `sequence`, activations between the parallel regions are cut along the tokens."""
+    """The tensor axis. With `sequence`, activations between the parallel regions are cut along the tokens; with
+    `shares_images`, each rank encodes a part of a micro-batch's images."""
 
     sequence: bool = False
+    shares_images: bool = False
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Mesh:
     model: Axis
 
 
-def build_mesh(topology: Topology, sequence: bool) -> Mesh:
+def build_mesh(topology: Topology, sequence: bool = False, shares_images: bool = False) -> Mesh:
     """Create the groups of `topology` over the default process group. Collective: every rank of the world calls it."""
     rank = dist.get_rank()
 
@@ -51,6 +53,6 @@ def build_mesh(topology: Topology, sequence: bool) -> Mesh:
         topology,
         pp=axis("pp"),
         dp=axis("dp"),
-        tp=TensorAxis(tp.rank, tp.size, tp.group, sequence and tp.size > 1),
+        tp=TensorAxis(tp.rank, tp.size, tp.group, sequence and tp.size > 1, shares_images and tp.size > 1),
         model=axis("model"),
     )

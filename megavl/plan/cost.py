@@ -45,8 +45,8 @@ class Work:
 @dataclass(frozen=True)
 class StepFlops:
     """FLOPs of one optimizer step over all ranks. `model` is what MFU is made of; `hardware` is what the devices
-    compute: with the overhead, and the vision part on every tensor rank. (A pipeline also sends gradients into stages
-    with nothing trainable before them; those are in neither.)"""
+    compute: with the overhead, and the vision part on every tensor rank that repeats it. (A pipeline also sends
+    gradients into stages with nothing trainable before them; those are in neither.)"""
 
     model: int
     hardware: int
@@ -103,8 +103,13 @@ def step_flops(config: RunConfig, *, tokens: int, squared_tokens: int, images: i
     stem, *rest = item_work(config, tokens=tokens, squared_tokens=squared_tokens, images=images)
     return StepFlops(
         model=stem.model + sum(work.model for work in rest),
-        hardware=stem.hardware * config.parallel.tensor + sum(work.hardware for work in rest),
+        hardware=stem.hardware * vision_copies(config) + sum(work.hardware for work in rest),
     )
+
+
+def vision_copies(config: RunConfig) -> int:
+    """Tensor ranks that compute the same vision part."""
+    return config.parallel.tensor if config.parallel.vision == "replicated" else 1
 
 
 class _Walk:

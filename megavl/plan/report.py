@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from megavl.config.run import RunConfig
-from megavl.plan.cost import Count, Work, item_parameters, item_work
+from megavl.plan.cost import Count, Work, item_parameters, item_work, vision_copies
 from megavl.plan.memory import state_bytes
 from megavl.plan.partition import split_layers
 
@@ -55,7 +55,7 @@ def _stages(config: RunConfig) -> str:
         )
     images = _images_per_pack(config)
     caption = (
-        "Stages: parameters on one tensor rank, and share of a step's FLOPs (vision: on every tensor rank).\n"
+        f"Stages: parameters on one tensor rank, and share of a step's FLOPs (vision: {parallel.vision}).\n"
         f"A text step has documents of {config.data.seq_len} tokens, a multimodal step {images} images in each."
     )
     return f"{caption}\n{_table(rows)}"
@@ -99,10 +99,10 @@ def _images_per_pack(config: RunConfig) -> int:
 
 
 def _rank_flops(config: RunConfig, step: dict[str, int]) -> list[float]:
-    """FLOPs of each item on one tensor rank: the stem's are not divided."""
+    """FLOPs of each item on one tensor rank: the stem's are not divided, unless the ranks share the images."""
 
     def on_rank(item: int, work: Work) -> float:
-        return work.hardware if item == 0 else work.hardware / config.parallel.tensor
+        return work.hardware * (vision_copies(config) if item == 0 else 1) / config.parallel.tensor
 
     return [on_rank(item, work) for item, work in enumerate(item_work(config, **step))]
 

@@ -3,9 +3,10 @@
 from collections.abc import Callable
 from typing import TypeVar
 
-from megavl.parallel.agree import problems_of_all
+from megavl.parallel.agree import said_by_all
 
 Result = TypeVar("Result")
+Remark = TypeVar("Remark")
 
 
 class RunError(RuntimeError):
@@ -17,12 +18,26 @@ def together(action: Callable[[], Result]) -> Result:
 
     Raises RunError on every rank when it failed on any, before one of them waits for the others.
     """
-    result, problem, cause = None, None, None
+    result, _ = together_with_remarks(action, lambda _: None)
+    return result
+
+
+def together_with_remarks(
+    action: Callable[[], Result], remark: Callable[[Result], Remark | None]
+) -> tuple[Result, list[Remark]]:
+    """`together`, where ranks may have something to say about their result that all must hear. Collective.
+
+    Without a failure and a remark it costs what `together` costs: one number. Returns the result of this rank, and the
+    remarks of all, in the order of the ranks.
+    """
+    result, said, problem, cause = None, None, None, None
     try:
         result = action()
+        said = remark(result)
     except (ValueError, OSError) as error:
         problem, cause = str(error), error
-    problems = problems_of_all(problem)
+    heard = said_by_all(None if problem is None and said is None else (problem, said)).values()
+    problems = [problem for problem, _ in heard if problem is not None]
     if problems:
-        raise RunError("\n".join(dict.fromkeys(problems.values()))) from cause
-    return result
+        raise RunError("\n".join(dict.fromkeys(problems))) from cause
+    return result, [said for _, said in heard]

@@ -1,5 +1,6 @@
 """The training loop, from a configuration to the last checkpoint."""
 
+import itertools
 import math
 import time
 from pathlib import Path
@@ -13,14 +14,16 @@ from megavl.checkpoint.load import latest, load, load_weights, read_state
 from megavl.checkpoint.save import save
 from megavl.config.load import differences, dump_run
 from megavl.config.run import RunConfig
+from megavl.data.assemble import ImageShare
 from megavl.data.loader import Loader
 from megavl.data.sampler import Sampler
 from megavl.ops.dispatch import Ops, choose
-from megavl.parallel.groups import Mesh, build_mesh
+from megavl.parallel.groups import Mesh, TensorAxis, build_mesh
 from megavl.parallel.topology import Topology
+from megavl.runtime.bad_images import BadImages
 from megavl.runtime.engine import build_engine
 from megavl.runtime.env import Env
-from megavl.runtime.health import RunError, together
+from megavl.runtime.health import RunError, together, together_with_remarks
 from megavl.runtime.metrics import Metrics
 from megavl.runtime.optim import schedule_ratio, set_learning_rate
 from megavl.runtime.pipeline import Pipeline, build_stages
@@ -35,7 +38,7 @@ def train(config: RunConfig, env: Env) -> None:
     """
     parallel = config.parallel
     topology = Topology(parallel.pipeline, env.world // parallel.model, parallel.tensor)
-    mesh = build_mesh(topology, parallel.sequence)
+    mesh = build_mesh(topology, parallel.sequence, parallel.vision == "sharded")
     ops = choose(env.device)
     sampler = together(lambda: Sampler(config.data, config.model, config.train))
 
@@ -51,13 +54,17 @@ def train(config: RunConfig, env: Env) -> None:
         _introduce(config, topology, ops, first_step)
         announce(sampler, first_step, repacked)
     metrics = Metrics(config, env)
+    bad_images = BadImages(config, state.get("bad_images", 0))
     has_stem = any(stage.vlm.stem is not None for stage in stages)
-    loader = Loader(sampler, mesh.dp.rank, mesh.dp.size, with_pixels=has_stem, first_step=first_step)
+    images = _images_of(mesh.tp) if has_stem else None
+    pin_memory = env.device.type == "cuda"
+    loader = Loader(sampler, mesh.dp.rank, mesh.dp.size, images, first_step, pin_memory)
     batches = iter(loader)
     try:
         for step in range(first_step, config.train.steps):
             started = time.perf_counter()
-            batch = together(lambda: next(batches))
+            batch, replaced = together_with_remarks(lambda: next(batches), lambda batch: batch.bad_images or None)
+            bad_images.record(step, itertools.chain(*replaced))
             lr = config.optim.lr * schedule_ratio(config.optim.schedule, step, config.train.steps)
             set_learning_rate(engine.basic_optimizer, lr)
             loss = over_the_world(pipeline.run(batch), mesh)
@@ -67,8 +74,8 @@ def train(config: RunConfig, env: Env) -> None:
             _refuse_infinite("gradient norm", grad_norm, step)
             metrics.record(batch, loss, grad_norm, lr, time.perf_counter() - started)
             if (step + 1) % config.checkpoint.every == 0 or step + 1 == config.train.steps:
-                data = sampler.position(step + 1)
-                saved = keep(engine, stages, config, mesh, checkpoints, step + 1, data)
+                progress = {"data": sampler.position(step + 1), "bad_images": bad_images.count}
+                saved = keep(engine, stages, config, mesh, checkpoints, step + 1, progress)
                 if env.rank == 0:
                     print(f"checkpoint {saved}", flush=True)
                     report(sampler, step + 1, config.output_dir)
@@ -102,12 +109,18 @@ def keep(
     mesh: Mesh,
     checkpoints: Path,
     done: int,
-    data: dict,
+    progress: dict,
 ) -> Path:
     """Write a checkpoint after `done` steps. Collective. With the step and the seed in the configuration the stream of
-    data is known, and nothing else in a run is random; `data`, the sampler's position, saves finding it anew."""
-    state = {"optimizer_step": done, "config": dump_run(config), "data": data}
+    data is known, and nothing else in a run is random. `progress` is what else a resumed run wants to know: the images
+    that were replaced so far ("bad_images"), and, so that it need not find it anew, the sampler's position ("data")."""
+    state = {"optimizer_step": done, "config": dump_run(config), **progress}
     return save(checkpoints, done, fragments(engine, stages, mesh.dp.rank), state, config.checkpoint.keep)
+
+
+def _images_of(tp: TensorAxis) -> ImageShare:
+    """What a rank with the stem decodes."""
+    return ImageShare(tp.rank, tp.size) if tp.shares_images else ImageShare()
 
 
 def _introduce(config: RunConfig, topology: Topology, ops: Ops, first_step: int) -> None:

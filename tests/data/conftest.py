@@ -9,12 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
+import torch
 from PIL import Image
 
 from megavl.config.model import DecoderConfig, ModelConfig, SamConfig, SiglipConfig
 from megavl.config.run import DataConfig, SourceConfig, TrainConfig
 from megavl.data.build import build
 from megavl.data.encoded import EncodedText
+from megavl.data.image import numbers, preprocess
+from megavl.data.image import room as image_room
 
 IMAGE_SIZES = [(40, 90), (90, 40), (64, 64), (7, 120), (33, 21)]
 
@@ -50,6 +53,14 @@ def image_bytes(seed: int, size: tuple[int, int], form: str = "PNG") -> bytes:
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, form)
     return file.getvalue()
+
+
+def pixels_of(image: Image.Image, model: ModelConfig) -> dict[str, torch.Tensor]:
+    """What `preprocess` writes for one image: tower -> float32 [3, S, S]."""
+    room = image_room(model, 1, torch.full((numbers(model, 1),), torch.nan))
+    pixels = {tower: stack[0] for tower, stack in room.items()}
+    preprocess(image, model, pixels)
+    return pixels
 
 
 def encoded_text(*tokens: int, supervised: bool = True) -> EncodedText:

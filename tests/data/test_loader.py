@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -12,17 +13,18 @@ import pytest
 import torch
 
 from megavl.config.run import SourceConfig
+from megavl.data import image
+from megavl.data.assemble import ImageShare
 from megavl.data.decode import decode
 from megavl.data.encoded import EncodedDocument, EncodedImage
 from megavl.data.errors import DataError
 from megavl.data.format import IMAGE
-from megavl.data.image import preprocess
 from megavl.data.loader import Loader
 from megavl.data.sampler import Sampler
 from megavl.data.store import Store
 from megavl.data.tokenizer import load_tokenizer
 from megavl.data.writer import StoreWriter
-from tests.data.conftest import encoded_text, image_bytes
+from tests.data.conftest import encoded_text, image_bytes, pixels_of
 
 SEQ_LEN, IMAGE_TOKENS, PLACEHOLDER = 96, 16, 399
 
@@ -31,7 +33,7 @@ def steps(corpus, model, train, dp=1, micro_batch=1, workers=0, first_step=0, st
     """The step batches of all ranks: [step][rank]."""
     train = train.model_copy(update={"micro_batch": micro_batch})
     sampler = Sampler(corpus.data(workers=workers, **changes), model, train)
-    loaders = [Loader(sampler, rank, dp, True, first_step) for rank in range(dp)]
+    loaders = [Loader(sampler, rank, dp, ImageShare(), first_step) for rank in range(dp)]
     try:
         return list(itertools.islice(zip(*loaders, strict=True), stop))
     finally:
@@ -123,7 +125,7 @@ def test_an_epoch_supervises_every_text_token_but_the_first_exactly_once(corpus,
     data = corpus.data(text=(), text_ratio=0, seq_len=seq_len)
     sampler = Sampler(data, model, train)
     seen: dict[int, dict[int, int]] = {}
-    for step, batches in enumerate(Loader(sampler, 0, 1, False, 0)):
+    for step, batches in enumerate(Loader(sampler, 0, 1, None, 0)):
         for pack, batch in zip(sampler.plan(step).packs, batches.micro_batches, strict=True):
             offset = 0
             for piece in pack:
@@ -164,7 +166,7 @@ def _document(store, document):
 def test_pixels_are_those_of_the_images_in_the_order_of_their_placeholders(corpus, model, train):
     store = Store(corpus.prefix("multimodal"))
     sampler = Sampler(corpus.data(text_ratio=0), model, train.model_copy(update={"steps": 1}))
-    (step,) = Loader(sampler, 0, 1, True, 0)
+    (step,) = Loader(sampler, 0, 1, ImageShare(), 0)
     for pack, batch in zip(sampler.plan(0).packs, step.micro_batches, strict=True):
         expected = []
         for piece in pack:
@@ -172,7 +174,7 @@ def test_pixels_are_those_of_the_images_in_the_order_of_their_placeholders(corpu
             for index in range(*store.documents[piece.document : piece.document + 2]):
                 is_image = store.modes[index] == IMAGE
                 if is_image and piece.start <= offset < piece.stop:
-                    expected.append(preprocess(decode(store.image(index)), model))
+                    expected.append(pixels_of(decode(store.image(index)), model))
                 offset += IMAGE_TOKENS if is_image else int(store.lengths[index])
         assert len(expected) == len(batch.pixels["sam"])
         for index, pixels in enumerate(expected):
@@ -188,7 +190,7 @@ def test_a_siglip_model_gets_no_sam_pixels(corpus, model, train):
 def test_without_pixels_nothing_is_decoded(corpus, model, train, reference, monkeypatch):
     monkeypatch.setattr("megavl.data.assemble.decode", None)
     sampler = Sampler(corpus.data(workers=2), model, train)
-    for (expected,), step in zip(reference, Loader(sampler, 0, 1, False, 0), strict=True):
+    for (expected,), step in zip(reference, Loader(sampler, 0, 1, None, 0), strict=True):
         for one, other in zip(expected.micro_batches, step.micro_batches, strict=True):
             assert other.pixels is None
             assert torch.equal(one.tokens, other.tokens) and torch.equal(one.labels, other.labels)
@@ -202,16 +204,68 @@ def multimodal_store(corpus, tmp_path, sequences) -> SourceConfig:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_broken_image_is_one_message_that_names_the_document(corpus, model, train, tmp_path, workers):
-    image = EncodedImage(image_bytes(0, (50, 50))[:-500], 50, 50)
-    source = multimodal_store(corpus, tmp_path, (encoded_text(1, 2), image, encoded_text(2)))
-    with pytest.raises(DataError) as error:
-        steps(corpus, model, train, workers=workers, multimodal=(source,), text=(), text_ratio=0)
-    message = str(error.value)
-    assert message.startswith(
-        f"{source.prefix}: document the-key (number 0, from file.jsonl): the image in its sequence 1"
-    )
-    assert "\n" not in message and "remove the document" in message
+def test_a_broken_image_becomes_a_blank_one_and_is_reported(corpus, model, train, tmp_path, workers):
+    """The pack holds a good image, a broken one and a good one; the text around them stays."""
+    good = EncodedImage(image_bytes(0, (50, 50)), 50, 50)
+    broken = EncodedImage(good.data[:-500], 50, 50)
+    source = multimodal_store(corpus, tmp_path, (good, encoded_text(1, 2), broken, good, encoded_text(2)))
+    changes = {"workers": workers, "multimodal": (source,), "text": (), "text_ratio": 0, "seq_len": 96}
+    ((step,),) = steps(corpus, model, train, stop=1, **changes)
+    found = step.bad_images
+    assert [(bad.pack, bad.image) for bad in found] == [(pack, 1) for pack in range(train.global_batch)]
+    assert {(bad.dataset, bad.document, bad.sequence) for bad in found} == {(source.prefix, "the-key", 2)}
+    assert "bytes that cannot be decoded as an image" in found[0].reason
+    expected = [pixels_of(picture, model) for picture in (decode(good.data), image.blank(model), decode(good.data))]
+    for batch in step.micro_batches:
+        assert batch.tokens[16:18].tolist() == [1, 2]
+        for tower, pixels in batch.pixels.items():
+            assert torch.equal(pixels, torch.stack([one[tower] for one in expected]))
+
+
+def test_prompts_are_read_but_not_learned(corpus, model, train, tmp_path):
+    prompt, answer = encoded_text(5, 6, 7, supervised=False), encoded_text(8, 9)
+    picture = EncodedImage(image_bytes(0, (50, 50)), 50, 50)
+    source = multimodal_store(corpus, tmp_path, (prompt, picture, prompt, answer, prompt, answer))
+    ((step,),) = steps(corpus, model, train, stop=1, multimodal=(source,), text=(), text_ratio=0)
+    length = 3 + 16 + 3 + 2 + 3 + 2
+    for batch in step.micro_batches:
+        tokens, labels = batch.tokens[:length].tolist(), batch.labels[:length].tolist()
+        assert tokens == [5, 6, 7, *[PLACEHOLDER] * 16, 5, 6, 7, 8, 9, 5, 6, 7, 8, 9]
+        assert labels == [-100] * 21 + [8, 9] + [-100] * 3 + [8, 9, -100]
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 7])
+def test_tensor_ranks_may_share_the_images(corpus, model, train, ranks):
+    """Each decodes a run of a micro-batch's images; together, in order, they have all of them."""
+    sampler = Sampler(corpus.data(text_ratio=0), model, train.model_copy(update={"steps": 2, "micro_batch": 4}))
+    whole = list(Loader(sampler, 0, 1, ImageShare(), 0))
+    parts = [list(Loader(sampler, 0, 1, ImageShare(rank, ranks), 0)) for rank in range(ranks)]
+    for step, shares in zip(whole, zip(*parts, strict=True), strict=True):
+        for number, batch in enumerate(step.micro_batches):
+            shared = [share.micro_batches[number] for share in shares]
+            assert all(torch.equal(one.tokens, batch.tokens) for one in shared)
+            for tower, pixels in batch.pixels.items():
+                assert torch.equal(torch.cat([one.pixels[tower] for one in shared]), pixels)
+                assert max(len(one.pixels[tower]) for one in shared) == -(-len(pixels) // ranks)
+
+
+def test_pixels_of_a_step_outlive_those_that_come_after_it(corpus, model, train):
+    """Memory is used again only when nothing shows it: all steps are held here, and compared with fresh ones."""
+    train = train.model_copy(update={"steps": 6})
+    held = steps(corpus, model, train, workers=2, micro_batch=2, text_ratio=0)
+    assert_same(held, steps(corpus, model, train, micro_batch=2, text_ratio=0))
+
+
+def test_memory_of_pixels_is_used_again(corpus, model, train):
+    train = train.model_copy(update={"steps": 12})
+    sampler = Sampler(corpus.data(text_ratio=0, workers=2, prefetch=1), model, train)
+    loader = Loader(sampler, 0, 1, ImageShare(), 0)
+    most = 0
+    for _ in loader:
+        most = max(most, len(loader._places._shown_by))
+    loader.close()
+    # 12 micro-batches a step: those that are looked at, those that arrived behind them, those on their way.
+    assert most <= 3 * 12 + 2
 
 
 @pytest.mark.parametrize(
@@ -230,26 +284,62 @@ def test_text_that_the_model_would_misread_is_refused(corpus, model, train, tmp_
         update={"decoder": decoder, "image_token_id": changes.get("image_token_id", PLACEHOLDER)}
     )
     with pytest.raises(DataError, match=message):
-        next(iter(Loader(sampler, 0, 1, False, 0)))
+        next(iter(Loader(sampler, 0, 1, None, 0)))
 
 
 def test_a_global_batch_that_does_not_divide_is_refused(corpus, model, train):
     sampler = Sampler(corpus.data(), model, train.model_copy(update={"micro_batch": 2}))
     with pytest.raises(DataError, match="global_batch 12 does not divide by 4 data-parallel ranks times .* 2"):
-        Loader(sampler, 0, 4, True, 0)
+        Loader(sampler, 0, 4, ImageShare(), 0)
+
+
+class Dying(Store):
+    """A store whose first text ends the process, as the system does when memory runs out."""
+
+    def __reduce__(self):
+        return Dying, (self.prefix,)
+
+    def text(self, sequence, start, stop):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Hanging(Store):
+    """A store on a disk that does not answer."""
+
+    def __reduce__(self):
+        return Hanging, (self.prefix,)
+
+    def text(self, sequence, start, stop):
+        time.sleep(3600)
+
+
+@pytest.mark.parametrize(
+    ("kind", "timeout_s", "message"),
+    [
+        (Dying, 60, r"a loader process of this rank was killed \(.*\); due is step 4, with .* memory"),
+        (Hanging, 0.5, r"no micro-batch from .* for 0.5 s; due is step 4, with .* raise data.timeout_s"),
+    ],
+)
+def test_a_worker_process_that_brings_nothing_ends_the_run(corpus, model, train, kind, timeout_s, message):
+    sampler = Sampler(corpus.data(text_ratio=1, workers=1, timeout_s=timeout_s), model, train)
+    sampler.stores["text"] = (kind(corpus.prefix("text")),)
+    with pytest.raises(DataError, match=message) as error:
+        next(iter(Loader(sampler, 0, 1, ImageShare(), 3)))
+    assert f"these documents of {corpus.prefix('text')}: text-" in str(error.value)
 
 
 _HELD = """
 import multiprocessing, sys, time
 from megavl.config.presets import PRESETS
 from megavl.config.run import DataConfig, SourceConfig, TrainConfig
+from megavl.data.assemble import ImageShare
 from megavl.data.loader import Loader
 from megavl.data.sampler import Sampler
 
 tokenizer, prefix = sys.argv[1:]
 data = DataConfig(tokenizer=tokenizer, text=[SourceConfig(prefix=prefix)], text_ratio=1, seq_len=96, workers=1)
 sampler = Sampler(data, PRESETS["vl_debug"], TrainConfig(steps=9, global_batch=1))
-steps = iter(Loader(sampler, 0, 1, True, 0))
+steps = iter(Loader(sampler, 0, 1, ImageShare(), 0))
 next(steps)
 print(multiprocessing.active_children()[0].pid, flush=True)
 time.sleep(60)

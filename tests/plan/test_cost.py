@@ -185,6 +185,11 @@ def test_vision_is_computed_on_every_tensor_rank():
     assert two.hardware - one.hardware == item_work(make_run(), **STEP)[0].hardware
 
 
+def test_shared_images_are_computed_once():
+    one, two = (step_flops(make_run(parallel={"tensor": tensor, "vision": "sharded"}), **STEP) for tensor in (1, 2))
+    assert one == two
+
+
 def forward_gflops(name: str, images: int) -> float:
     """Forward GFLOP of the vision part of a preset."""
     stem, *_ = item_work(run_of(PRESETS[name]), tokens=0, squared_tokens=0, images=images)

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megavl.batch import Batch, StepBatch
+from megavl.batch import Batch, StepBatch, image_share
 from megavl.config.model import DecoderConfig, ModelConfig, SamConfig, SiglipConfig
 from megavl.config.rules import check
 from megavl.config.run import DataConfig, OptimConfig, ParallelConfig, RunConfig, SourceConfig, TrainConfig
@@ -86,7 +86,7 @@ def _pack(step: int, number: int, images: int) -> tuple[Tensor, Tensor, list[int
     return tokens, labels, lengths
 
 
-def _micro_batch(step: int, numbers: list[int], multimodal: bool, with_pixels: bool) -> Batch:
+def _micro_batch(step: int, numbers: list[int], multimodal: bool, mesh: Mesh) -> Batch:
     packs = [_pack(step, number, IMAGES[number] * multimodal) for number in numbers]
     lengths = [length for pack in packs for length in pack[2]]
     pixels = [
@@ -95,12 +95,15 @@ def _micro_batch(step: int, numbers: list[int], multimodal: bool, with_pixels: b
         for image in range(IMAGES[number] * multimodal)
     ]
     high = torch.stack(pixels) if pixels else torch.zeros(0, 3, 32, 32)  # [I, 3, 32, 32]
+    if mesh.tp.shares_images:
+        mine = image_share(len(high), mesh.tp.rank, mesh.tp.size)
+        high = high[mine.start : mine.stop]
     return Batch(
         tokens=torch.cat([pack[0] for pack in packs]),
         labels=torch.cat([pack[1] for pack in packs]),
         positions=torch.cat([torch.arange(length) for length in lengths]),
         cu_seqlens=torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32),
-        pixels={"sam": high, "siglip": high[:, :, ::2, ::2]} if with_pixels else None,
+        pixels={"sam": high, "siglip": high[:, :, ::2, ::2]} if mesh.pp.rank == 0 else None,
     )
 
 
@@ -117,8 +120,7 @@ def step_batch(step: int, config: RunConfig, mesh: Mesh) -> StepBatch:
         step=step,
         kind="multimodal" if multimodal else "text",
         micro_batches=tuple(
-            _micro_batch(step, numbers[first : first + size], multimodal, with_pixels=mesh.pp.rank == 0)
-            for first in range(0, share, size)
+            _micro_batch(step, numbers[first : first + size], multimodal, mesh) for first in range(0, share, size)
         ),
         supervised_tokens=supervised,
         tokens=GLOBAL_BATCH * SEQ_LEN,
@@ -131,7 +133,8 @@ def set_up(config: RunConfig):
     """(mesh, stages, engine, pipeline) of this rank. Collective."""
     start_deepspeed("gloo")
     parallel, world = config.parallel, dist.get_world_size()
-    mesh = build_mesh(Topology(parallel.pipeline, world // parallel.model, parallel.tensor), parallel.sequence)
+    topology = Topology(parallel.pipeline, world // parallel.model, parallel.tensor)
+    mesh = build_mesh(topology, parallel.sequence, parallel.vision == "sharded")
     cpu = torch.device("cpu")
     ops = choose(cpu)
     stages = build_stages(config, mesh, ops, cpu)
@@ -156,7 +159,7 @@ def train(config: RunConfig, checkpoints: str | None = None) -> tuple[list[tuple
         engine.step()
         history.append((loss, float(engine.get_global_grad_norm())))
     if checkpoints:
-        keep(engine, stages, config, mesh, Path(checkpoints), config.train.steps, data={})
+        keep(engine, stages, config, mesh, Path(checkpoints), config.train.steps, progress={})
     return history, weights(engine, stages, mesh)
 
 
