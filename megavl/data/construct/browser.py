@@ -36,6 +36,10 @@ _PAGES = """
   const seen = rects => [...rects].filter(rect => rect.width > 0 && rect.height > 0);
   const fits = rect => rect.right <= box.left + place(rect) * step + column + 2
     && rect.top >= box.top - 6 && rect.bottom <= box.bottom + 6;
+  for (const element of flow.querySelectorAll('*')) {
+    if ([...element.getClientRects()].some(rect => rect.width > column + 2))
+      return {problem: 'something wider than its column', pages: []};
+  }
   const range = document.createRange();
   const from = (node, offset) => {
     range.setStart(node, offset);
@@ -48,7 +52,7 @@ _PAGES = """
     const node = walker.currentNode;
     const rects = from(node, 0);
     if (!rects.length) continue;
-    if (!rects.every(fits)) return {problem: 'text that runs out of its column', pages: []};
+    if (!rects.every(fits)) return {problem: 'text outside of its column', pages: []};
     const numbers = rects.map(rect => Math.floor(place(rect) / columns));
     for (const number of new Set(numbers)) {
       const last = starts.length ? starts[starts.length - 1].number : -1;
@@ -136,29 +140,21 @@ class Browser:
 
     def __init__(self, dpi: int) -> None:
         self._scale = dpi / _INCH
-        self._pages: dict[str, Page] = {}
         self._drawn: dict[str, set[str]] = {}  # font -> characters that it is known to have
 
     def __enter__(self) -> "Browser":
-        path = executable()
+        self._path = executable()
         self._driver = sync_playwright().start()
         try:
-            # As root Chromium has no sandbox; elsewhere it keeps it.
-            self._chromium = self._driver.chromium.launch(
-                executable_path=path, args=list(_FLAGS), chromium_sandbox=os.geteuid() != 0, timeout=_TIMEOUT_MS
-            )
-        except Error as error:
+            self._launch()
+        except BaseException:
             self._driver.stop()
-            raise DataError(f"{path} does not start: {_first_line(error)}") from error
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        try:
-            self._chromium.close()
-        except Error:  # it has crashed already
-            pass
-        finally:
-            self._driver.stop()
+        self._chromium.close()
+        self._driver.stop()
 
     def pages(self, body: str, template: Template) -> Iterator[RenderedPage]:
         """The pages of a document that show text, in order.
@@ -167,8 +163,27 @@ class Browser:
             body: HTML whose text is all visible, as `body.body` makes it.
 
         Raises:
-            Unrenderable: no font has one of its characters, or some text does not fit its page.
+            Unrenderable: no font has one of its characters, some of it does not fit its column, or the browser crashes
+                or takes longer than a minute; it is started anew for the next document.
         """
+        try:
+            yield from self._rendered(body, template)
+        except Error as error:
+            self._chromium.close()
+            self._launch()
+            raise Unrenderable("the browser failed on it", _first_line(error)) from error
+
+    def _launch(self) -> None:
+        self._pages: dict[str, Page] = {}
+        try:
+            # As root Chromium has no sandbox; elsewhere it keeps it.
+            self._chromium = self._driver.chromium.launch(
+                executable_path=self._path, args=list(_FLAGS), chromium_sandbox=os.geteuid() != 0, timeout=_TIMEOUT_MS
+            )
+        except Error as error:
+            raise DataError(f"{self._path} does not start: {_first_line(error)}") from error
+
+    def _rendered(self, body: str, template: Template) -> Iterator[RenderedPage]:
         page = self._page(template)
         page.set_content(template.page(body), wait_until="load")
         self._check_characters(page, template)

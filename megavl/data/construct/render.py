@@ -56,8 +56,12 @@ class Render:
     def samples(self, paths: Sequence[str]) -> Iterator[Sample | Dropped]:
         with Browser(self.dpi) as browser:
             for path in paths:
-                for source in _sources(path):
-                    yield from [source] if isinstance(source, Dropped) else self._pages(browser, source)
+                yield from self.rendered(browser, path)
+
+    def rendered(self, browser: Browser, path: str) -> Iterator[Sample | Dropped]:
+        """The pages of one file."""
+        for source in _sources(path):
+            yield from [source] if isinstance(source, Dropped) else self._pages(browser, source)
 
     def _pages(self, browser: Browser, source: _Source) -> list[Sample | Dropped]:
         text = body(source.tree, lambda _: None)

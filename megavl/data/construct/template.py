@@ -20,15 +20,18 @@ h1:first-child, h2:first-child, h3:first-child { margin-top: 0; }
 p, .list, pre, table, blockquote, figure { margin: 0 0 0.7em; }
 .list { padding-left: 1.9em; }
 .list .list { margin: 0; }
+.list .list .list .list .list .list { padding-left: 0; }
 dd { margin: 0; }
 .marker { display: inline-block; min-width: 1.5em; margin: 0 0.4em 0 -1.9em; text-indent: 0; text-align: right; }
-img { max-width: 100%; max-height: 60vh; vertical-align: middle; break-inside: avoid; }
+img { max-width: 100%; vertical-align: middle; break-inside: avoid; }
 table { border-collapse: collapse; max-width: 100%; }
 td, th { padding: 0.25em 0.6em; text-align: left; vertical-align: top; }
 tr { break-inside: avoid; }
+thead, tfoot { display: table-row-group; }
 pre, code { font-family: "DejaVu Sans Mono", "WenQuanYi Micro Hei Mono", monospace; font-size: 0.88em; }
 pre { white-space: pre-wrap; tab-size: 4; line-height: 1.35; text-align: left; }
 blockquote { margin-left: 1.5em; margin-right: 1.5em; }
+blockquote blockquote blockquote { margin-left: 0; margin-right: 0; }
 """
 
 
@@ -71,6 +74,7 @@ class Template:
 body {{ width: {self.width}px; height: {self.height}px; font-family: {self.font}; }}
 #window {{ left: {self.left}px; top: {self.top}px; width: {self.text_width}px; }}
 #flow {{ width: {self.text_width}px; height: {height}px; column-count: {self.columns}; column-gap: {self.gap}px; }}
+img {{ max-height: {height * 6 // 10}px; }}
 #folio {{ bottom: {self.bottom // 2 - 8}px; }}
 {self.style}</style></head>
 <body><div id="window"><div id="flow">{body}</div></div><div id="folio"></div></body></html>"""

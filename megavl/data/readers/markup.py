@@ -30,6 +30,8 @@ _WEB_ENCODINGS = {
     "gbk": "gb18030",
 }
 _DECLARED = re.compile(rb"""(?:charset|encoding)\s*=\s*["']?\s*([\w.:-]+)""", re.IGNORECASE)
+# What HTML may hold and a tree takes from its parser, but from no one else.
+_NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _ENTITY = re.compile(r"&(\w+;)")
 _XML_ENTITIES = {"amp;", "lt;", "gt;", "quot;", "apos;"}
 
@@ -90,14 +92,14 @@ def drop_unseen(root: etree._Element) -> None:
     """Remove, in place, what a browser does not show as text (`UNSEEN`, hidden elements, comments). A formula becomes
     its TeX where the page has it. An image inside SVG, as book covers have it, becomes an `img`."""
     for math in list(root.iter("math")):
-        tex, tail = math.get("alttext") or "".join(math.itertext()), math.tail
+        tex, tail = math.get("alttext") or "".join(math.itertext()), _NOT_XML.sub("", math.tail or "")
         math.clear()
-        math.tag, math.text, math.tail = "span", tex, tail
+        math.tag, math.text, math.tail = "span", _NOT_XML.sub("", tex), tail
     for svg in list(root.iter("svg")):
         for image in svg.iter("image"):
             source = image.get("href") or image.get("{http://www.w3.org/1999/xlink}href")
             if source is not None:
-                tail = svg.tail
+                source, tail = _NOT_XML.sub("", source), _NOT_XML.sub("", svg.tail or "")
                 svg.clear()
                 svg.tag, svg.tail = "img", tail
                 svg.set("src", source)

@@ -65,6 +65,7 @@ def test_text_and_images_come_in_reading_order(tmp_path):
         ("<p>a<!-- b -->c<?php d ?></p>", "ac"),
         ("10<sup>−3</sup> H<sub>2</sub>O <sup>[1]</sup> x<sup>2y</sup>", "10⁻³ H₂O [1] x2y"),
         ("中文<ruby>漢<rp>(</rp><rt>kan</rt></ruby>&#128512;", "中文漢😀"),
+        ("<math>a\x0bb</math>\x0bc", "abc"),
         ("area <math alttext='\\pi r^2'><mi>π</mi></math>.", "area \\pi r^2."),
     ],
 )
