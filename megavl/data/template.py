@@ -29,7 +29,7 @@ class Template:
     user:      in front of a question
     assistant: in front of an answer, up to where a model is made to write
     answer:    what it writes first; a space is here, as it is one token with the first word
-    end:       whether end-of-sequence is behind each answer (behind the last it is the document's, always)
+    end:       whether end-of-sequence is behind each answer; behind the last it is also that of the document
     images:    whether a question's images alone are kept, without its words
     """
 
@@ -59,8 +59,6 @@ class Template:
             segments += self._question(turn) if due == "user" else self._answer(turn)
         if len(talk) % 2 or not talk:
             raise DataError("the conversation does not end with an answer; there is nothing to learn, remove it")
-        if self.end:
-            segments.pop()
         return tuple(segment for segment in segments if not isinstance(segment, Text) or segment.text)
 
     def _question(self, turn: Turn) -> list[Segment]:

@@ -2,9 +2,12 @@ from functools import partial
 
 import pytest
 
-from megavl.data.document import Image, Text, Token
+from megavl.data.document import Document, Image, Text, Token
+from megavl.data.encode import encode
 from megavl.data.errors import DataError
 from megavl.data.template import TEMPLATES, Turn
+from megavl.data.tokenizer import load_tokenizer
+from tests.data import tokenizer_files
 
 PICTURE = Image(b"bytes", "a.png")
 SYSTEM = (
@@ -33,8 +36,7 @@ def write(template: str, talk: list[Turn]):
 
 
 def test_vl_is_the_conversation_of_the_released_code():
-    """Prompt and answers as `Conversation.get_prompt` of DeepSeek-VL writes them; the last end of sequence is the
-    document's own."""
+    """Prompt and answers as `Conversation.get_prompt` of DeepSeek-VL writes them."""
     assert write("vl", turns((PICTURE, Text("What is it? ")), " A cat.\n", "Sure?", "Yes.")) == [
         read(f"{SYSTEM}\n\nUser: "),
         PICTURE,
@@ -43,6 +45,7 @@ def test_vl_is_the_conversation_of_the_released_code():
         Token(),
         read("User: Sure?\n\nAssistant:"),
         Text(" Yes."),
+        Token(),
     ]
 
 
@@ -61,6 +64,7 @@ def test_vl2_writes_its_roles_as_special_tokens_and_no_system_prompt():
         Token("<|Assistant|>", False),
         read(":"),
         Text(" Yes."),
+        Token(),
     ]
 
 
@@ -75,7 +79,7 @@ def test_alignment_keeps_the_images_of_a_question_and_a_line_break():
 
 def test_a_system_prompt_of_its_own_takes_the_place_of_the_template_s():
     talk = [Turn("system", (Text("Be brief. "),)), *turns("Q", "A")]
-    assert write("vl", talk) == [read("Be brief.\n\nUser: Q\n\nAssistant:"), Text(" A")]
+    assert write("vl", talk) == [read("Be brief.\n\nUser: Q\n\nAssistant:"), Text(" A"), Token()]
     assert write("vl2", talk)[:2] == [read("Be brief.\n\n"), Token("<|User|>", False)]
 
 
@@ -86,7 +90,18 @@ def test_every_answer_is_learned_and_nothing_else(template):
     learned = "".join(s.text for s in written if isinstance(s, Text) and s.supervised)
     assert learned.split() == (["ANSWER", "ANSWER"] if " " in learned else ["ANSWERANSWER"])
     assert all(segment.text for segment in written if isinstance(segment, Text))
-    assert written[-1] == Token("<|ref|>")
+    assert [segment for segment in written if segment == Token()] == [Token()] * (2 if TEMPLATES[template].end else 0)
+    assert Token("<|ref|>") in written[-2:]
+
+
+def test_a_conversation_ends_with_one_end_of_sequence(tmp_path):
+    tokenizer = load_tokenizer(str(tokenizer_files.write_sentencepiece(tmp_path / "t.model")))
+    for template, ends in (("vl", 2), ("plain", 1)):
+        segments = TEMPLATES[template].write(turns("question", "answer", "question", "answer"))
+        (document,) = encode([Document("key", "file", segments)], tokenizer)
+        assert [sequence.supervised for sequence in document.sequences] == [False, True, False, True]
+        assert sum((sequence.tokens == tokenizer.eos).sum() for sequence in document.sequences) == ends
+        assert document.sequences[-1].tokens[-1] == tokenizer.eos
 
 
 @pytest.mark.parametrize(

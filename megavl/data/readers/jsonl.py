@@ -69,10 +69,11 @@ def _lines(part: Part, max_bytes: int) -> Iterator[tuple[int, bytes]]:
         try:
             while left > 0 and (line := file.readline(max_bytes + 1)):
                 left -= len(line)
+                is_cut = len(line) > max_bytes and not line.endswith(b"\n")
                 end = line
                 while not end.endswith(b"\n") and (end := file.readline(_BLOCK_BYTES)):
                     left -= len(end)
-                if text := line.strip():
+                if text := line if is_cut else line.strip():
                     yield number, text
                 number += 1
         except OSError as error:

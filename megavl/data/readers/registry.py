@@ -36,8 +36,9 @@ def input_files(inputs: Sequence[str]) -> list[str]:
 
 
 def _itself(path: str) -> list[str]:
-    if not os.path.exists(path):
-        raise DataError(f"{path}: no such file or folder; check --input")
+    if not os.path.isfile(path):
+        what = "is neither a file nor a folder" if os.path.exists(path) else "no such file or folder"
+        raise DataError(f"{path}: {what}; check --input")
     reader_of(path)
     return [path]
 

@@ -34,7 +34,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=1500, deadline=None, database=None)
+@settings(max_examples=500, deadline=None, database=None)
 @given(
     st.sampled_from(list(LAYOUTS)),
     VALUES,

@@ -107,6 +107,13 @@ def test_a_line_at_the_limit_is_read(tmp_path):
     assert len(documents(path, max_record_bytes=len(line))) == 2
 
 
+def test_what_is_behind_the_limit_is_not_lost_unseen(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "x"}' + b" " * 1000 + b'{"text": "y"}\n')
+    (error,) = read(path, max_record_bytes=100)
+    assert "a.jsonl:1: is larger than --max-record-bytes 100" in str(error)
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(DataError, match="absent.jsonl: cannot be read \\(No such file"):
         read(tmp_path / "absent.jsonl")

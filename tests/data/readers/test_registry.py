@@ -1,3 +1,5 @@
+import os
+
 import pytest
 
 from megavl.data.errors import DataError
@@ -43,3 +45,6 @@ def test_inputs_that_cannot_be_read(tmp_path):
         input_files([str(tmp_path)])
     with pytest.raises(DataError, match="absent: no such file or folder"):
         input_files([str(tmp_path / "absent")])
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(DataError, match=r"pipe\.jsonl: is neither a file nor a folder"):
+        input_files([str(tmp_path / "pipe.jsonl")])
