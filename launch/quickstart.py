@@ -2,10 +2,10 @@
 
     python launch/quickstart.py
 
-Documents are made from what Python has installed, a tokenizer is trained, datasets are built; a small model with every
-part of DeepSeek-VL-7B is trained on four CPU processes as TP2 x PP2 with sequence parallelism; one rank is killed; the
-same run goes on as PP2 x DP2; the result is exported and compared with transformers. Any part that fails ends this with
-its exit code.
+Documents are made from what Python has installed, a tokenizer is trained, datasets are built, verified and put on a
+page to look at; a small model with every part of DeepSeek-VL-7B is trained on four CPU processes as TP2 x PP2 with
+sequence parallelism; one rank is killed; the same run goes on as PP2 x DP2; the result is exported and compared with
+transformers. Any part that fails ends this with its exit code.
 """
 
 import argparse
@@ -21,6 +21,7 @@ DATA = "data/quickstart"
 RECIPE = "launch/recipes/quickstart.yaml"
 RUN = Path("runs/quickstart")
 METRICS = RUN / "metrics.jsonl"
+PAGE = f"{DATA}/inspect.html"
 RANKS = 4
 # The recipe writes a checkpoint after step 100, so the steps from 101 on are lost, and done again by another topology.
 KILL_AFTER_STEP = 107
@@ -136,6 +137,7 @@ def summary(seconds: float) -> bool:
         ("checkpoints", RUN / "checkpoints"),
         ("HF checkpoint", RUN / "hf"),
         ("datasets", DATA),
+        ("inspection", PAGE),
     ):
         print(f"{what:14} {path}")
     return learned
@@ -152,6 +154,8 @@ def main() -> None:
     for name, source in (("text", "text"), ("multimodal", "multimodal"), ("heldout", "heldout_multimodal")):
         store = f"--input {DATA}/{source}.jsonl --output-prefix {DATA}/{name}"
         run(f"python tools/preprocess_data.py {store} --tokenizer {tokenizer}")
+    run(f"python tools/verify_data.py {DATA}/text {DATA}/multimodal --tokenizer {tokenizer}")
+    run(f"python tools/inspect_data.py --config {RECIPE} --html {PAGE}")
 
     train_and_kill(TRAIN)
     run(f"{TRAIN} parallel.tensor=1 parallel.sequence=false")

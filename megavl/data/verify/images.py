@@ -1,5 +1,9 @@
 """Images: the .meta file lists those of the index, and what is stored decodes to what it lists."""
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute
+
 from megavl.data.decode import decode
 from megavl.data.errors import DataError
 from megavl.data.format import IMAGE
@@ -16,23 +20,23 @@ def check_rows(store: Store, first: int, stop: int, found: Found) -> None:
     Raises:
         DataError: the rows are damaged.
     """
-    rows = store.rows(first, stop)["images"]
-    for document, images in zip(range(first, stop), rows.to_pylist(), strict=True):
-        sequences = _images(store, document)
-        if len(images) != len(sequences):
-            found.add(
-                f"document {store.key(document)!r} (number {document}): {len(images)} images are listed, but it "
-                f"holds {len(sequences)}"
-            )
-            continue
-        for sequence, image in zip(sequences, images, strict=True):
-            elements = 1 - (-image["bytes"] // _ELEMENT_BYTES)
-            if elements != store.lengths[sequence]:
-                found.add(
-                    f"document {store.key(document)!r} (number {document}): the image in its sequence {sequence} is "
-                    f"listed with {image['bytes']} bytes, which take {elements} elements, but has "
-                    f"{store.lengths[sequence]}"
-                )
+    begin, is_image, held = _held(store, first, stop)
+    rows = store.rows(first, stop)["images"].combine_chunks()
+    listed = np.asarray(pa.compute.list_value_length(rows)).astype(np.int64)
+    for place in np.flatnonzero(held != listed).tolist():
+        found.add(f"{_name(store, first + place)}: {listed[place]} images are listed, but it holds {held[place]}")
+    # The images of the other documents, in the index and in the rows alike.
+    same = held == listed
+    sequences = begin + np.flatnonzero(is_image)[np.repeat(same, held)]
+    listed_bytes = np.asarray(rows.flatten().field("bytes"))[np.repeat(same, listed)]
+    elements = 1 - (-listed_bytes // _ELEMENT_BYTES)
+    for place in np.flatnonzero(elements != store.lengths[sequences]).tolist():
+        sequence = int(sequences[place])
+        document = int(np.searchsorted(store.documents, sequence, side="right")) - 1
+        found.add(
+            f"{_name(store, document)}: the image in its sequence {sequence} is listed with {listed_bytes[place]} "
+            f"bytes, which take {elements[place]} elements, but has {store.lengths[sequence]}"
+        )
 
 
 def check_images(store: Store, first: int, stop: int, every: int, found: Found) -> None:
@@ -41,20 +45,28 @@ def check_images(store: Store, first: int, stop: int, every: int, found: Found) 
     Raises:
         DataError: the rows are damaged.
     """
-    for document in range(first + -first % every, stop, every):
+    _, _, held = _held(store, first, stop)
+    for document in (first + np.flatnonzero(held)).tolist():
+        if document % every:
+            continue
         rows = store.rows(document, document + 1)["images"][0].as_py()
+        sequences = [sequence for sequence in store.sequences(document) if store.modes[sequence] == IMAGE]
         # Where there are more or fewer, check_rows says so.
-        for sequence, row in zip(_images(store, document), rows, strict=False):
+        for sequence, row in zip(sequences, rows, strict=False):
             if problem := _problem(store, sequence, row):
-                found.add(
-                    f"document {store.key(document)!r} (number {document}): the image in its sequence {sequence}: "
-                    f"{problem}"
-                )
+                found.add(f"{_name(store, document)}: the image in its sequence {sequence}: {problem}")
 
 
-def _images(store: Store, document: int) -> list[int]:
-    """Image sequences of a document."""
-    return [sequence for sequence in store.sequences(document) if store.modes[sequence] == IMAGE]
+def _held(store: Store, first: int, stop: int) -> tuple[int, np.ndarray, np.ndarray]:
+    """(first sequence of a range of documents, which of their sequences are images, how many each document has)."""
+    begins, ends = store.spans(np.arange(first, stop))
+    begin = int(begins[0])
+    is_image = store.modes[begin : int(ends[-1])] == IMAGE
+    return begin, is_image, np.add.reduceat(is_image.astype(np.int64), begins - begin)
+
+
+def _name(store: Store, document: int) -> str:
+    return f"document {store.key(document)!r} (number {document})"
 
 
 def _problem(store: Store, sequence: int, row: dict[str, int]) -> str | None:

@@ -17,8 +17,8 @@ from megavl.data.verify.found import LIMIT, Found
 
 # Documents that are read at a time, keys that one file is to hold, and those of them that are read at a time.
 _BLOCK = 1 << 16
-_PARTITION = 1 << 22
-_RECORDS = 1 << 20
+_PARTITION = 1 << 20
+_RECORDS = 1 << 18
 _RECORD = np.dtype([("hash", "<u8"), ("document", "<i8")])
 
 
