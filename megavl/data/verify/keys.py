@@ -15,9 +15,12 @@ import numpy as np
 from megavl.data.store import Store
 from megavl.data.verify.found import LIMIT, Found
 
-# Documents that are read at a time, keys that one file is to hold, and those of them that are read at a time.
+# Documents that are read at a time, keys that one file is to hold, and those of them that are read at a time. A process
+# may open some 1000 files, so from a billion documents on, the files hold more.
 _BLOCK = 1 << 16
-_PARTITION = 1 << 20
+_PARTITION = 1 << 21
+_FILES = 512
+_BUFFER = 1 << 12
 _RECORDS = 1 << 18
 _RECORD = np.dtype([("hash", "<u8"), ("document", "<i8")])
 
@@ -30,7 +33,10 @@ def check_keys(store: Store, found: Found) -> None:
         OSError: the folder for temporary files is full; 16 bytes per document go there.
     """
     with ExitStack() as stack:
-        files = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(math.ceil(len(store) / _PARTITION))]
+        files = [
+            stack.enter_context(tempfile.TemporaryFile(buffering=_BUFFER))
+            for _ in range(min(_FILES, math.ceil(len(store) / _PARTITION)))
+        ]
         for first in range(0, len(store), _BLOCK):
             _deal(_records(store, first, min(first + _BLOCK, len(store))), files)
         for file in files:
