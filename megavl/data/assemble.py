@@ -75,14 +75,14 @@ class Assembler:
         self._stores, self._model = stores, model
         self._seq_len, self._pad, self._images = seq_len, pad, images
 
-    def __call__(self, kind: Kind, first: int, packs: Sequence[Pack], room: Room) -> Assembled:
+    def __call__(self, kind: Kind, first: int, packs: Sequence[Pack], room: Room | None = None) -> Assembled:
         """The packs laid end to end: T = len(packs) * seq_len tokens. Padding counts as a document of its own.
 
         An image that cannot be decoded becomes a blank one; the text around it stays.
 
         Args:
             first: number of the first pack in the global batch.
-            room: where the pixels go.
+            room: where the pixels go; needed where images are decoded.
 
         Raises:
             DataError: a dataset is damaged there; a text token is the image placeholder or outside the vocabulary.

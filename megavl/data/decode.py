@@ -15,7 +15,7 @@ from megavl.data.errors import DataError
 
 # Pillow knows many more. Left out are those that run code or other programs (EPS), those that are no pictures of their
 # own (MPEG, HDF5, GRIB), and those that no corpus has. A JPEG with several pictures (MPO) is read as a JPEG.
-_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 # 201 MB of RGB. Below the size from which Pillow would warn.
 _MAX_PIXELS = 2**26
 _MAX_SIDE = 2**15
@@ -42,7 +42,7 @@ def decode(data: bytes) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of metadata that nobody reads, and of sizes refused here
-            image = Image.open(io.BytesIO(data), formats=_FORMATS)  # reads the header alone
+            image = Image.open(io.BytesIO(data), formats=FORMATS)  # reads the header alone
             _refuse_size(*image.size)
             image.load()  # also turns a TIFF, which then has no orientation any more
             turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
@@ -50,7 +50,7 @@ def decode(data: bytes) -> Image.Image:
             return rgb if turn is None else rgb.transpose(turn)
     except Exception as error:  # Pillow's decoders raise OSError, ValueError, SyntaxError, struct.error, ...
         # Pillow names the file in this one, which here is an object in memory.
-        known = f"no {', '.join(_FORMATS[:-1])} or {_FORMATS[-1]} file"
+        known = f"no {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file"
         reason = known if isinstance(error, UnidentifiedImageError) else error
         raise DataError(f"{len(data)} bytes that cannot be decoded as an image ({reason})") from error
 

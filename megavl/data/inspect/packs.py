@@ -61,8 +61,8 @@ def planned(sampler: Sampler, tokenizer: Tokenizer, first_step: int, packs: int)
 
 def _read(sampler: Sampler, tokenizer: Tokenizer, step: int, kind: Kind, number: int, pack: Pack) -> PackSample:
     seq_len = sampler.data.seq_len
-    batch = Assembler(sampler.stores, sampler.model, seq_len, sampler.eos, with_pixels=False)(kind, [pack])
-    labels = batch.labels.numpy()
+    assembler = Assembler(sampler.stores, sampler.model, seq_len, sampler.eos, images=None)
+    labels = assembler(kind, number, [pack]).batch.labels.numpy()
     pieces, start = [], 0
     for piece in pack:
         store = sampler.stores[kind][piece.source]

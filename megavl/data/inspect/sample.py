@@ -1,11 +1,13 @@
 """Documents of a dataset to what is shown of them: text piece by piece, images in their places."""
 
 import io
+import warnings
 
 import numpy as np
 import pyarrow.compute
 from PIL import Image
 
+from megavl.data.decode import FORMATS
 from megavl.data.errors import DataError
 from megavl.data.format import IMAGE, PROMPT
 from megavl.data.inspect.pieces import pieces
@@ -104,7 +106,8 @@ def spell(store: Store, document: int, ids: list[int], tokenizer: Tokenizer | No
 
 def _form(data: bytes) -> str:
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            return image.format
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of sizes, which nobody unpacks here
+            return Image.open(io.BytesIO(data), formats=FORMATS).format
     except Exception:  # Pillow's parsers raise OSError, ValueError, SyntaxError, struct.error, ...
         return "unknown"

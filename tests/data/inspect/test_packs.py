@@ -41,6 +41,17 @@ def test_packs_are_those_of_the_plan(corpus, model, train, seq_len):
     assert cut
 
 
+def test_a_prompt_is_read_only_and_the_first_token_never_a_target(gallery):
+    config = load_run(gallery.recipe)
+    sampler = Sampler(config.data, config.model, config.train)
+    packs = planned(sampler, gallery.tokenizer, 0, 4)
+    pieces = {piece.document: piece for pack in packs for piece in pack.pieces}
+    prompt, image, answer = (part for _, part in pieces[1].parts)
+    assert set(prompt.roles) == {Role.PROMPT} and isinstance(image, ImagePart) and set(answer.roles) == {Role.TARGET}
+    ((_, long),) = pieces[3].parts
+    assert long.roles[0] is Role.NEVER and set(long.roles[1:]) == {Role.TARGET}
+
+
 def test_what_lies_behind_a_cut_is_shown(gallery):
     config = load_run(gallery.recipe)
     sampler = Sampler(config.data, config.model, config.train)
