@@ -53,6 +53,8 @@ setup(
         # Exact: exported checkpoints are proven against the classes of this version.
         "hf": ["transformers==5.23.0"],
         "construct": CONSTRUCT,
+        # tools/preprocess_data.py --engine ray.
+        "ray": ["ray>=2.60"],
         "dev": [
             *CONSTRUCT,
             "pytest~=9.2",

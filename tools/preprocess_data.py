@@ -1,9 +1,9 @@
-"""Documents to an indexed dataset: .jsonl files in, PREFIX.bin, PREFIX.idx and PREFIX.meta out.
+"""Documents to an indexed dataset: files and folders in, PREFIX.bin, PREFIX.idx and PREFIX.meta out.
 
-    python tools/preprocess_data.py --input A.jsonl [B.jsonl ...] --output-prefix P --tokenizer T.model|tokenizer.json
+    python tools/preprocess_data.py --input FILE|FOLDER ... --output-prefix P --tokenizer T.model|tokenizer.json
 
-A record is {"text": "..."} or {"segments": [{"text": "..."}, {"image": "relative/path.png"}, ...]}, with an optional
-"id". The dataset is multimodal if any record holds an image, and text otherwise. See docs/data.md.
+What is finished is kept in PREFIX.parts until all is: after an error, Ctrl-C or a kill, the same command goes on where
+it stopped. docs/data.md has the input formats.
 """
 
 import argparse
@@ -11,99 +11,123 @@ import os
 import signal
 import sys
 import time
-from pathlib import Path
+from functools import partial
 
-from megavl.data.build import Progress, build
+from megavl.data.build import Engine, build
+from megavl.data.engines import local
 from megavl.data.errors import DataError
-from megavl.data.output import refuse_existing
+from megavl.data.progress import rate, size
+from megavl.data.readers.reader import ReadOptions
 from megavl.data.store import Store
-
-
-class ProgressLine:
-    """One line on standard error, rewritten on a terminal and repeated rarely elsewhere."""
-
-    def __init__(self, input_bytes: int) -> None:
-        self._input_bytes = input_bytes
-        self._start = time.monotonic()
-        self._terminal = sys.stderr.isatty()
-        self._next = 0.0 if self._terminal else 10.0
-
-    def __call__(self, progress: Progress) -> None:
-        if self.elapsed_s >= self._next:
-            self._next = self.elapsed_s + (0.2 if self._terminal else 10.0)
-            done = progress.input_bytes / self._input_bytes
-            print(
-                f"{done:4.0%}  {self.speed(progress)}",
-                end="\r" if self._terminal else "\n",
-                file=sys.stderr,
-                flush=True,
-            )
-
-    @property
-    def elapsed_s(self) -> float:
-        return time.monotonic() - self._start
-
-    def speed(self, progress: Progress) -> str:
-        read_bytes = progress.input_bytes + progress.image_bytes
-        return (
-            f"{progress.documents:,} documents, {progress.documents / self.elapsed_s:,.0f} documents/s, "
-            f"{read_bytes / self.elapsed_s / 1e6:,.1f} MB/s"
-        )
+from megavl.data.template import TEMPLATES
 
 
 def main() -> int:
     arguments = parse_arguments()
-    # A polite kill unwinds like Ctrl-C, so that it leaves nothing behind either.
+    # A polite kill unwinds like Ctrl-C.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         run(arguments)
     except (DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return 130
+    except (KeyboardInterrupt, SystemExit) as stop:
+        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
+        return stop.code if isinstance(stop, SystemExit) else 130
     return 0
 
 
 def parse_arguments() -> argparse.Namespace:
+    cores = len(os.sched_getaffinity(0))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help=".jsonl files, read in this order")
+    parser.add_argument(
+        "--input", nargs="+", required=True, metavar="PATH", help="files, and folders of them, read in this order"
+    )
     parser.add_argument("--output-prefix", required=True, metavar="P", help="writes P.bin, P.idx and P.meta")
     parser.add_argument("--tokenizer", required=True, metavar="T", help="sentencepiece .model or tokenizer.json")
     parser.add_argument(
-        "--workers", type=int, default=1, metavar="N", help="processes; the output does not depend on it (default 1)"
+        "--workers", type=int, default=cores, metavar="N", help=f"processes (default {cores}: the cores available)"
+    )
+    parser.add_argument(
+        "--template",
+        choices=TEMPLATES,
+        default=ReadOptions.template,
+        help=f"how conversations are written (default {ReadOptions.template})",
+    )
+    parser.add_argument("--engine", choices=("local", "ray"), default="local", help="what runs the work")
+    parser.add_argument(
+        "--ray-address", metavar="A", help="a running Ray cluster (default: start one here with --workers CPUs)"
+    )
+    parser.add_argument(
+        "--max-bad", type=int, default=0, metavar="N", help="bad records to leave out into P.rejected.jsonl (default 0)"
+    )
+    parser.add_argument(
+        "--max-record-bytes",
+        type=int,
+        default=ReadOptions.max_record_bytes,
+        metavar="N",
+        help=f"largest record and image (default {ReadOptions.max_record_bytes:,})",
+    )
+    parser.add_argument(
+        "--part-bytes",
+        type=int,
+        metavar="N",
+        help="input that a process does at a time (default: by the size of the input); small for few records that name "
+        "many image files",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing dataset of that prefix")
     arguments = parser.parse_args()
-    if arguments.workers < 1:
-        parser.error(f"--workers {arguments.workers}: at least 1")
+    for name, least in (("workers", 1), ("max_bad", 0), ("max_record_bytes", 1), ("part_bytes", 1)):
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            parser.error(f"--{name.replace('_', '-')} {value}: at least {least}")
+    if arguments.ray_address and arguments.engine != "ray":
+        parser.error("--ray-address is for --engine ray")
     return arguments
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Build the dataset and say what was written."""
-    if not arguments.overwrite:
-        refuse_existing(arguments.output_prefix)
-    line = ProgressLine(sum(os.path.getsize(path) for path in arguments.input))
-    progress = build(
+    started = time.monotonic()
+    prefix = arguments.output_prefix
+    counts = build(
         arguments.input,
-        arguments.output_prefix,
+        prefix,
         arguments.tokenizer,
-        arguments.workers,
-        arguments.overwrite,
-        line,
+        engine=engine(arguments),
+        options=ReadOptions(arguments.template, arguments.max_record_bytes),
+        part_bytes=arguments.part_bytes,
+        max_bad=arguments.max_bad,
+        overwrite=arguments.overwrite,
     )
-    store = Store(arguments.output_prefix)
-    kind = "multimodal" if store.multimodal else "text"
-    print(f"{kind} dataset {arguments.output_prefix}: {line.speed(progress)} in {line.elapsed_s:.1f} s")
+    store, elapsed_s = Store(prefix), time.monotonic() - started
+    speeds = rate(counts.documents / elapsed_s, "documents"), rate(counts.input_bytes / elapsed_s, "bytes")
     print(
-        f"  {progress.tokens:,} tokens ({store.dtype}, end-of-sequence included), {progress.images:,} images "
-        f"({progress.image_bytes / 1e6:,.1f} MB)"
+        f"{'multimodal' if store.multimodal else 'text'} dataset {prefix}: {counts.documents:,} documents, "
+        f"{' and '.join(speeds)} of input in {elapsed_s:.1f} s"
     )
-    for suffix in ("bin", "idx", "meta"):
-        path = Path(f"{arguments.output_prefix}.{suffix}")
-        print(f"  {path}  {path.stat().st_size:,} bytes")
+    print(
+        f"  {counts.tokens:,} tokens ({store.dtype}, end-of-sequence included), {counts.images:,} images "
+        f"({size(counts.image_bytes)}, {rate(counts.image_bytes / elapsed_s, 'bytes')})"
+    )
+    if counts.reused_bytes:
+        print(f"  {counts.reused_bytes / counts.input_bytes:.0%} of the input was done already by an earlier run")
+    if counts.rejected:
+        print(f"  {counts.rejected:,} bad records were left out: {prefix}.rejected.jsonl")
+    print(f"  tokenizer: {', '.join(counts.backends)}")
+    for path in store.paths:
+        print(f"  {path}  {os.path.getsize(path):,} bytes")
+
+
+def engine(arguments: argparse.Namespace) -> Engine:
+    """What `--engine` names."""
+    if arguments.engine == "local":
+        return partial(local.run, workers=arguments.workers)
+    try:
+        from megavl.data.engines import ray
+    except ImportError as error:
+        raise DataError(f"--engine ray needs the package ray ({error}); pip install 'megavl[ray]'") from error
+    return partial(ray.run, workers=arguments.workers, address=arguments.ray_address)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ class IndexWriter:
     def __init__(self, directory: Path) -> None:
         """Nothing is written before the `with` block is entered."""
         self._directory, self._open = directory, contextlib.ExitStack()
-        self.sequences = self.documents = self.images = 0
+        self.sequences = self.documents = self.tokens = self.images = 0
 
     def append(self, lengths: np.ndarray, modes: np.ndarray, ends: np.ndarray) -> None:
         """The sequences of some documents.
@@ -53,6 +53,7 @@ class IndexWriter:
         self.sequences += len(lengths)
         self.documents += len(ends)
         self.images += int((modes == IMAGE).sum())
+        self.tokens += int(lengths[modes != IMAGE].sum())
 
     def write(self, path: str, dtype: np.dtype, multimodal: bool) -> str:
         """Write the index file.
@@ -184,6 +185,12 @@ class Index:
                 f"of {len(self.lengths)}; {_DAMAGED}"
             )
         return first, stop
+
+    def blocks(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """(lengths, modes, ends) of some documents at a time, as `IndexWriter.append` takes them."""
+        for first, ends in _slices(self.documents[1:]):
+            start, stop = self.documents[first], ends[-1]
+            yield self.lengths[start:stop], self.modes[start:stop], ends - start
 
     def verify(self, sha256: str) -> None:
         """Read the file whole: its checksum, and that every sequence, mode and document is possible.

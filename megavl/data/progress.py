@@ -34,6 +34,12 @@ class ProgressBar:
             self._next = time.monotonic() + _SILENCE_S
             print(self._line(), file=sys.stderr, flush=True)
 
+    def leave_out(self, amount: int) -> None:
+        """So much of the whole need not be done after all: it counts neither as done nor for the rate."""
+        self._total -= amount
+        if self._terminal:
+            self._bar.update(self._task, total=self._total)
+
     @property
     def elapsed_s(self) -> float:
         """Since the `with` block was entered."""

@@ -3,6 +3,7 @@
 import os
 import struct
 import weakref
+from collections.abc import Iterator
 
 import numpy as np
 import pyarrow as pa
@@ -115,6 +116,18 @@ class Store:
         """How an error names a document."""
         return f"{self.prefix}: document {self.key(document)} (number {document}, from {self.source(document)})"
 
+    def blocks(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """The index some documents at a time, as `IndexWriter.append` takes it."""
+        return self._index.blocks()
+
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        """The rows some documents at a time, as `write_meta` takes them.
+
+        Raises:
+            DataError: they are not those that were written.
+        """
+        return self._meta.batches()
+
     def checksums(self) -> list[Checksum]:
         """Of the parts of the .bin file. Each can be checked by itself, in any process."""
         parts, start = [], 0
@@ -130,7 +143,7 @@ class Store:
             DataError: something is not as it was written.
         """
         self._index.verify(self.meta.idx_sha256)
-        for _ in self._meta.batches():
+        for _ in self.batches():
             pass
 
     def verify(self) -> None:

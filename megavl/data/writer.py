@@ -44,6 +44,7 @@ class StoreWriter:
         self._dtype = token_dtype(self._vocab_size, multimodal=False)
         self._hash = PartHash()
         self._open = contextlib.ExitStack()
+        self.image_bytes = 0
 
     def add(self, *documents: EncodedDocument) -> None:
         """Append documents; many at once cost little more than one.
@@ -74,6 +75,21 @@ class StoreWriter:
             self._promote()
         self._write_texts(texts)
         self._index.append(np.array(lengths, np.int32), np.array(modes, np.int8), np.array(ends, np.int64))
+
+    @property
+    def documents(self) -> int:
+        """Written so far."""
+        return self._index.documents
+
+    @property
+    def tokens(self) -> int:
+        """Written so far, of text that is learned or only read."""
+        return self._index.tokens
+
+    @property
+    def images(self) -> int:
+        """Written so far; `image_bytes` are those of their files."""
+        return self._index.images
 
     def __enter__(self) -> "StoreWriter":
         with contextlib.ExitStack() as stack:
@@ -136,6 +152,7 @@ class StoreWriter:
     def _write_image(self, data: bytes) -> int:
         """Elements of an image: element 0 counts the pad bytes that make the file's bytes whole int32 elements."""
         self._promote()
+        self.image_bytes += len(data)
         pad = -len(data) % 4
         self._write(struct.pack("<i", pad))
         self._write(data)

@@ -68,6 +68,7 @@ def encoded_text(*tokens: int, supervised: bool = True) -> EncodedText:
 
 
 def write_jsonl(path: Path, records: list) -> str:
+    path.parent.mkdir(exist_ok=True)
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     return str(path)
 
@@ -109,14 +110,7 @@ def corpus(tmp_path_factory) -> Corpus:
         minloglevel=2,
     )
     for name in files:
-        build(
-            paths=[str(root / f"{name}.jsonl")],
-            prefix=str(root / name),
-            tokenizer_path=str(root / "tokenizer.model"),
-            workers=1,
-            overwrite=False,
-            report=lambda _: None,
-        )
+        build([str(root / f"{name}.jsonl")], str(root / name), str(root / "tokenizer.model"))
     return Corpus(root)
 
 

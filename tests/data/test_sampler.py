@@ -88,7 +88,7 @@ def test_a_store_of_another_tokenizer_is_refused(corpus, model, train, tmp_path)
     sentencepiece.SentencePieceTrainer.train(
         input=path, model_prefix=str(tmp_path / "other"), vocab_size=50, hard_vocab_limit=False, minloglevel=2
     )
-    build([path], str(tmp_path / "p"), str(other), 1, False, lambda _: None)
+    build([path], str(tmp_path / "p"), str(other))
     with pytest.raises(DataError, match="was made with another tokenizer"):
         Sampler(corpus.data(text=(SourceConfig(prefix=str(tmp_path / "p")),)), model, train)
 

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from megavl.data.format import IMAGE
@@ -106,17 +107,83 @@ def test_an_existing_dataset_is_replaced_only_on_request(corpus, tmp_path):
     assert len(Store(str(tmp_path / "p"))) == 2
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_leaves_nothing(corpus, tmp_path, number):
+def large_input(tmp_path) -> Path:
     path = tmp_path / "in.jsonl"
-    path.write_text((json.dumps({"text": "a b c d " * 2000}) + "\n") * 20000)
-    arguments = ("--input", path, "--output-prefix", tmp_path / "p", "--tokenizer", corpus.tokenizer)
+    path.write_text((json.dumps({"text": "a b c d " * 500}) + "\n") * 1500)
+    return path
+
+
+def start(tmp_path, *arguments) -> subprocess.Popen:
+    """Start the command, and wait until it has finished some of its parts."""
     process = subprocess.Popen(command(*arguments), stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment())
     deadline = time.monotonic() + 60
-    started = tmp_path / "p.bin.tmp"
-    while not (started.exists() and started.stat().st_size) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    while len(finished(tmp_path)) < 3 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return process
+
+
+def finished(tmp_path) -> list[Path]:
+    return [path.parent for path in (tmp_path / "p.parts").glob("*/counts.json") if path.parent.suffix != ".tmp"]
+
+
+@pytest.mark.parametrize(("number", "workers"), [(signal.SIGINT, 1), (signal.SIGTERM, 2), (signal.SIGKILL, 2)])
+def test_the_same_command_goes_on_after_a_kill(corpus, tmp_path, number, workers):
+    path = large_input(tmp_path)
+    arguments = (
+        *("--input", path, "--output-prefix", tmp_path / "p", "--tokenizer", corpus.tokenizer),
+        *("--workers", workers, "--part-bytes", 1 << 16),
+    )
+    process = start(tmp_path, *arguments)
+    children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(number)
-    process.communicate(timeout=60)
-    assert process.returncode == 128 + number
-    assert list(contents(tmp_path)) == ["in.jsonl"]
+    _, said = process.communicate(timeout=60)
+    assert not psutil.wait_procs(children, timeout=20)[1]
+    if number == signal.SIGKILL:
+        assert process.returncode == -number
+    else:
+        assert process.returncode == 128 + number
+        assert said == "interrupted; the same command goes on where it stopped\n"
+        assert not list((tmp_path / "p.parts").glob("*.tmp"))
+    assert not (tmp_path / "p.bin").exists()
+    done = sum(json.loads((shard / "counts.json").read_text())["input_bytes"] for shard in finished(tmp_path))
+    assert 3 << 15 < done < path.stat().st_size
+    share = f"{done / path.stat().st_size:.0%} of the input was done already by an earlier run"
+    assert share in run(*arguments).stdout
+    resumed = contents(tmp_path)
+    assert sorted(resumed) == ["in.jsonl", "p.bin", "p.idx", "p.meta"]
+    assert "by an earlier run" not in run(*arguments, "--overwrite").stdout
+    assert contents(tmp_path) == resumed
+
+
+def test_two_processes_do_not_build_one_dataset(corpus, tmp_path):
+    arguments = (
+        *("--input", large_input(tmp_path), "--output-prefix", tmp_path / "p", "--tokenizer", corpus.tokenizer),
+        *("--workers", 1, "--part-bytes", 1 << 16),
+    )
+    process = start(tmp_path, *arguments)
+    try:
+        refused = run(*arguments, code=1).stderr
+    finally:
+        process.kill()
+        process.communicate()
+    assert f"error: {tmp_path / 'p'} is being built by process {process.pid} on " in refused
+    # The lock of a process that was killed is free.
+    run(*arguments)
+
+
+def test_bad_records_within_the_budget_are_left_out_and_written_down(corpus, tmp_path):
+    path = tmp_path / "in.jsonl"
+    path.write_text('{"text": "good"}\n' * 100 + '{"text": 3}\n{"text": "good"}\n{"image": "no.png", "text": "a"}\n')
+    arguments = ("--input", path, "--output-prefix", tmp_path / "p", "--tokenizer", corpus.tokenizer, "--workers", 1)
+    many = run(*arguments, "--max-bad", 1, "--part-bytes", 100, code=1).stderr.splitlines()[-1]
+    assert many.startswith(f"error: {path}:103: image 0: ")
+    assert many.endswith("(more than --max-bad 1 records are bad)")
+    assert "2 bad records were left out" in run(*arguments, "--max-bad", 2, "--part-bytes", 100).stdout
+    rejected = [json.loads(line) for line in (tmp_path / "p.rejected.jsonl").read_text().splitlines()]
+    assert [entry["where"] for entry in rejected] == [f"{path}:101", f"{path}:103"]
+    assert rejected[0]["reason"] == '"text" is a number (3); it must be a string'
+    assert len(Store(str(tmp_path / "p"))) == 101
+    # A dataset without bad records has no file that tells of them.
+    path.write_text('{"text": "good"}\n')
+    run(*arguments, "--overwrite")
+    assert sorted(contents(tmp_path)) == ["in.jsonl", "p.bin", "p.idx", "p.meta"]

@@ -1,0 +1,129 @@
+"""Merge: several datasets to one, in order. Files are put end to end and indexes added up; no token is looked at."""
+
+import errno
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from megavl.data.checksum import PartHash
+from megavl.data.errors import DataError
+from megavl.data.format import Paths, token_dtype
+from megavl.data.index import IndexWriter
+from megavl.data.meta import Meta, write_meta
+from megavl.data.output import new_dataset, refuse_existing
+from megavl.data.progress import ProgressBar
+from megavl.data.store import Store
+from megavl.data.writer import widened
+
+# What the kernel is asked to copy at a time: progress is reported in between.
+_COPY_BYTES = 1 << 28
+_BLOCK_BYTES = 1 << 20
+# File systems that cannot copy inside the kernel, between them or at all.
+_CANNOT_COPY = (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)
+
+
+def merge(
+    prefixes: Sequence[str],
+    prefix: str,
+    overwrite: bool = False,
+    consume: bool = False,
+) -> tuple[str, ...]:
+    """Write the documents of some datasets, in order, as one. It has modes if any of them has.
+
+    The .bin files are copied by the kernel, on file systems that can do so without copying; their checksums are taken
+    over. An index is checked before it becomes part of a new one.
+
+    Args:
+        prefixes: at least one; a dataset may come more than once.
+        consume: the inputs are no longer needed, so that the files of a single one are renamed.
+
+    Returns:
+        Inputs whose elements became wider (uint16 to int32), because others hold images or prompts.
+
+    Raises:
+        DataError: an input is damaged, inputs were made with different tokenizers, or the output exists and `overwrite`
+            is false; nothing is left behind.
+    """
+    if not overwrite:
+        refuse_existing(prefix)
+    metas = [Store(one).meta for one in prefixes]
+    for one, meta in zip(prefixes, metas, strict=True):
+        if (meta.tokenizer, meta.vocab_size) != (metas[0].tokenizer, metas[0].vocab_size):
+            raise DataError(
+                f"dataset {one} was made with another tokenizer (sha256 {meta.tokenizer[:16]}..., vocabulary "
+                f"{meta.vocab_size}) than {prefixes[0]} (sha256 {metas[0].tokenizer[:16]}..., vocabulary "
+                f"{metas[0].vocab_size}); one id would mean two words; make them again with one tokenizer"
+            )
+    with new_dataset(prefix) as temporary:
+        if consume and len(prefixes) == 1:
+            for old, new in zip(Store(prefixes[0]).paths, temporary, strict=True):
+                os.replace(old, new)
+            return ()
+        stored = sum(size_bytes for meta in metas for size_bytes, _ in meta.bin_parts)
+        with ProgressBar("merging", stored, "bytes") as bar:
+            return _write(prefixes, metas, temporary, bar)
+
+
+def _write(prefixes: Sequence[str], metas: Sequence[Meta], paths: Paths, bar: ProgressBar) -> tuple[str, ...]:
+    multimodal = any(meta.multimodal for meta in metas)
+    dtype = token_dtype(metas[0].vocab_size, multimodal)
+    bin_parts: list[tuple[int, str]] = []
+    narrow: list[str] = []
+    with IndexWriter(Path(paths.idx).parent) as index, open(paths.bin, "wb") as sink:
+        for one in prefixes:
+            store = Store(one)
+            # A damaged index would get a checksum that fits it.
+            store.verify_index()
+            for columns in store.blocks():
+                index.append(*columns)
+            with open(store.paths.bin, "rb", buffering=0) as source:
+                if store.dtype == dtype:
+                    _copy(source, sink, bar)
+                    bin_parts += store.meta.bin_parts
+                else:
+                    narrow.append(one)
+                    bin_parts += _widen(store, source, sink, dtype, bar)
+        idx_sha256 = index.write(paths.idx, dtype, multimodal)
+    meta = replace(
+        metas[0],
+        multimodal=multimodal,
+        images=sum(meta.images for meta in metas),
+        bin_parts=tuple(bin_parts),
+        idx_sha256=idx_sha256,
+        row_parts=tuple(chain.from_iterable(meta.row_parts for meta in metas)),
+    )
+    write_meta(paths.meta, meta, chain.from_iterable(Store(one).batches() for one in prefixes))
+    return tuple(narrow)
+
+
+def _copy(source: BinaryIO, sink: BinaryIO, bar: ProgressBar) -> None:
+    """All of `source` behind what is in `sink`."""
+    sink.flush()
+    try:
+        while copied := os.copy_file_range(source.fileno(), sink.fileno(), _COPY_BYTES):
+            bar.advance(copied)
+    except OSError as error:
+        if error.errno not in _CANNOT_COPY:
+            raise
+        # Both files stand where the kernel left off.
+        while block := source.read(_BLOCK_BYTES):
+            sink.write(block)
+            bar.advance(len(block))
+
+
+def _widen(store: Store, source: BinaryIO, sink: BinaryIO, dtype: np.dtype, bar: ProgressBar) -> list[tuple[int, str]]:
+    """Write the elements in a wider type; (bytes, sha256) of the parts that this gives."""
+    # Damaged tokens would get a checksum that fits them.
+    for checksum in store.checksums():
+        checksum.check()
+    digest = PartHash()
+    for elements in widened(source, store.dtype, dtype):
+        sink.write(elements)
+        digest.update(elements)
+        bar.advance(len(elements) * store.dtype.itemsize)
+    return digest.parts()
