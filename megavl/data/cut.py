@@ -63,10 +63,10 @@ def pieces(draws: np.ndarray, sources: Sequence[Source], budget: int, max_tiles:
     fits = (draws["tokens"] <= budget) & (draws["images"] <= max_tiles)
     # A single text is cut like a ruler, all such documents at once; others at the borders of their segments.
     by_segment = ~fits & (draws["segments"] > 1)
-    parts = [
-        cut(sources[source].segments(document), budget, max_tiles)
-        for source, document in draws[by_segment][["source", "document"]].tolist()
-    ]
+    parts = []
+    for source, document in draws[by_segment][["source", "document"]].tolist():
+        lengths, modes, _ = sources[source].segments(np.array([document]))
+        parts.append(cut(zip(lengths.tolist(), modes.tolist(), strict=True), budget, max_tiles))
     numbers = np.where(fits, 1, -(-draws["tokens"] // budget))
     numbers[by_segment] = [len(found) for found in parts]
 

@@ -31,28 +31,26 @@ class Source:
     def draws(self, first: int, number: int) -> np.ndarray:
         """The draws `first` to `first + number`: DRAW [number]."""
         documents = self._documents(first, number)
-        firsts = self._store.documents[documents]
-        segments = self._store.documents[documents + 1] - firsts
-        offsets = np.concatenate(([0], np.cumsum(segments)))
-        # Sequences of all these documents, one after another.
-        lengths, modes = self._sequences(np.repeat(firsts - offsets[:-1], segments) + np.arange(offsets[-1]))
+        lengths, modes, offsets = self.segments(documents)
         is_text = modes == TEXT
         result = np.empty(number, dtype=DRAW)
-        result["source"], result["document"], result["segments"] = self._number, documents, segments
+        result["source"], result["document"], result["segments"] = self._number, documents, np.diff(offsets)
         result["tokens"] = _sums(lengths, offsets)
         # The first token of a document is never a target.
         result["supervised"] = _sums(lengths * is_text, offsets) - is_text[offsets[:-1]]
         result["images"] = _sums(modes == IMAGE, offsets)
         return result
 
-    def segments(self, document: int) -> list[tuple[int, int]]:
-        """(tokens, mode) of each segment of a document."""
-        lengths, modes = self._sequences(np.arange(*self._store.documents[document : document + 2]))
-        return list(zip(lengths.tolist(), modes.tolist(), strict=True))
-
-    def _sequences(self, sequences: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def segments(self, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(tokens, modes, offsets) of the segments of some documents, one after another: the segments of document i are
+        offsets[i] to offsets[i + 1]."""
+        firsts = self._store.documents[documents]
+        numbers = self._store.documents[documents + 1] - firsts
+        offsets = np.concatenate(([0], np.cumsum(numbers)))
+        sequences = np.repeat(firsts - offsets[:-1], numbers) + np.arange(offsets[-1])
         modes = self._store.modes[sequences]
-        return np.where(modes == IMAGE, self._image_tokens, self._store.lengths[sequences]).astype(np.int64), modes
+        lengths = np.where(modes == IMAGE, self._image_tokens, self._store.lengths[sequences]).astype(np.int64)
+        return lengths, modes, offsets
 
     def _documents(self, first: int, number: int) -> np.ndarray:
         epochs, places = np.divmod(np.arange(first, first + number), len(self._store))

@@ -145,6 +145,17 @@ class TestData:
         assert problem.endswith(f"set data.text_ratio={other}")
         check(make_run(data={"text_ratio": other, empty: []}), 1)
 
+    def test_a_schedule_of_the_text_ratio_that_the_run_does_not_reach(self):
+        schedule = {"start": 1.0, "final": 0.7, "steps": 21}
+        problem = only_problem(1, data={"text_ratio": schedule})
+        assert "data.text_ratio.steps = 21 is above train.steps = 20" in problem and "to 20 or fewer" in problem
+        check(make_run(data={"text_ratio": schedule | {"steps": 20}}), 1)
+
+    def test_a_schedule_needs_the_kinds_that_it_passes(self):
+        problem = only_problem(1, data={"text_ratio": {"start": 1.0, "final": 0.0, "steps": 5}, "text": []})
+        assert "data.text_ratio = 1 asks for text steps" in problem
+        check(make_run(data={"text_ratio": {"start": 1.0, "final": 0.0}, "text": []}), 1)
+
 
 class TestOptim:
     def test_rule_that_matches_nothing(self):

@@ -5,7 +5,7 @@ from pydantic import ValidationError
 
 from megavl.config.model import DecoderConfig, ModelConfig, SamConfig, SiglipConfig
 from megavl.config.presets import PRESETS
-from megavl.config.run import OptimConfig, ParameterRule, ScheduleConfig
+from megavl.config.run import DataConfig, OptimConfig, ParameterRule, ScheduleConfig, SourceConfig, TextRatioConfig
 
 DECODER = {"layers": 2, "width": 96, "heads": 8, "kv_heads": 8, "mlp_width": 64, "vocab_size": 100}
 
@@ -33,6 +33,13 @@ DECODER = {"layers": 2, "width": 96, "heads": 8, "kv_heads": 8, "mlp_width": 64,
         (ScheduleConfig, {"milestones": (0.9, 0.8)}, "milestones = [0.9, 0.8] must rise between 0 and 1"),
         (ScheduleConfig, {"milestones": (0.8, 1.0)}, "milestones = [0.8, 1.0] must rise between 0 and 1"),
         (ScheduleConfig, {"ratios": (0.1,)}, "ratios = [0.1] needs one entry per milestone, of which there are 2"),
+        (TextRatioConfig, {"final": 0.7, "milestones": (0.5, 0.5)}, "milestones = [0.5, 0.5] must rise above 0"),
+        (TextRatioConfig, {"final": 0.7, "milestones": (0.5, 1.1)}, "milestones = [0.5, 1.1] must rise above 0"),
+        (TextRatioConfig, {"final": 0.7, "milestones": ()}, "milestones = [] must rise above 0 and up to 1"),
+        (TextRatioConfig, {"final": 1.1}, "less than or equal to 1"),
+        (TextRatioConfig, {"start": 1.0, "steps": 5}, "final"),
+        (SourceConfig, {"prefix": "a", "max_epochs": 0}, "greater than 0"),
+        (SourceConfig, {"prefix": "a", "weight": 0}, "greater than 0"),
         (ParameterRule, {"match": "("}, "match = '(' is not a regular expression: missing )"),
         (OptimConfig, {"lr": 1.0, "betas": (0.9, 1.0)}, "less than 1"),
         (OptimConfig, {"lr": float("nan")}, "finite number"),
@@ -48,6 +55,19 @@ def test_all_problems_of_a_section_at_once():
     with pytest.raises(ValidationError) as raised:
         SiglipConfig(patch_size=15, heads=7)
     assert "patch_size = 15" in str(raised.value) and "heads = 7" in str(raised.value)
+
+
+@pytest.mark.parametrize("number", [0, 0.3, 1])
+def test_a_number_is_a_text_ratio(number):
+    data = DataConfig(tokenizer="t", text_ratio=number, seq_len=8)
+    assert data.text_ratio == TextRatioConfig(final=number) and data.text_ratio.extremes == (number, number)
+    assert DataConfig.model_validate(data.model_dump(mode="json")) == data
+
+
+def test_extremes_of_a_text_ratio():
+    assert TextRatioConfig(start=0.2, final=0.7, steps=10).extremes == (0.2, 0.7)
+    assert TextRatioConfig(start=1.0, final=0.7, steps=10).extremes == (0.7, 1.0)
+    assert TextRatioConfig(start=1.0, final=0.7).extremes == (0.7, 0.7)
 
 
 def test_last_matching_rule_holds():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -136,9 +137,33 @@ def test_a_finished_run_has_nothing_to_do(recipe, tmp_path):
 def test_dry_run_imports_no_torch(recipe):
     program = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     program += "; assert 'torch' not in sys.modules"
-    done = start([sys.executable, "-c", program, "launch/pretrain.py", "--config", recipe, "--dry-run", "--world", "4"])
+    done = start(
+        [
+            sys.executable,
+            "-c",
+            program,
+            "launch/pretrain.py",
+            "--config",
+            recipe,
+            "--dry-run",
+            "--world",
+            "4",
+            "train.steps=40",
+        ]
+    )
     assert done.returncode == 0, done.stderr
     assert "stem" in done.stdout
+    assert re.search(
+        r"Data, as expected: \d+ text and \d+ multimodal steps .*\nsource .* epochs\n.*/text +text +100.00%",
+        done.stdout,
+    )
+
+
+def test_dry_run_says_which_files_of_the_data_are_absent_and_refuses_repeats(recipe, corpus):
+    done = plain(recipe, "--dry-run", "data.text=[{prefix: nowhere/text}]")
+    assert done.returncode == 0 and "Data: not looked at, for there is no file nowhere/text.idx." in done.stdout
+    limited = f"data.text=[{{prefix: {corpus.prefix('text')}, max_epochs: 0.01}}]"
+    refused(plain(recipe, "--dry-run", "train.steps=40", limited), corpus.prefix("text"), "max_epochs is 0.01")
 
 
 def refused(done: subprocess.CompletedProcess, *parts: str) -> None:

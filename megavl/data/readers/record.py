@@ -5,9 +5,9 @@ value is null counts as absent.
 """
 
 import json
+import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 from megavl.data.document import Document, Image, Segment, Text, Token
@@ -61,7 +61,7 @@ def to_document(record: Record, place: Place) -> Document:
             f"has {' and '.join(map(json.dumps, found)) or 'no key of a layout'} (its keys: {keys[:200] or 'none'}); a "
             f"record has exactly one of {', '.join(map(json.dumps, LAYOUTS))}"
         )
-    segments = tuple(LAYOUTS[found[0]](replace(record, values=values)))
+    segments = tuple(LAYOUTS[found[0]](Record(values, record.read_image, record.template)))
     if not segments:
         raise DataError(f'"{found[0]}" is empty; give at least one entry, or remove the record')
     return Document(_key(values, place), place.path, segments)
@@ -69,7 +69,7 @@ def to_document(record: Record, place: Place) -> Document:
 
 def _key(values: dict[str, Any], place: Place) -> str:
     name = "id" if "id" in values else "key"
-    key = values.get(name, f"{Path(place.path).name}:{place.number}")
+    key = values[name] if name in values else f"{os.path.basename(place.path)}:{place.number}"
     if isinstance(key, bool) or not isinstance(key, str | int):
         raise DataError(f'"{name}" is {described(key)}; give a string or an integer, or leave it out')
     return _text(str(key), f'"{name}"')
