@@ -21,9 +21,10 @@ from megavl.checkpoint.hf import describe
 from megavl.checkpoint.layout import locate
 from megavl.checkpoint.reader import Checkpoint
 from megavl.config.model import ModelConfig
-from megavl.data.assemble import Assembler
+from megavl.data.assemble import Assembler, ImageShare
 from megavl.data.decode import decode
 from megavl.data.errors import DataError
+from megavl.data.image import numbers, room
 from megavl.data.store import Store
 from megavl.data.stream import Stream
 from megavl.model.vlm import VLM
@@ -35,10 +36,22 @@ TOLERANCE = 1e-3
 
 
 def read_batch(store: Store, model: ModelConfig, tokens: int) -> Batch:
-    """The first pack of `tokens` tokens, as training would assemble it."""
+    """The first pack of `tokens` tokens, as training would assemble it.
+
+    Raises:
+        DataError: one of its images does not decode, so that training would put a blank one in its place.
+    """
     kind = "multimodal" if store.multimodal else "text"
     pack = Stream((store,), (1.0,), tokens, model.image_tokens, key=(0,)).packs(0, 1)[0]
-    return Assembler({kind: (store,)}, model, tokens, pad=0, with_pixels=True)(kind, [pack])
+    assembler = Assembler({kind: (store,)}, model, tokens, pad=0, images=ImageShare())
+    assembled = assembler(kind, 0, [pack], lambda images: room(model, images, torch.empty(numbers(model, images))))
+    if assembled.bad_images:
+        bad = assembled.bad_images[0]
+        raise DataError(
+            f"{store.prefix}: document {bad.document}: {bad.reason}; `python tools/verify_data.py "
+            f"{store.prefix}` lists all of its broken images"
+        )
+    return assembled.batch
 
 
 def load_model(checkpoint: Checkpoint, config: ModelConfig) -> VLM:

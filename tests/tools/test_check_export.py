@@ -77,7 +77,7 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_computed(tmp_path
         ((str(gone), tmp_path / "hf", data, None), CheckpointError, "no checkpoint in .*gone"),
         ((checkpoint, tmp_path / "hf", str(gone), None), DataError, "gone.* not found"),
         ((checkpoint, tmp_path / "hf", data, gone), DataError, "--image .*gone.*give an image file"),
-        ((checkpoint, tmp_path / "hf", data, tmp_path / "text.png"), DataError, "no format that Pillow knows"),
+        ((checkpoint, tmp_path / "hf", data, tmp_path / "text.png"), DataError, "no AVIF, BMP, .* file"),
     ):
         with pytest.raises(error, match=message):
             check(*arguments, 512)
