@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from megavl.config.run import SourceConfig
+from megavl.data.assemble import ImageShare
 from megavl.data.loader import Loader
 from megavl.data.sampler import Sampler
 
@@ -32,9 +33,9 @@ def small_windows():
         yield
 
 
-def steps_of(sampler, dp, first_step=0, stop=None, pixels=False):
+def steps_of(sampler, dp, first_step=0, stop=None, images=None):
     """(tokens, labels, document borders) of each step's whole global batch, whatever the ranks and micro-batches."""
-    loaders = [Loader(sampler, rank, dp, pixels, first_step) for rank in range(dp)]
+    loaders = [Loader(sampler, rank, dp, images, first_step) for rank in range(dp)]
     try:
         for ranks in itertools.islice(zip(*loaders, strict=True), stop):
             batches = [batch for rank in ranks for batch in rank.micro_batches]
@@ -77,4 +78,4 @@ def test_worker_processes_change_nothing(make, whole, workers):
     steps, positions = whole
     sampler = make(4, workers)
     sampler.resume(positions[20])
-    assert_same(steps_of(sampler, 2 if workers == 1 else 1, 20, 4, pixels=True), steps[20:24])
+    assert_same(steps_of(sampler, 2 if workers == 1 else 1, 20, 4, ImageShare()), steps[20:24])
