@@ -3,30 +3,25 @@
 The work is cut into parts of bounded size, which worker processes take one after another.
 """
 
-import contextlib
-import multiprocessing
 import os
-import signal
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from functools import lru_cache, partial
 from typing import Literal, NamedTuple
 
 import numpy as np
 
 from megavl.data.checksum import Checksum
+from megavl.data.engines import local
 from megavl.data.errors import DataError
 from megavl.data.format import IMAGE
 from megavl.data.store import Store
-from megavl.data.verify.found import Found, InOrder
+from megavl.data.verify.found import Found
 from megavl.data.verify.images import check_images, check_rows
 from megavl.data.verify.index import check_documents, check_sequences
 from megavl.data.verify.keys import check_keys
 from megavl.data.verify.tokenizer import check_tokenizer
 from megavl.data.verify.tokens import check_tokens
-from megavl.data.worker import end_with_parent
 
 Images = Literal["all", "sample", "none"]
 
@@ -34,8 +29,6 @@ Images = Literal["all", "sample", "none"]
 _ENTRIES = 1 << 20
 _DOCUMENTS = 1 << 14
 _BYTES = 1 << 25
-# Parts that worker processes have, or that wait for one.
-_UNDER_WAY = 256
 # A sample of the images is those of one document in so many.
 _SAMPLE = 16
 
@@ -57,10 +50,10 @@ def work_bytes(store: Store) -> int:
 def verify(
     store: Store, tokenizer: str | None, images: Images, workers: int, report: Callable[[int], None]
 ) -> dict[str, Found]:
-    """Check a dataset whole. What each check found: "checksums", "index", "keys", "tokens", "images", "tokenizer".
+    """Check a dataset whole. What each check found: "index", "checksums", "tokens", "images", "tokenizer", "keys".
 
-    Keys that are repeated are no damage. Where the index is wrong, the checks that follow it are left out; otherwise
-    each goes on whatever another finds.
+    Keys that are repeated are no damage. Where the index is wrong, only the checksums are looked at besides; otherwise
+    each check goes on whatever another finds.
 
     Args:
         tokenizer: file of the tokenizer that made it; None leaves that check out.
@@ -72,35 +65,40 @@ def verify(
         DataError: a worker process died.
     """
     findings: dict[str, Found] = {}
-    with _workers(workers) as pool:
-        for parts in (_files(store), _contents(store, tokenizer, images)):
-            found: defaultdict[str, InOrder] = defaultdict(InOrder)
-            for number, part, result in _map(store, parts, pool):
-                found[part.check].add(number, result)
-                report(part.size_bytes)
-            findings |= {check: parts.together() for check, parts in found.items()}
-            if findings["index"].count:
-                break
+
+    def add(results: Iterable[tuple[_Part, Found]]) -> None:
+        for part, found in results:
+            findings.setdefault(part.check, Found()).more(found.count, found.messages)
+            report(part.size_bytes)
+
+    # Not in the workers: what follows depends on it, and a look at its columns costs little.
+    add(map(partial(_do, store), _index(store)))
+    parts = _checksums(store) if findings["index"].count else _contents(store, tokenizer, images)
+    work = partial(_do, store) if workers == 1 else partial(_do_in_worker, store.prefix)
+    with closing(local.run(work, parts, workers)) as results:
+        add(results)
     return findings
 
 
-def _files(store: Store) -> Iterator[_Part]:
-    """The files as such: checksums, and the entries of the index."""
-    idx_bytes = os.path.getsize(store.paths.idx)
-    for checksum in (Checksum(store.paths.idx, 0, idx_bytes, store.meta.idx_sha256), *store.checksums()):
-        yield _Part("checksums", partial(_check_bytes, checksum=checksum), checksum.size_bytes)
+def _index(store: Store) -> Iterator[_Part]:
     sequences, documents = len(store.lengths), len(store)
     # The bytes of the index are shared out among its entries.
-    entry_bytes = idx_bytes / (sequences + documents)
+    entry_bytes = os.path.getsize(store.paths.idx) / (sequences + documents)
     for size, check in ((sequences, check_sequences), (documents, check_documents)):
         for first in range(0, size, _ENTRIES):
             stop = min(first + _ENTRIES, size)
             yield _Part("index", partial(check, first=first, stop=stop), round((stop - first) * entry_bytes))
 
 
+def _checksums(store: Store) -> Iterator[_Part]:
+    idx = Checksum(store.paths.idx, 0, os.path.getsize(store.paths.idx), store.meta.idx_sha256)
+    for checksum in (idx, *store.checksums()):
+        yield _Part("checksums", partial(_check_bytes, checksum=checksum), checksum.size_bytes)
+
+
 def _contents(store: Store, tokenizer: str | None, images: Images) -> Iterator[_Part]:
-    """What the index leads to. The longest part comes first, so that the others run beside it."""
-    yield _Part("keys", check_keys, os.path.getsize(store.paths.meta))
+    """Everything but the index itself."""
+    yield from _checksums(store)
     if tokenizer is not None:
         yield _Part("tokenizer", partial(check_tokenizer, path=tokenizer), 0)
     for first, stop in _blocks(store):
@@ -112,6 +110,8 @@ def _contents(store: Store, tokenizer: str | None, images: Images) -> Iterator[_
         if images != "none" and is_image.any():
             every = 1 if images == "all" else _SAMPLE
             yield _Part("images", partial(check_images, first=first, stop=stop, every=every), image_bytes)
+    # One part, and so the last: results come in order, and none waits for it here.
+    yield _Part("keys", check_keys, os.path.getsize(store.paths.meta))
 
 
 def _blocks(store: Store) -> Iterator[tuple[int, int]]:
@@ -127,53 +127,16 @@ def _check_bytes(store: Store, checksum: Checksum, found: Found) -> None:
     checksum.check()
 
 
-@contextlib.contextmanager
-def _workers(number: int) -> Iterator[Executor | None]:
-    """Processes for the parts; None for work in this one."""
-    if number == 1:
-        yield None
-        return
-    context = multiprocessing.get_context("forkserver")
-    pool = ProcessPoolExecutor(number, mp_context=context, initializer=_start_worker)
-    try:
-        yield pool
-    except BrokenProcessPool as error:
-        raise DataError(
-            "a worker process died (killed, or out of memory); run again with fewer --workers, or with 1 to see why"
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _map(store: Store, parts: Iterator[_Part], pool: Executor | None) -> Iterator[tuple[int, _Part, Found]]:
-    """(number, part, what was found) as parts are done. Only some are under way, however many there are."""
-    if pool is None:
-        yield from ((number, part, _do(store, part)) for number, part in enumerate(parts))
-        return
-    pending: dict[Future, tuple[int, _Part]] = {}
-    for number, part in enumerate(parts):
-        pending[pool.submit(_do_in_worker, store.prefix, part)] = number, part
-        if len(pending) == _UNDER_WAY:
-            yield from _done(pending)
-    while pending:
-        yield from _done(pending)
-
-
-def _done(pending: dict[Future, tuple[int, _Part]]) -> Iterator[tuple[int, _Part, Found]]:
-    for future in wait(pending, return_when=FIRST_COMPLETED).done:
-        yield *pending.pop(future), future.result()
-
-
-def _do(store: Store, part: _Part) -> Found:
+def _do(store: Store, part: _Part) -> tuple[_Part, Found]:
     found = Found()
     try:
         part.work(store, found=found)
     except (DataError, OSError) as error:
         found.add(str(error))
-    return found
+    return part, found
 
 
-def _do_in_worker(prefix: str, part: _Part) -> Found:
+def _do_in_worker(prefix: str, part: _Part) -> tuple[_Part, Found]:
     return _do(_store(prefix), part)
 
 
@@ -181,9 +144,3 @@ def _do_in_worker(prefix: str, part: _Part) -> Found:
 def _store(prefix: str) -> Store:
     """One per process: a dataset is opened once for all its parts."""
     return Store(prefix)
-
-
-def _start_worker() -> None:
-    end_with_parent()
-    # Ctrl-C reaches every process of the terminal; the main process alone answers it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
