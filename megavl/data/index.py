@@ -12,9 +12,8 @@ from typing import BinaryIO
 
 import numpy as np
 
-from megavl.data.checksum import Checksum
 from megavl.data.errors import DataError
-from megavl.data.format import IMAGE, PROMPT, TEXT
+from megavl.data.format import IMAGE, TEXT
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _LEGACY_MAGIC = b"TNTIDX\x00\x00"
@@ -22,6 +21,7 @@ _VERSION = 1
 _HEADER = struct.Struct("<9sQBQQ")
 # uint8, ..., uint16 by the codes of the format; 6 and 7 are floating point, which no token is.
 _DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
+_COLUMNS = {"lengths": "<i4", "pointers": "<i8", "documents": "<i8", "modes": "i1"}
 _CODES = {np.dtype(name): code for code, name in _DTYPES.items()}
 # Entries of a column that are in memory at a time.
 _BLOCK = 1 << 16
@@ -104,6 +104,7 @@ class Index:
     pointers:   int64 [N] place of each sequence in the .bin file, in bytes
     documents:  int64 [D + 1]; document k is the sequences documents[k] to documents[k + 1]
     modes:      int8 [N], TEXT, IMAGE or PROMPT
+    bin_bytes:  size of the .bin file, by its last sequence
     """
 
     def __init__(self, path: str) -> None:
@@ -138,22 +139,18 @@ class Index:
             )
         self.dtype, self.multimodal = np.dtype(_DTYPES[code]), size > text_size
         offsets = np.cumsum([_HEADER.size, 4 * sequences, 8 * sequences, 8 * entries]).tolist()
-        self.lengths = _column(path, "<i4", offsets[0], sequences)
-        self.pointers = _column(path, "<i8", offsets[1], sequences)
-        self.documents = _column(path, "<i8", offsets[2], entries)
+        self._offsets = dict(zip(_COLUMNS, offsets, strict=True))
+        self.lengths, self.pointers = self._map("lengths", sequences), self._map("pointers", sequences)
+        self.documents = self._map("documents", entries)
         # A text index has no modes: a view of one zero, read as often as there are sequences.
         zeros = np.broadcast_to(np.int8(TEXT), (sequences,))
-        self.modes = _column(path, "i1", offsets[3], sequences) if self.multimodal else zeros
+        self.modes = self._map("modes", sequences) if self.multimodal else zeros
+        self.bin_bytes = int(self.pointers[-1]) + int(self.lengths[-1]) * self.dtype.itemsize
         if self.documents[0] != 0 or self.documents[-1] != sequences:
             raise DataError(
                 f"{path}: its documents cover the sequences {self.documents[0]} to {self.documents[-1]}, not 0 to "
                 f"{sequences}; the writer did not end its last document; make the dataset again"
             )
-
-    @property
-    def bin_bytes(self) -> int:
-        """Size of the .bin file, by the last sequence."""
-        return int(self.pointers[-1]) + int(self.lengths[-1]) * self.dtype.itemsize
 
     def place(self, sequence: int) -> tuple[int, int]:
         """(first byte in the .bin file, elements) of a sequence.
@@ -188,40 +185,23 @@ class Index:
 
     def blocks(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """(lengths, modes, ends) of some documents at a time, as `IndexWriter.append` takes them."""
-        for first, ends in _slices(self.documents[1:]):
-            start, stop = self.documents[first], ends[-1]
-            yield self.lengths[start:stop], self.modes[start:stop], ends - start
+        # Read and not mapped: the pages of a map would stay in memory.
+        for first in range(0, len(self.documents) - 1, _BLOCK):
+            borders = self._read("documents", first, min(first + _BLOCK + 1, len(self.documents)))
+            start, stop = int(borders[0]), int(borders[-1])
+            modes = self._read("modes", start, stop) if self.multimodal else self.modes[start:stop]
+            yield self._read("lengths", start, stop), modes, borders[1:] - start
 
-    def verify(self, sha256: str) -> None:
-        """Read the file whole: its checksum, and that every sequence, mode and document is possible.
+    def _map(self, column: str, size: int) -> np.ndarray:
+        # An ordinary array on the map: np.memmap itself is slow to take elements from.
+        return np.memmap(self.path, _COLUMNS[column], "r", self._offsets[column], (size,)).view(np.ndarray)
 
-        Raises:
-            DataError: something is not as it was written.
-        """
-        Checksum(self.path, 0, os.path.getsize(self.path), sha256).check()
-        for first, lengths in _slices(self.lengths):
-            pointers = self.pointers[first : first + len(lengths) + 1]
-            stops = pointers[:-1] + lengths[: len(pointers) - 1] * np.int64(self.dtype.itemsize)
-            if lengths.min() < 1 or self.pointers[0] or (stops != pointers[1:]).any():
-                raise DataError(f"{self.path}: its sequences do not lie end to end; {_DAMAGED}")
-        for _, modes in _slices(self.modes):
-            if modes.min() < TEXT or modes.max() > PROMPT:
-                raise DataError(f"{self.path}: it has modes other than {TEXT}, {IMAGE} and {PROMPT}; {_DAMAGED}")
-        for first, _ in _slices(self.documents[:-1]):
-            self.spans(np.arange(first, min(first + _BLOCK, len(self.documents) - 1)))
+    def _read(self, column: str, first: int, stop: int) -> np.ndarray:
+        dtype = np.dtype(_COLUMNS[column])
+        return np.fromfile(self.path, dtype, stop - first, offset=self._offsets[column] + first * dtype.itemsize)
 
 
 _DAMAGED = "the index is damaged; copy or make it again"
-
-
-def _column(path: str, dtype: str, offset: int, size: int) -> np.ndarray:
-    # An ordinary array on the map: np.memmap itself is slow to take elements from.
-    return np.memmap(path, dtype, "r", offset, (size,)).view(np.ndarray)
-
-
-def _slices(column: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    for first in range(0, len(column), _BLOCK):
-        yield first, column[first : first + _BLOCK]
 
 
 def _blocks(file: BinaryIO, dtype: str) -> Iterator[np.ndarray]:

@@ -78,7 +78,8 @@ def _write(prefixes: Sequence[str], metas: Sequence[Meta], paths: Paths, bar: Pr
         for one in prefixes:
             store = Store(one)
             # A damaged index would get a checksum that fits it.
-            store.verify_index()
+            idx, *parts = store.checksums()
+            idx.check()
             for columns in store.blocks():
                 index.append(*columns)
             with open(store.paths.bin, "rb", buffering=0) as source:
@@ -87,7 +88,10 @@ def _write(prefixes: Sequence[str], metas: Sequence[Meta], paths: Paths, bar: Pr
                     bin_parts += store.meta.bin_parts
                 else:
                     narrow.append(one)
-                    bin_parts += _widen(store, source, sink, dtype, bar)
+                    # And so would damaged tokens that are written anew.
+                    for part in parts:
+                        part.check()
+                    bin_parts += _widen(source, store.dtype, sink, dtype, bar)
         idx_sha256 = index.write(paths.idx, dtype, multimodal)
     meta = replace(
         metas[0],
@@ -116,14 +120,13 @@ def _copy(source: BinaryIO, sink: BinaryIO, bar: ProgressBar) -> None:
             bar.advance(len(block))
 
 
-def _widen(store: Store, source: BinaryIO, sink: BinaryIO, dtype: np.dtype, bar: ProgressBar) -> list[tuple[int, str]]:
+def _widen(
+    source: BinaryIO, narrow: np.dtype, sink: BinaryIO, wide: np.dtype, bar: ProgressBar
+) -> list[tuple[int, str]]:
     """Write the elements in a wider type; (bytes, sha256) of the parts that this gives."""
-    # Damaged tokens would get a checksum that fits them.
-    for checksum in store.checksums():
-        checksum.check()
     digest = PartHash()
-    for elements in widened(source, store.dtype, dtype):
+    for elements in widened(source, narrow, wide):
         sink.write(elements)
         digest.update(elements)
-        bar.advance(len(elements) * store.dtype.itemsize)
+        bar.advance(len(elements) * narrow.itemsize)
     return digest.parts()

@@ -116,7 +116,8 @@ class MetaReader:
         """
         self.path = path
         try:
-            self._file = pa.ipc.open_file(pa.memory_map(path))
+            # Read and not mapped: the pages of a map would stay in memory.
+            self._file = pa.ipc.open_file(pa.OSFile(path))
             if not self._file.schema.equals(_SCHEMA):
                 raise ValueError(f"its columns are {self._file.schema.names}")
             metadata = self._file.schema.metadata
@@ -128,19 +129,20 @@ class MetaReader:
                 )
             if hashlib.sha256(metadata[_KEY]).hexdigest().encode() != metadata[_KEY_SHA256]:
                 raise DataError(f"{path} is damaged: its facts do not have their checksum; copy or make it again")
-            self.facts = Meta(**values)
+            parts = {name: tuple(map(tuple, values[name])) for name in ("bin_parts", "row_parts")}
+            self.facts = Meta(**values | parts)
         except (pa.ArrowException, OSError, ValueError, LookupError, TypeError) as error:
             raise DataError(f"{path} is damaged or not the .meta file of a dataset ({error}); make it again") from error
         # First document of each batch, and behind the last one their number.
         self._first = np.cumsum([0] + [size for size, _ in self.facts.row_parts])
-        self._checked: set[int] = set()
+        self._last: tuple[int, pa.RecordBatch | None] = (-1, None)
 
     def __len__(self) -> int:
         """Documents."""
         return int(self._first[-1])
 
     def rows(self, first: int, stop: int) -> pa.Table:
-        """Columns `key`, `source` and `images` of a range of documents; nothing is copied.
+        """Columns `key`, `source` and `images` of a range of documents.
 
         Raises:
             DataError: the rows are not those that were written.
@@ -159,17 +161,17 @@ class MetaReader:
         return map(self._batch, range(len(self.facts.row_parts)))
 
     def _batch(self, number: int) -> pa.RecordBatch:
-        size, sha256 = self.facts.row_parts[number]
+        if self._last[0] == number:
+            return self._last[1]
         try:
             batch = self._file.get_batch(number)
-            if number not in self._checked:
-                # Arrow trusts offsets that it reads from a file; without this a damaged one ends the process.
-                batch.validate(full=True)
+            # Arrow trusts offsets that it reads from a file; without this a damaged one ends the process.
+            batch.validate(full=True)
         except (pa.ArrowException, OSError, ValueError, IndexError) as error:
             raise DataError(f"{self.path}: its rows are damaged ({error}); copy or make it again") from error
-        if number not in self._checked and (len(batch), _digest(batch)) != (size, sha256):
+        if (len(batch), _digest(batch)) != self.facts.row_parts[number]:
             raise DataError(f"{self.path}: its rows do not have their checksum; copy or make it again")
-        self._checked.add(number)
+        self._last = (number, batch)
         return batch
 
 

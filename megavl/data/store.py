@@ -129,22 +129,13 @@ class Store:
         return self._meta.batches()
 
     def checksums(self) -> list[Checksum]:
-        """Of the parts of the .bin file. Each can be checked by itself, in any process."""
-        parts, start = [], 0
+        """Of the .idx file and of the parts of the .bin file. Each can be checked by itself, in any process."""
+        found = [Checksum(self.paths.idx, 0, os.path.getsize(self.paths.idx), self.meta.idx_sha256)]
+        start = 0
         for size_bytes, sha256 in self.meta.bin_parts:
-            parts.append(Checksum(self.paths.bin, start, size_bytes, sha256))
+            found.append(Checksum(self.paths.bin, start, size_bytes, sha256))
             start += size_bytes
-        return parts
-
-    def verify_index(self) -> None:
-        """Read all but the .bin file whole: checksums, and that index and rows are possible.
-
-        Raises:
-            DataError: something is not as it was written.
-        """
-        self._index.verify(self.meta.idx_sha256)
-        for _ in self.batches():
-            pass
+        return found
 
     def verify(self) -> None:
         """Read all files whole and compare their checksums.
@@ -152,9 +143,10 @@ class Store:
         Raises:
             DataError: the bytes of a file are not those that were written.
         """
-        self.verify_index()
         for checksum in self.checksums():
             checksum.check()
+        for _ in self.batches():
+            pass
 
     def _read(self, first: int, elements: int) -> np.ndarray:
         size = elements * self.dtype.itemsize

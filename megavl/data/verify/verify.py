@@ -91,8 +91,7 @@ def _index(store: Store) -> Iterator[_Part]:
 
 
 def _checksums(store: Store) -> Iterator[_Part]:
-    idx = Checksum(store.paths.idx, 0, os.path.getsize(store.paths.idx), store.meta.idx_sha256)
-    for checksum in (idx, *store.checksums()):
+    for checksum in store.checksums():
         yield _Part("checksums", partial(_check_bytes, checksum=checksum), checksum.size_bytes)
 
 
