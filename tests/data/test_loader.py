@@ -1,7 +1,9 @@
 """The batches themselves: what is in them, and that nothing but (seed, step) decides it."""
 
+import dataclasses
 import itertools
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -14,7 +16,7 @@ import torch
 
 from megavl.config.run import SourceConfig
 from megavl.data import image
-from megavl.data.assemble import ImageShare
+from megavl.data.assemble import Assembled, ImageShare
 from megavl.data.decode import decode
 from megavl.data.encoded import EncodedDocument, EncodedImage
 from megavl.data.errors import DataError
@@ -196,6 +198,23 @@ def test_without_pixels_nothing_is_decoded(corpus, model, train, reference, monk
             assert torch.equal(one.tokens, other.tokens) and torch.equal(one.labels, other.labels)
 
 
+def test_all_of_a_batch_is_pinned(reference, monkeypatch):
+    """Page-locked memory needs a GPU; here each tensor says that it was asked."""
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor.clone())
+    batch = next(one for (step,) in reference for one in step.micro_batches if len(one.pixels["sam"]))
+    copy = Assembled(batch, ()).pin_memory().batch
+    assert len(pinned) == 6
+    for name, field in vars(copy).items():
+        fields = (
+            zip(field.values(), batch.pixels.values(), strict=True)
+            if name == "pixels"
+            else [(field, vars(batch)[name])]
+        )
+        assert all(torch.equal(ours, theirs) and ours is not theirs for ours, theirs in fields)
+    assert dataclasses.replace(batch, pixels=None).pin_memory().pixels is None
+
+
 def multimodal_store(corpus, tmp_path, sequences) -> SourceConfig:
     prefix = str(tmp_path / "p")
     with StoreWriter(prefix, load_tokenizer(corpus.tokenizer)) as writer:
@@ -232,6 +251,30 @@ def test_prompts_are_read_but_not_learned(corpus, model, train, tmp_path):
         tokens, labels = batch.tokens[:length].tolist(), batch.labels[:length].tolist()
         assert tokens == [5, 6, 7, *[PLACEHOLDER] * 16, 5, 6, 7, 8, 9, 5, 6, 7, 8, 9]
         assert labels == [-100] * 21 + [8, 9] + [-100] * 3 + [8, 9, -100]
+
+
+@pytest.mark.parametrize("seq_len", [96, 20])
+def test_supervised_tokens_are_the_labels_of_the_global_batch(corpus, model, train, tmp_path, seq_len):
+    """Documents of prompts, answers and images in any order, whole and cut; the count is known before they are read."""
+    random_ = random.Random(0)
+    picture = EncodedImage(image_bytes(0, (50, 50)), 50, 50)
+    with StoreWriter(str(tmp_path / "p"), load_tokenizer(corpus.tokenizer)) as writer:
+        for key in range(60):
+            kinds = random_.choices(("prompt", "answer", "image"), k=random_.randint(1, 6))
+            sequences = tuple(
+                picture
+                if kind == "image"
+                else encoded_text(*range(5, 6 + random_.randint(0, 30)), supervised=kind == "answer")
+                for kind in kinds
+            )
+            writer.add(EncodedDocument(str(key), "file.jsonl", sequences))
+    source = SourceConfig(prefix=str(tmp_path / "p"))
+    changes = {"multimodal": (source,), "text": (), "text_ratio": 0, "seq_len": seq_len}
+    both = steps(corpus, model, train, dp=2, micro_batch=3, **changes)
+    for ranks in both:
+        batches = [batch for rank in ranks for batch in rank.micro_batches]
+        assert sum(int((batch.labels != -100).sum()) for batch in batches) == ranks[0].supervised_tokens
+        assert sum(len(batch.pixels["siglip"]) for batch in batches) == ranks[0].images
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 7])
