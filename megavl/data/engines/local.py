@@ -16,8 +16,8 @@ from megavl.data.errors import DataError
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
-# Tasks under way per worker: enough that none waits for the results before its own to be taken.
-_AHEAD = 4
+# Tasks under way per worker: enough that the others do not wait while one takes long over its task.
+_AHEAD = 16
 
 
 def run(work: Callable[[Task], Result], tasks: Iterable[Task], workers: int) -> Iterator[Result]:

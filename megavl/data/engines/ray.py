@@ -11,7 +11,8 @@ from megavl.data.errors import DataError
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
-_AHEAD = 2
+# Tasks under way per CPU: enough that the others do not wait while one takes long over its task.
+_AHEAD = 16
 
 
 def run(
