@@ -1,163 +1,61 @@
-"""Time training steps of a recipe on made-up packs: tokens/s, MFU, memory.
+"""Measure: the steps of a recipe, or the data path.
 
-    python tools/benchmark.py --config launch/recipes/vl_7b_stage2.yaml model.decoder.layers=4 \\
+    python tools/benchmark.py step --config launch/recipes/vl_7b_stage2.yaml model.decoder.layers=4 \\
         parallel.tensor=1 parallel.pipeline=1 train.global_batch=4 train.micro_batch=1
 
-Starts under the same launchers as launch/pretrain.py. No data is read: a text step has packs of four documents each, a
-multimodal step also --images images in each pack. MFU is the ratio to what the devices can do (megavl/plan/hardware.py;
-measured at start where it is not known). Times are the median of --steps steps after --warmup, with the fastest and the
-slowest beside it. The result is a table in Markdown, for docs/benchmarks/.
+times training steps on made-up packs, under the same launchers as launch/pretrain.py.
+
+    python tools/benchmark.py data [--subjects text images loader packed] [--megatron PATH]
+
+measures each part of the data path against the least that its work can cost. The results are tables in Markdown, for
+docs/benchmarks/.
 """
 
 import argparse
-import platform
-import statistics
+import os
 import sys
-import time
-from datetime import date, timedelta
+from pathlib import Path
 
-import torch
-import torch.distributed as dist
-
-from megavl import __version__
-from megavl.batch import Batch, Kind, StepBatch, image_share
-from megavl.config.error import ConfigError
-from megavl.config.load import load_run
-from megavl.config.rules import check
-from megavl.config.run import RunConfig
-from megavl.ops.dispatch import choose
-from megavl.parallel.cross_entropy import IGNORED
-from megavl.parallel.groups import Mesh, build_mesh
-from megavl.parallel.topology import Topology
-from megavl.plan.cost import step_flops
-from megavl.runtime.engine import build_engine
-from megavl.runtime.env import Env, read_env, start_process_group
-from megavl.runtime.metrics import memory_bytes, peak
-from megavl.runtime.pipeline import Pipeline, build_stages
-
-DOCUMENTS = 4
+SUBJECTS = ("text", "images", "loader", "packed")
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def step_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="benchmark.py step", description="tokens/s, MFU and memory of training steps")
     parser.add_argument("--config", required=True, metavar="RECIPE.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
     parser.add_argument("--images", type=int, default=3, help="images of each pack in a multimodal step (default 3)")
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each kind (default 5)")
     parser.add_argument("--warmup", type=int, default=2, help="steps of each kind before them (default 2)")
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # from the deepspeed launcher
-    return parser.parse_intermixed_args()
+    return parser
 
 
-def made_up_pack(config: RunConfig, images: int, mesh: Mesh) -> Batch:
-    """Random tokens in documents of equal length; the images begin the first documents, as many as each can hold."""
-    model, seq_len = config.model, config.data.seq_len
-    length = seq_len // DOCUMENTS
-    lengths = [length] * (DOCUMENTS - 1) + [seq_len - (DOCUMENTS - 1) * length]
-    in_each = length // model.image_tokens
-    if images > in_each * DOCUMENTS:
-        sys.exit(f"error: {images} images of {model.image_tokens} tokens do not fit {DOCUMENTS} documents of {length}")
-    tokens = torch.randint(0, min(model.image_token_id, model.decoder.vocab_size), (seq_len,))
-    for image in range(images):
-        start = image // in_each * length + image % in_each * model.image_tokens
-        tokens[start : start + model.image_tokens] = model.image_token_id
-    labels = tokens.roll(-1)
-    labels[labels == model.image_token_id] = IGNORED
-    cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    labels[cu_seqlens[1:].long() - 1] = IGNORED
-    towers = {"siglip": model.siglip} | ({"sam": model.sam} if model.sam else {})
-    mine = len(image_share(images, mesh.tp.rank, mesh.tp.size)) if mesh.tp.shares_images else images
-    pixels = {name: torch.randn(mine, 3, tower.image_size, tower.image_size) for name, tower in towers.items()}
-    return Batch(
-        tokens=tokens,
-        labels=labels,
-        positions=torch.cat([torch.arange(each) for each in lengths]),
-        cu_seqlens=cu_seqlens,
-        pixels=pixels if mesh.pp.rank == 0 else None,
-    )
-
-
-def made_up_step(config: RunConfig, mesh: Mesh, kind: Kind, images: int) -> StepBatch:
-    """A step whose micro-batches are one pack each, all alike."""
-    images = images if kind == "multimodal" else 0
-    torch.manual_seed(0)
-    pack = made_up_pack(config, images, mesh)
-    packs = config.train.global_batch
-    lengths = pack.cu_seqlens.diff().long()
-    return StepBatch(
-        step=0,
-        kind=kind,
-        micro_batches=(pack,) * (packs // mesh.dp.size),
-        supervised_tokens=packs * int((pack.labels != IGNORED).sum()),
-        tokens=packs * config.data.seq_len,
-        images=packs * images,
-        squared_tokens=packs * int((lengths**2).sum()),
-    )
-
-
-def step_times(pipeline: Pipeline, engine, batch: StepBatch, warmup: int, steps: int) -> list[float]:
-    """Seconds of each timed step, of the slowest rank."""
-    times = []
-    for _ in range(warmup + steps):
-        dist.barrier()
-        started = time.perf_counter()
-        loss = pipeline.run(batch)
-        engine.step()
-        loss.item()  # waits for the device
-        dist.barrier()
-        times.append(time.perf_counter() - started)
-    return times[warmup:]
+def data_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="benchmark.py data", description="the data path, each part beside its bound")
+    parser.add_argument("--subjects", nargs="+", choices=SUBJECTS, default=SUBJECTS, help="what to measure (all)")
+    parser.add_argument("--megabytes", type=float, default=64, help="text of the corpus (default 64); 8 make a shard")
+    parser.add_argument("--images", type=int, default=1000, help="image files (default 1000)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one for each core)")
+    parser.add_argument("--resume-at", type=int, default=100_000, help="step that a run goes on from (default 100,000)")
+    parser.add_argument("--repetitions", type=int, default=3, help="of everything, in turn (default 3)")
+    parser.add_argument("--megatron", type=Path, metavar="PATH", help="a checkout of Megatron-LM to compare with")
+    parser.add_argument("--directory", type=Path, help="where the files go, some GB (default: a temporary one)")
+    return parser
 
 
 def main() -> None:
-    args = arguments()
-    env = read_env()
-    try:
-        config = load_run(args.config, args.overrides)
-        check(config, env.world)
-        if config.train.micro_batch != 1:
-            raise ConfigError("this benchmark", ["train.micro_batch must be 1: a longer one is a longer data.seq_len"])
-    except ConfigError as error:
-        sys.exit(f"error: {error}" if env.rank == 0 else 1)
-    start_process_group(env, timeout=timedelta(minutes=10))
-    benchmark(config, env, args)
+    # The deepspeed launcher puts its own argument before all others.
+    match [word for word in sys.argv[1:] if not word.startswith("--local_rank")]:
+        case ["step", *words]:
+            from benchmarks import step
 
+            step.run(step_parser().parse_intermixed_args(words))
+        case ["data", *words]:
+            from benchmarks import data
 
-def benchmark(config: RunConfig, env: Env, args: argparse.Namespace) -> None:
-    parallel = config.parallel
-    topology = Topology(parallel.pipeline, env.world // parallel.model, parallel.tensor)
-    mesh = build_mesh(topology, parallel.sequence, parallel.vision == "sharded")
-    ops = choose(env.device)
-    stages = build_stages(config, mesh, ops, env.device)
-    engine = build_engine(stages, config, mesh)
-    pipeline = Pipeline(engine, stages, config, mesh, ops)
-    peak_flops, origin = peak(env)
-    rows = []
-    for kind in ("text", "multimodal"):
-        batch = made_up_step(config, mesh, kind, args.images)
-        times = step_times(pipeline, engine, batch, args.warmup, args.steps)
-        flops = step_flops(config, tokens=batch.tokens, squared_tokens=batch.squared_tokens, images=batch.images)
-        median = statistics.median(times)
-        capacity = peak_flops * env.world * median
-        rows.append(
-            f"| {kind} | {batch.images} | {batch.tokens / median:,.0f} | {median:.3f} ({min(times):.3f} to "
-            f"{max(times):.3f}) | {flops.model / capacity:.1%} | {flops.hardware / capacity:.1%} | "
-            f"{memory_bytes(env.device) / 2**30:.1f} |"
-        )
-    if env.rank == 0:
-        device = torch.cuda.get_device_name(env.device) if env.device.type == "cuda" else platform.processor() or "CPU"
-        print(f"{date.today()}, {env.world} x {device}, megavl {__version__}, torch {torch.__version__}")
-        print(
-            f"{config.model.name}, {config.model.decoder.layers} blocks, {config.train.precision}: `{shown(sys.argv)}`"
-        )
-        print(f"peak {peak_flops * env.world / 1e12:.3g} TFLOP/s: {origin}")
-        print(*ops.lines, sep="\n")
-        print("\n| step | images | tokens/s | s (fastest to slowest) | MFU | with recomputation | memory, GiB |")
-        print("|---|---|---|---|---|---|---|", *rows, sep="\n")
-
-
-def shown(argv: list[str]) -> str:
-    return " ".join(["python", *(word for word in argv if not word.startswith("--local_rank"))])
+            data.run(data_parser().parse_args(words))
+        case words:
+            print(__doc__)
+            sys.exit(0 if words in (["-h"], ["--help"]) else 2)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""tools/benchmark.py on two CPU ranks: the table has a row for each kind of step."""
+"""tools/benchmark.py: the tables have a row for each kind of step, and for each part of the data path."""
 
 import os
 import re
@@ -9,6 +9,12 @@ from pathlib import Path
 from tests.pool import free_port
 
 ROOT = Path(__file__).parents[2]
+TEXT_ROWS = [
+    "preprocess_data without gigatoken",
+    "preprocess_data with gigatoken",
+    "preprocess_data with gigatoken",
+    "gigatoken in a loop",
+]
 
 
 def test_a_step_of_each_kind_is_timed():
@@ -20,6 +26,7 @@ def test_a_step_of_each_kind_is_timed():
             *torchrun,
             str(free_port()),
             "tools/benchmark.py",
+            "step",
             *options,
             "--config",
             "launch/recipes/vl_debug.yaml",
@@ -34,3 +41,32 @@ def test_a_step_of_each_kind_is_timed():
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"^\| text \| 0 \| [\d,]+ \| \d", done.stdout, re.MULTILINE), done.stdout
     assert re.search(r"^\| multimodal \| 8 \| [\d,]+ \| \d", done.stdout, re.MULTILINE), done.stdout
+
+
+def test_each_part_of_the_data_path_is_measured(tmp_path):
+    options = {"images": 12, "megabytes": 1, "repetitions": 1, "workers": 1, "resume-at": 150, "directory": tmp_path}
+    done = subprocess.run(
+        [sys.executable, "tools/benchmark.py", "data", *(f"--{name}={value}" for name, value in options.items())],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    # The command is done sooner than it starts, as far as the clock can tell, with so little to do.
+    rows = re.findall(r"^\| ([^|]+) \| -?[\d.,]+ \| [^|]+ \| -?[\d.,]+ \| -?[\d.]+ \(", done.stdout, re.MULTILINE)
+    assert rows == [
+        *TEXT_ROWS,
+        *TEXT_ROWS,
+        "preprocess_data",
+        "preprocess_data",
+        "its writer alone, in one process",
+        "vl_1b: the loader",
+        "vl_7b: the loader",
+        "documents at random",
+        "packs of 4096 tokens, step after step",
+        "first batch",
+        "resume at step 150",
+        "resume at step 150",
+    ], done.stdout

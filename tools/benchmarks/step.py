@@ -1,0 +1,142 @@
+"""Training steps of a recipe on made-up packs: tokens/s, MFU, memory.
+
+No data is read: a text step has packs of four documents each, a multimodal step also images in each pack. MFU is the
+ratio to what the devices can do (megavl/plan/hardware.py; measured at start where it is not known). Times are the
+median of the timed steps, with the fastest and the slowest beside it.
+"""
+
+import argparse
+import platform
+import statistics
+import sys
+import time
+from datetime import date, timedelta
+
+import torch
+import torch.distributed as dist
+from benchmarks.measure import command_line
+
+from megavl import __version__
+from megavl.batch import Batch, Kind, StepBatch, image_share
+from megavl.config.error import ConfigError
+from megavl.config.load import load_run
+from megavl.config.rules import check
+from megavl.config.run import RunConfig
+from megavl.ops.dispatch import choose
+from megavl.parallel.cross_entropy import IGNORED
+from megavl.parallel.groups import Mesh, build_mesh
+from megavl.parallel.topology import Topology
+from megavl.plan.cost import step_flops
+from megavl.runtime.engine import build_engine
+from megavl.runtime.env import Env, read_env, start_process_group
+from megavl.runtime.metrics import memory_bytes, peak
+from megavl.runtime.pipeline import Pipeline, build_stages
+
+DOCUMENTS = 4
+
+
+def made_up_pack(config: RunConfig, images: int, mesh: Mesh) -> Batch:
+    """Random tokens in documents of equal length; the images begin the first documents, as many as each can hold."""
+    model, seq_len = config.model, config.data.seq_len
+    length = seq_len // DOCUMENTS
+    lengths = [length] * (DOCUMENTS - 1) + [seq_len - (DOCUMENTS - 1) * length]
+    in_each = length // model.image_tokens
+    if images > in_each * DOCUMENTS:
+        sys.exit(f"error: {images} images of {model.image_tokens} tokens do not fit {DOCUMENTS} documents of {length}")
+    tokens = torch.randint(0, min(model.image_token_id, model.decoder.vocab_size), (seq_len,))
+    for image in range(images):
+        start = image // in_each * length + image % in_each * model.image_tokens
+        tokens[start : start + model.image_tokens] = model.image_token_id
+    labels = tokens.roll(-1)
+    labels[labels == model.image_token_id] = IGNORED
+    cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    labels[cu_seqlens[1:].long() - 1] = IGNORED
+    towers = {"siglip": model.siglip} | ({"sam": model.sam} if model.sam else {})
+    mine = len(image_share(images, mesh.tp.rank, mesh.tp.size)) if mesh.tp.shares_images else images
+    pixels = {name: torch.randn(mine, 3, tower.image_size, tower.image_size) for name, tower in towers.items()}
+    return Batch(
+        tokens=tokens,
+        labels=labels,
+        positions=torch.cat([torch.arange(each) for each in lengths]),
+        cu_seqlens=cu_seqlens,
+        pixels=pixels if mesh.pp.rank == 0 else None,
+    )
+
+
+def made_up_step(config: RunConfig, mesh: Mesh, kind: Kind, images: int) -> StepBatch:
+    """A step whose micro-batches are one pack each, all alike."""
+    images = images if kind == "multimodal" else 0
+    torch.manual_seed(0)
+    pack = made_up_pack(config, images, mesh)
+    packs = config.train.global_batch
+    lengths = pack.cu_seqlens.diff().long()
+    return StepBatch(
+        step=0,
+        kind=kind,
+        micro_batches=(pack,) * (packs // mesh.dp.size),
+        supervised_tokens=packs * int((pack.labels != IGNORED).sum()),
+        tokens=packs * config.data.seq_len,
+        images=packs * images,
+        squared_tokens=packs * int((lengths**2).sum()),
+    )
+
+
+def step_times(pipeline: Pipeline, engine, batch: StepBatch, warmup: int, steps: int) -> list[float]:
+    """Seconds of each timed step, of the slowest rank."""
+    times = []
+    for _ in range(warmup + steps):
+        dist.barrier()
+        started = time.perf_counter()
+        loss = pipeline.run(batch)
+        engine.step()
+        loss.item()  # waits for the device
+        dist.barrier()
+        times.append(time.perf_counter() - started)
+    return times[warmup:]
+
+
+def run(args: argparse.Namespace) -> None:
+    """Time the steps that the command line asks for; the first rank prints the table."""
+    env = read_env()
+    try:
+        config = load_run(args.config, args.overrides)
+        check(config, env.world)
+        if config.train.micro_batch != 1:
+            raise ConfigError("this benchmark", ["train.micro_batch must be 1: a longer one is a longer data.seq_len"])
+    except ConfigError as error:
+        sys.exit(f"error: {error}" if env.rank == 0 else 1)
+    start_process_group(env, timeout=timedelta(minutes=10))
+    benchmark(config, env, args)
+
+
+def benchmark(config: RunConfig, env: Env, args: argparse.Namespace) -> None:
+    parallel = config.parallel
+    topology = Topology(parallel.pipeline, env.world // parallel.model, parallel.tensor)
+    mesh = build_mesh(topology, parallel.sequence, parallel.vision == "sharded")
+    ops = choose(env.device)
+    stages = build_stages(config, mesh, ops, env.device)
+    engine = build_engine(stages, config, mesh)
+    pipeline = Pipeline(engine, stages, config, mesh, ops)
+    peak_flops, origin = peak(env)
+    rows = []
+    for kind in ("text", "multimodal"):
+        batch = made_up_step(config, mesh, kind, args.images)
+        times = step_times(pipeline, engine, batch, args.warmup, args.steps)
+        flops = step_flops(config, tokens=batch.tokens, squared_tokens=batch.squared_tokens, images=batch.images)
+        median = statistics.median(times)
+        capacity = peak_flops * env.world * median
+        rows.append(
+            f"| {kind} | {batch.images} | {batch.tokens / median:,.0f} | {median:.3f} ({min(times):.3f} to "
+            f"{max(times):.3f}) | {flops.model / capacity:.1%} | {flops.hardware / capacity:.1%} | "
+            f"{memory_bytes(env.device) / 2**30:.1f} |"
+        )
+    if env.rank == 0:
+        device = torch.cuda.get_device_name(env.device) if env.device.type == "cuda" else platform.processor() or "CPU"
+        print(f"{date.today()}, {env.world} x {device}, megavl {__version__}, torch {torch.__version__}")
+        print(
+            f"{config.model.name}, {config.model.decoder.layers} blocks, {config.train.precision}: `{command_line()}`"
+        )
+        print(f"peak {peak_flops * env.world / 1e12:.3g} TFLOP/s: {origin}")
+        print(*ops.lines, sep="\n")
+        print("\n| step | images | tokens/s | s (fastest to slowest) | MFU | with recomputation | memory, GiB |")
+        print("|---|---|---|---|---|---|---|", *rows, sep="\n")
