@@ -21,6 +21,9 @@ from megavl.data.readers.reader import ReadOptions
 from megavl.data.store import Store
 from megavl.data.template import TEMPLATES
 
+# What served the tokenizer may differ from shard to shard; so many are told.
+_BACKENDS = 3
+
 
 def main() -> int:
     arguments = parse_arguments()
@@ -75,6 +78,9 @@ def parse_arguments() -> argparse.Namespace:
         help="input that a process does at a time (default: by the size of the input); small for few records that name "
         "many image files",
     )
+    parser.add_argument(
+        "--plain-tokenizer", action="store_true", help="tokenise with the tokenizer's own package, without gigatoken"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing dataset of that prefix")
     arguments = parser.parse_args()
     for name, least in (("workers", 1), ("max_bad", 0), ("max_record_bytes", 1), ("part_bytes", 1)):
@@ -99,6 +105,7 @@ def run(arguments: argparse.Namespace) -> None:
         part_bytes=arguments.part_bytes,
         max_bad=arguments.max_bad,
         overwrite=arguments.overwrite,
+        plain_tokenizer=arguments.plain_tokenizer,
     )
     store, elapsed_s = Store(prefix), time.monotonic() - started
     speeds = rate(counts.documents / elapsed_s, "documents"), rate(counts.input_bytes / elapsed_s, "bytes")
@@ -114,7 +121,10 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"  {counts.reused_bytes / counts.input_bytes:.0%} of the input was done already by an earlier run")
     if counts.rejected:
         print(f"  {counts.rejected:,} bad records were left out: {prefix}.rejected.jsonl")
-    print(f"  tokenizer: {', '.join(counts.backends)}")
+    for backend in counts.backends[:_BACKENDS]:
+        print(f"  tokenizer: {backend}")
+    if len(counts.backends) > _BACKENDS:
+        print(f"  and {len(counts.backends) - _BACKENDS} other reasons to do without gigatoken in a shard")
     for path in store.paths:
         print(f"  {path}  {os.path.getsize(path):,} bytes")
 

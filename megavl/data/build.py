@@ -44,6 +44,7 @@ def build(
     part_bytes: int | None = None,
     max_bad: int = 0,
     overwrite: bool = False,
+    plain_tokenizer: bool = False,
 ) -> Counts:
     """Write the documents of files and folders, in order, as one dataset; the same bytes with every engine.
 
@@ -54,6 +55,7 @@ def build(
         options: of the readers; their defaults if None.
         part_bytes: input in a shard; if None, it follows from the size of the input.
         max_bad: bad records that are left out, and written to `<prefix>.rejected.jsonl`; one more ends the run.
+        plain_tokenizer: leave tokenising to the tokenizer's own package, also where gigatoken gives the same ids.
 
     Raises:
         DataError: a bad record too many, an input that cannot be read or is given twice, no document at all, an output
@@ -64,8 +66,8 @@ def build(
     files = input_files(paths)
     _refuse_repeated(files)
     options = options or ReadOptions()
-    work = EncodeShard(tokenizer_path, options, max_bad)
-    made_by = [_VERSION, load_tokenizer(tokenizer_path).identity, asdict(options)]
+    work = EncodeShard(tokenizer_path, options, max_bad, plain_tokenizer)
+    made_by = [_VERSION, load_tokenizer(tokenizer_path).identity, plain_tokenizer, asdict(options)]
     input_bytes = sum(os.path.getsize(path) for path in files)
     with _directory(prefix) as directory:
         # The engine is ahead by the shards that are under way.

@@ -10,7 +10,7 @@ from functools import cache
 from itertools import chain
 from typing import TextIO
 
-from megavl.data.document import Document, Image, Token
+from megavl.data.document import Document, Image, Text, Token
 from megavl.data.encode import encode
 from megavl.data.encoded import EncodedDocument
 from megavl.data.errors import DataError
@@ -22,6 +22,8 @@ from megavl.data.writer import StoreWriter
 
 # Text and images that are encoded together: enough for a tokenizer that works on many texts at once.
 _CHUNK_BYTES = 1 << 22
+# Of each shard, in which gigatoken's ids are compared with those of the tokenizer's own package.
+_CHECKED_CHARACTERS = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -83,11 +85,13 @@ class EncodeShard:
     """The work of one process on one shard; picklable.
 
     max_bad: bad records of the whole run that are left out instead of ending it
+    plain_tokenizer: leave tokenising to the tokenizer's own package
     """
 
     tokenizer_path: str
     options: ReadOptions
     max_bad: int
+    plain_tokenizer: bool = False
 
     def __call__(self, shard: Shard) -> Counts:
         """Encode a shard, unless that is done: its directory appears when it is whole.
@@ -108,10 +112,13 @@ class EncodeShard:
         return counts
 
     def _encode(self, shard: Shard) -> Counts:
-        tokenizer = _tokenizer(self.tokenizer_path)
         with open(shard.rejected, "w", encoding="utf-8") as log:
             rejected = _Rejected(log, self.max_bad)
-            chunks = rejected.without(_encoded(shard.parts, self.options, tokenizer))
+            read = _chunks(read for part in shard.parts for read in reader_of(part.path).read(part, self.options))
+            start = next(read, [])
+            # Decided by the shard alone, so that its bytes do not depend on what else this process does.
+            tokenizer = _tokenizer(self.tokenizer_path, self.plain_tokenizer).checked(_first_texts(start))
+            chunks = rejected.without(_encoded(chain([start], read), tokenizer))
             input_bytes = sum(part.size_bytes for part in shard.parts)
             counts = Counts(input_bytes=input_bytes, backends=(tokenizer.backend,))
             # A dataset holds at least one document.
@@ -175,12 +182,24 @@ def too_many_bad(last: DataError, max_bad: int) -> DataError:
 
 
 def _encoded(
-    parts: Iterable[Part], options: ReadOptions, tokenizer: Tokenizer
+    chunks: Iterable[list[Document | DataError]], tokenizer: Tokenizer
 ) -> Iterator[list[EncodedDocument | DataError]]:
-    """The documents of the parts, encoded some at a time, and in their places the errors of bad records."""
-    for chunk in _chunks(read for part in parts for read in reader_of(part.path).read(part, options)):
+    """The documents encoded, and in their places the errors of bad records."""
+    for chunk in chunks:
         encoded = iter(encode([read for read in chunk if isinstance(read, Document)], tokenizer))
         yield [read if isinstance(read, DataError) else next(encoded) for read in chunk]
+
+
+def _first_texts(chunk: Iterable[Document | DataError]) -> list[str]:
+    """What the tokenizer is checked on before a shard."""
+    segments = (segment for read in chunk if isinstance(read, Document) for segment in read.segments)
+    texts, left = [], _CHECKED_CHARACTERS
+    for text in (segment.text for segment in segments if isinstance(segment, Text)):
+        texts.append(text[:left])
+        left -= len(text)
+        if left <= 0:
+            break
+    return texts
 
 
 def _chunks(stream: Iterable[Document | DataError]) -> Iterator[list[Document | DataError]]:
@@ -204,8 +223,9 @@ def _size(read: Document | DataError) -> int:
 
 
 @cache
-def _tokenizer(path: str) -> Tokenizer:
+def _tokenizer(path: str, plain: bool) -> Tokenizer:
     """One tokenizer per process: it is too large to travel with every shard."""
     tokenizer = load_tokenizer(path)
-    tokenizer.accelerate()
+    if not plain:
+        tokenizer.accelerate()
     return tokenizer

@@ -34,22 +34,28 @@ class Tokenizer:
         self.backend = library.name
         self._fast: FastTokenizer | None = None
 
-    def accelerate(self, texts: Sequence[str] = ()) -> None:
-        """Let gigatoken serve `encode_batch` if it gives the library's ids for a built-in sample and for `texts`."""
-        sample = [*probes(self.special), *texts]
+    def accelerate(self) -> None:
+        """Let gigatoken serve `encode_batch`, if it gives the library's ids for a built-in sample."""
+        sample = probes(self._library.special)
         try:
             fast = FastTokenizer(self._library)
             reason = fast.difference(sample)
         except Exception as error:  # a package written in another language raises what it likes
             reason = f"it cannot serve this tokenizer: {str(error)[:120]}"
-        if reason is not None:
-            self._fast, self.backend = None, f"{self._library.name}, without {fast_tokenizer.NAME}: {reason}"
-            return
-        size = sum(len(text.encode()) for text in sample)
-        self._fast = fast
-        self.backend = (
-            f"{fast_tokenizer.NAME}: the ids of {self._library.name} on {len(sample)} texts ({size / 1e3:.0f} kB)"
-        )
+        if reason is None:
+            self._fast = fast
+            self.backend = f"{fast_tokenizer.NAME}, whose ids for {len(sample)} texts are those of {self._library.name}"
+        else:
+            self.backend = self._without(reason)
+
+    def checked(self, texts: Sequence[str]) -> "Tokenizer":
+        """This tokenizer, or one without gigatoken where that gives other ids for the texts."""
+        reason = self._fast and self._fast.difference(texts)
+        if not reason:
+            return self
+        plain = Tokenizer(self._path, self._library, self.identity)
+        plain.backend = self._without(reason)
+        return plain
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text alone: no begin- or end-of-sequence token is added, and a special token that is spelled out
@@ -79,6 +85,9 @@ class Tokenizer:
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of ids; special tokens have none."""
         return self._library.decode(tokens)
+
+    def _without(self, reason: str) -> str:
+        return f"{self._library.name}, without {fast_tokenizer.NAME}: {reason}"
 
 
 def load_tokenizer(path: str) -> Tokenizer:

@@ -12,7 +12,10 @@ import pytest
 from megavl.data.build import build, shard_bytes
 from megavl.data.engines import local
 from megavl.data.errors import DataError
+from megavl.data.fast_tokenizer import FastTokenizer
+from megavl.data.sentencepiece_model import SentencePieceModel
 from megavl.data.store import Store
+from tests.data import tokenizer_files
 from tests.data.conftest import write_jsonl
 from tests.data.stores import contents, records
 
@@ -146,3 +149,23 @@ def _slow_first(number):
 )
 def test_shards_are_a_thousandth_of_the_input_within_limits(input_bytes, expected):
     assert shard_bytes(input_bytes) == expected << 20
+
+
+def test_a_shard_whose_text_gigatoken_would_read_otherwise_is_left_to_the_tokenizer_itself(tmp_path, monkeypatch):
+    tokenizer = str(tokenizer_files.write_sentencepiece(tmp_path / "t.model"))
+    paths = [
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"text": f"{name} {number}"} for number in range(9)])
+        for name in ("some", "rare", "more")
+    ]
+    plain = build(paths, str(tmp_path / "plain"), tokenizer, plain_tokenizer=True)
+    assert plain.backends == (SentencePieceModel.name,)
+    right = FastTokenizer.encode_batch
+
+    def wrong(self, texts):
+        return [ids[:-1] if "rare" in text else ids for text, ids in zip(texts, right(self, texts), strict=True)]
+
+    monkeypatch.setattr(FastTokenizer, "encode_batch", wrong)
+    fast = build(paths, str(tmp_path / "fast"), tokenizer, part_bytes=os.path.getsize(paths[0]))
+    assert [backend.startswith("gigatoken") for backend in fast.backends] == [True, False]
+    assert "without gigatoken" in fast.backends[1] and "'rare 0'" in fast.backends[1]
+    assert contents(tmp_path / "fast") == contents(tmp_path / "plain")

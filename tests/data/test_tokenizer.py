@@ -18,6 +18,7 @@ from tests.data.tokenizer_files import MARKERS, ORDINARY, SPECIAL, WORD
 
 KINDS = {
     "sentencepiece": lambda path: tokenizer_files.write_sentencepiece(path.with_suffix(".model")),
+    "llama": lambda path: tokenizer_files.write_sentencepiece(path.with_suffix(".model"), add_dummy_prefix=True),
     "deepseek": tokenizer_files.write_deepseek,
     "gpt2": tokenizer_files.write_gpt2,
 }
@@ -167,20 +168,22 @@ def test_texts_of_the_input_are_checked_too(path, monkeypatch):
     monkeypatch.setattr(FastTokenizer, "encode_batch", wrong)
     tokenizer = load_tokenizer(path)
     tokenizer.accelerate()
-    assert tokenizer.backend.startswith("gigatoken")
-    tokenizer.accelerate(["a rare word"])
-    assert "without gigatoken" in tokenizer.backend and "'a rare word'" in tokenizer.backend
-    assert tokenizer.encode_batch(["a rare word"])[0].tolist() == tokenizer.encode("a rare word")
+    assert tokenizer.checked(["a common word"]) is tokenizer and tokenizer.backend.startswith("gigatoken")
+    plain = tokenizer.checked(["a common word", "a rare word"])
+    assert "without gigatoken" in plain.backend and "'a rare word'" in plain.backend
+    assert plain.encode_batch(["a rare word"])[0].tolist() == tokenizer.encode("a rare word")
 
 
 def test_a_tokenizer_that_gigatoken_cannot_serve_is_left_to_its_library(tmp_path, corpus):
     llm = load_tokenizer(str(tokenizer_files.write_deepseek_llm(tmp_path / "llm.json")))
     unigram = load_tokenizer(corpus.tokenizer)
     spaces = tokenizer_files.write_sentencepiece(tmp_path / "spaces.model", user_defined_symbols=["▁▁▁▁▁▁"])
+    normalised = tokenizer_files.write_sentencepiece(tmp_path / "nfkc.model", normalization_rule_name="nmt_nfkc")
     for tokenizer, reason in (
         (llm, "it cannot serve this tokenizer: Unknown pre_tokenizer Split"),
         (unigram, "it cannot serve this tokenizer: only BPE sentencepiece models"),
         (load_tokenizer(str(spaces)), "' x  x   x    x     x"),
+        (load_tokenizer(str(normalised)), "'\\tif (a != b)"),
     ):
         tokenizer.accelerate()
         assert f"without {fast_tokenizer.NAME}: {reason}" in tokenizer.backend

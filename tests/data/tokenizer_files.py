@@ -29,24 +29,26 @@ def texts() -> Iterator[str]:
     yield from _FOREIGN * 50
 
 
-def write_sentencepiece(path: Path, **options) -> Path:
+def write_sentencepiece(path: Path, **changes) -> Path:
     """A model as tools/train_tokenizer.py makes it, with special tokens and an ordinary word as user-defined pieces."""
+    options = {
+        "model_type": "bpe",
+        "vocab_size": VOCABULARY,
+        "byte_fallback": True,
+        "character_coverage": 0.9995,
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+        "add_dummy_prefix": False,
+        "split_digits": True,
+        "allow_whitespace_only_pieces": True,
+        "num_threads": 1,
+        "pad_id": 3,
+        "user_defined_symbols": [*SPECIAL[3:], *MARKERS, WORD],
+    }
+    lines = (line for text in texts() for line in text.split("\n") if line)
     with path.open("wb") as model:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(line for text in texts() for line in text.split("\n") if line),
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=VOCABULARY,
-            byte_fallback=True,
-            character_coverage=0.9995,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            split_digits=True,
-            allow_whitespace_only_pieces=True,
-            num_threads=1,
-            pad_id=3,
-            minloglevel=2,
-            **{"add_dummy_prefix": False, "user_defined_symbols": [*SPECIAL[3:], *MARKERS, WORD]} | options,
+            sentence_iterator=lines, model_writer=model, minloglevel=2, **options | changes
         )
     return path
 
