@@ -26,8 +26,17 @@ def command_lines(text):
     return found
 
 
-def problems(words, root=ROOT):
-    """What of a command line does not exist in the tree."""
+def written_recipes(text, folder):
+    """The recipes that a page tells the reader to write (their name ends the line before the block), by name."""
+    found = {}
+    for name, recipe in re.findall(r"`(\w+\.yaml)`[^\n]*\n\n```yaml\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        found[name] = folder / name
+        found[name].write_text(recipe)
+    return found
+
+
+def problems(words, recipes, root=ROOT):
+    """What of a command line exists neither in the tree nor among the recipes that the page has the reader write."""
     if words[0] == "make":
         rules = re.findall(r"^([a-z]+):", (root / "Makefile").read_text(), re.MULTILINE)
         return [f"no make target {target}" for target in words[1:] if target not in rules]
@@ -50,15 +59,17 @@ def problems(words, root=ROOT):
         recipe = arguments[arguments.index("--config") + 1]
         overrides = [word for word in arguments if re.match(r"[a-z_.]+=", word)]
         try:
-            load_run(root / recipe, overrides)
+            load_run(recipes.get(recipe, root / recipe), overrides)
         except ValueError as error:
             found.append(str(error))
     return found
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_commands_exist(page):
-    assert [(words, found) for words in command_lines(page.read_text()) if (found := problems(words))] == []
+def test_commands_exist(page, tmp_path):
+    text = page.read_text()
+    recipes = written_recipes(text, tmp_path)
+    assert [(words, found) for words in command_lines(text) if (found := problems(words, recipes))] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -84,4 +95,11 @@ def test_the_readme_has_commands_to_check():
 )
 def test_a_command_that_does_not_exist_is_seen(line):
     (words,) = command_lines(f"text\n```\n{line}\n```\n")
-    assert problems(words)
+    assert problems(words, {})
+
+
+@pytest.mark.parametrize(("steps", "found"), [("steps", 0), ("stepz", 1)])
+def test_a_recipe_of_the_page_is_loaded(steps, found, tmp_path):
+    text = (ROOT / "launch" / "recipes" / "vl_debug.yaml").read_text().replace("steps:", f"{steps}:")
+    recipes = written_recipes(f"This is `own.yaml`:\n\n```yaml\n{text}```\n", tmp_path)
+    assert len(problems(["python", "launch/pretrain.py", "--config", "own.yaml"], recipes)) == found
