@@ -175,11 +175,17 @@ class Index:
             DataError: a document has no sequence, or sequences that are not there.
         """
         first, stop = self.documents[documents], self.documents[documents + 1]
-        wrong = np.flatnonzero((first < 0) | (first >= stop) | (stop > len(self.lengths)))
-        if len(wrong):
+        for document in documents[(first < 0) | (first >= stop) | (stop > len(self.lengths))]:
+            self.span(int(document))  # says what is wrong with the first one
+        return first, stop
+
+    def span(self, document: int) -> tuple[int, int]:
+        """The same of one document, some twenty times as fast."""
+        first, stop = int(self.documents[document]), int(self.documents[document + 1])
+        if not 0 <= first < stop <= len(self.lengths):
             raise DataError(
-                f"{self.path}: document {documents[wrong[0]]} is the sequences {first[wrong[0]]} to {stop[wrong[0]]} "
-                f"of {len(self.lengths)}; {_DAMAGED}"
+                f"{self.path}: document {document} is the sequences {first} to {stop} of {len(self.lengths)}; "
+                f"{_DAMAGED}"
             )
         return first, stop
 

@@ -66,8 +66,7 @@ class Store:
         Raises:
             DataError: the index is damaged there.
         """
-        first, stop = self.spans(np.array([document]))
-        return range(int(first[0]), int(stop[0]))
+        return range(*self._index.span(document))
 
     def spans(self, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """First sequences of some documents and those behind their last: int64 [d] each.
