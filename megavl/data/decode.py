@@ -7,6 +7,8 @@ white page. Colour profiles are not applied, as there.
 
 import io
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -31,6 +33,8 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
+_ON_THEIR_SIDE = {_UPRIGHT[orientation] for orientation in (5, 6, 7, 8)}
+
 
 def decode(data: bytes) -> Image.Image:
     """The RGB image in the bytes of an image file; of an animation, its first frame.
@@ -39,20 +43,52 @@ def decode(data: bytes) -> Image.Image:
         DataError: the bytes are no image of a known format, are cut off, unpack to more pixels than anybody trains on,
             or have pixels whose black and white are unknown.
     """
+    with _named_errors(data):
+        image = _open(data)
+        image.load()  # also turns a TIFF, which then has no orientation any more
+        turn = _turn(image)
+        rgb = _to_rgb(image)
+        return rgb if turn is None else rgb.transpose(turn)
+
+
+def decoded_size(data: bytes) -> tuple[int, int]:
+    """Width and height of what `decode` gives, or its error, in half the time: a JPEG is read to its end, but unpacked to
+    an eighth of its sides."""
+    with _named_errors(data):
+        image = _open(data)
+        sides = image.size
+        image.draft(image.mode, (1, 1))
+        shrunk = image.size
+        image.load()
+        turn = _turn(image)
+        _to_rgb(image)
+        # A TIFF has been turned by now.
+        sides = sides if image.size == shrunk else sides[::-1]
+        return sides[::-1] if turn in _ON_THEIR_SIDE else sides
+
+
+@contextmanager
+def _named_errors(data: bytes) -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of metadata that nobody reads, and of sizes refused here
-            image = Image.open(io.BytesIO(data), formats=FORMATS)  # reads the header alone
-            _refuse_size(*image.size)
-            image.load()  # also turns a TIFF, which then has no orientation any more
-            turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
-            rgb = _to_rgb(image)
-            return rgb if turn is None else rgb.transpose(turn)
+            yield
     except Exception as error:  # Pillow's decoders raise OSError, ValueError, SyntaxError, struct.error, ...
         # Pillow names the file in this one, which here is an object in memory.
         known = f"no {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file"
         reason = known if isinstance(error, UnidentifiedImageError) else error
         raise DataError(f"{len(data)} bytes that cannot be decoded as an image ({reason})") from error
+
+
+def _open(data: bytes) -> Image.Image:
+    """An image of which the header alone is read."""
+    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    _refuse_size(*image.size)
+    return image
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    return _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
 
 
 def _refuse_size(width: int, height: int) -> None:

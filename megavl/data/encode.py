@@ -6,7 +6,7 @@ from itertools import groupby
 
 import numpy as np
 
-from megavl.data.decode import decode
+from megavl.data.decode import decoded_size
 from megavl.data.document import Document, Image, Segment, Text
 from megavl.data.encoded import EncodedDocument, EncodedImage, EncodedText
 from megavl.data.errors import DataError
@@ -72,7 +72,7 @@ def _parts(segments: Iterator[Segment], tokenizer: Tokenizer) -> list[str | int]
 
 def _image(segment: Image) -> EncodedImage:
     try:
-        width, height = decode(segment.data).size
+        width, height = decoded_size(segment.data)
     except DataError as error:
         raise DataError(f"image {segment.name}: {error}; replace or remove the image") from error
     return EncodedImage(segment.data, width, height)

@@ -2,6 +2,7 @@
 
 import io
 import random
+import re
 import struct
 import zlib
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from megavl.data.decode import decode
+from megavl.data.decode import decode, decoded_size
 from megavl.data.errors import DataError
 from tests.data.conftest import image_bytes
 
@@ -176,12 +177,22 @@ def test_a_photograph_is_turned_upright(form, orientation):
     exif[ExifTags.Base.Orientation] = orientation
     options = {"lossless": True, "exact": True} if form == "WEBP" else {}
     decoded = decode(saved(stored, form, exif=exif, **options))
-    assert decoded.size == (3, 2)
+    assert decoded.size == decoded_size(saved(stored, form, exif=exif, **options)) == (3, 2)
     assert np.array_equal(np.asarray(decoded), np.asarray(upright))
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("size", [(90, 50), (3, 2)])
+def test_the_size_of_a_photograph_is_known_from_an_eighth_of_it(orientation, size):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    data = saved(Image.new("RGB", size), "JPEG", exif=exif)
+    assert decoded_size(data) == decode(data).size == (size if orientation < 5 else size[::-1])
+
+
 def test_a_damaged_file_is_an_image_or_a_refusal():
-    """2,000 files with some bytes changed, EXIF among them: nothing but DataError comes out of `decode`."""
+    """2,000 files with some bytes changed, EXIF among them: nothing but DataError comes out of `decode`, and
+    `decoded_size` says the same."""
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
     exif[ExifTags.Base.Make] = "maker"
@@ -195,7 +206,11 @@ def test_a_damaged_file_is_an_image_or_a_refusal():
         for _ in range(random_.randint(1, 6)):
             data[random_.randrange(min(len(data), random_.choice((60, 200, 100_000))))] = random_.randrange(256)
         try:
-            assert decode(bytes(data)).mode == "RGB"
-        except DataError:
+            image = decode(bytes(data))
+        except DataError as error:
             refused += 1
+            with pytest.raises(DataError, match=re.escape(str(error))):
+                decoded_size(bytes(data))
+        else:
+            assert (image.mode, image.size) == ("RGB", decoded_size(bytes(data)))
     assert 200 < refused < 1900

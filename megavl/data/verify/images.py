@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 
-from megavl.data.decode import decode
+from megavl.data.decode import decoded_size
 from megavl.data.errors import DataError
 from megavl.data.format import IMAGE
 from megavl.data.store import Store
@@ -72,7 +72,7 @@ def _name(store: Store, document: int) -> str:
 def _problem(store: Store, sequence: int, row: dict[str, int]) -> str | None:
     try:
         data = store.image(sequence)
-        size = decode(data).size
+        size = decoded_size(data)
     except DataError as error:
         return str(error)
     actual, listed = (*size, len(data)), (row["width"], row["height"], row["bytes"])
