@@ -52,8 +52,8 @@ def decode(data: bytes) -> Image.Image:
 
 
 def decoded_size(data: bytes) -> tuple[int, int]:
-    """Width and height of what `decode` gives, or its error, in half the time: a JPEG is read to its end, but unpacked to
-    an eighth of its sides."""
+    """Width and height of what `decode` gives, or its error, in half the time: a JPEG is read to its end, but unpacked
+    to an eighth of its sides."""
     with _named_errors(data):
         image = _open(data)
         sides = image.size
