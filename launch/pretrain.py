@@ -8,6 +8,7 @@ world after parallel.tensor and parallel.pipeline. `--dry-run --world N` prints 
 
 import argparse
 import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -16,6 +17,9 @@ from megavl.config.load import load_run
 from megavl.config.rules import check, check_files
 from megavl.config.run import RunConfig
 from megavl.plan.report import describe
+
+# Rank 0 may still be importing when another rank has found that the recipe cannot be run.
+_SPEAKING_S = 10
 
 
 def arguments() -> argparse.Namespace:
@@ -85,8 +89,12 @@ def main() -> None:
     except LaunchError as error:
         sys.exit(f"error: {error}")
     except (ConfigError, CheckpointError, RunError) as error:
-        # Every rank has the same error: one of them says it, all of them end.
-        sys.exit(f"error: {error}" if env.rank == 0 else 1)
+        # Every rank has the same error, and rank 0 says it.
+        if env.rank == 0:
+            sys.exit(f"error: {error}")
+        # A launcher ends all ranks as soon as one has failed, which must not be before rank 0 has spoken.
+        time.sleep(_SPEAKING_S)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -109,7 +109,7 @@ def test_an_existing_dataset_is_replaced_only_on_request(corpus, tmp_path):
 
 def large_input(tmp_path) -> Path:
     path = tmp_path / "in.jsonl"
-    path.write_text((json.dumps({"text": "a b c d " * 500}) + "\n") * 1500)
+    path.write_text((json.dumps({"text": "a b c d " * 500}) + "\n") * 3000)
     return path
 
 
@@ -131,7 +131,8 @@ def test_the_same_command_goes_on_after_a_kill(corpus, tmp_path, number, workers
     path = large_input(tmp_path)
     arguments = (
         *("--input", path, "--output-prefix", tmp_path / "p", "--tokenizer", corpus.tokenizer),
-        *("--workers", workers, "--part-bytes", 1 << 16),
+        # The slower tokenizer, so that the signal comes before the end.
+        *("--workers", workers, "--part-bytes", 1 << 16, "--plain-tokenizer"),
     )
     process = start(tmp_path, *arguments)
     children = psutil.Process(process.pid).children(recursive=True)
