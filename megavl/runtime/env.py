@@ -62,6 +62,9 @@ def start_process_group(env: Env, timeout: timedelta) -> None:
     os.environ.update(RANK=str(env.rank), LOCAL_RANK=str(env.local_rank), WORLD_SIZE=str(env.world))
     if env.device.type == "cuda":
         torch.cuda.set_device(env.device)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        # torch would start a thread per core in every process, and they would wait for one another.
+        torch.set_num_threads(max(1, os.cpu_count() // env.world))
     backend = "nccl" if env.device.type == "cuda" else "gloo"
     if env.world == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
