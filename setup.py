@@ -11,6 +11,9 @@ VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "megavl" / "__init__.py")
 # tools/construct_data.py. Pages are rendered with the machine's own Chromium: playwright drives it and brings none.
 CONSTRUCT = ["playwright~=1.65", "pypdfium2~=5.15", "markdown-it-py~=4.3"]
 
+# tools/preprocess_data.py --engine ray.
+RAY = ["ray>=2.60"]
+
 setup(
     name="megavl",
     version=VERSION,
@@ -53,10 +56,10 @@ setup(
         # Exact: exported checkpoints are proven against the classes of this version.
         "hf": ["transformers==5.23.0"],
         "construct": CONSTRUCT,
-        # tools/preprocess_data.py --engine ray.
-        "ray": ["ray>=2.60"],
+        "ray": RAY,
         "dev": [
             *CONSTRUCT,
+            *RAY,
             "pytest~=9.2",
             "hypothesis~=6.170",
             # Exact: the formatter's output differs between versions.
