@@ -1,5 +1,6 @@
 # Every target makes what it needs in .venv first; the stamp is renewed when setup.py changes.
 #
+#   make install      the environment alone
 #   make quickstart   the main job on real input, on a CPU: documents -> training -> kill -> resume -> HF checkpoint
 #   make test         the whole test suite
 #   make check        format, lint and the rules of the house
@@ -18,7 +19,9 @@ export OMP_NUM_THREADS ?= 1
 # Tests start up to eight ranks, over gloo; on a machine with as many GPUs, DS_ACCELERATOR=cuda runs them there.
 export DS_ACCELERATOR ?= cpu
 
-.PHONY: quickstart test check clean
+.PHONY: install quickstart test check clean
+
+install: $(INSTALLED)
 
 quickstart: $(INSTALLED)
 	python launch/quickstart.py

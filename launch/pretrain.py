@@ -48,7 +48,7 @@ def describe_data(config: RunConfig) -> str:
     data = config.data
     needed = [data.tokenizer, *(f"{source.prefix}.idx" for source in (*data.text, *data.multimodal))]
     if missing := [path for path in needed if not Path(path).is_file()]:
-        return f"Data: not looked at, for there is no file {', '.join(missing)}."
+        return f"Data: this run would not start, for there is no file {', '.join(missing)}."
     # Imported here: the plan of a run does not need the readers of the data.
     from megavl.data.errors import DataError
     from megavl.data.sampler import Sampler

@@ -59,7 +59,7 @@ def parse_arguments() -> argparse.Namespace:
     packs.add_argument(
         "--model", default="vl_7b", choices=PRESETS, help="with --seq-len: the model, whose images take room (vl_7b)"
     )
-    packs.add_argument("--step", type=int, default=0, metavar="S", help="of the first step of each kind from S on (0)")
+    packs.add_argument("--step", type=int, default=1, metavar="S", help="of the first step of each kind from S on (1)")
     packs.add_argument("--packs", type=int, default=4, metavar="N", help="packs of a step (4)")
     arguments = parser.parse_args()
     if not arguments.prefixes and not arguments.config:
@@ -157,7 +157,7 @@ def packs(
         sampler = run_over(stores, arguments.tokenizer, model, arguments.seq_len, arguments.packs, arguments.seed)
     else:
         sampler = Sampler(config.data, config.model, config.train)
-    return list(planned(sampler, tokenizer, arguments.step, arguments.packs))
+    return list(planned(sampler, tokenizer, arguments.step - 1, arguments.packs))
 
 
 if __name__ == "__main__":

@@ -114,8 +114,8 @@ def run(arguments: argparse.Namespace) -> None:
         f"{' and '.join(speeds)} of input in {elapsed_s:.1f} s"
     )
     print(
-        f"  {counts.tokens:,} tokens ({store.dtype}, end-of-sequence included), {counts.images:,} images "
-        f"({size(counts.image_bytes)}, {rate(counts.image_bytes / elapsed_s, 'bytes')})"
+        f"  {counts.tokens:,} tokens ({store.dtype}, end-of-sequence included), {counts.images:,} images"
+        + f" ({size(counts.image_bytes)}, {rate(counts.image_bytes / elapsed_s, 'bytes')})" * (counts.images > 0)
     )
     if counts.reused_bytes:
         print(f"  {counts.reused_bytes / counts.input_bytes:.0%} of the input was done already by an earlier run")

@@ -138,7 +138,7 @@ def main() -> None:
     try:
         train(arguments.input, arguments.output, arguments.vocab_size)
     except (ValueError, OSError) as error:
-        sys.exit(f"train_tokenizer: {error}")
+        sys.exit(f"error: {error}")
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(arguments.output))
     sample = [text for _, text in zip(range(2000), texts(arguments.input), strict=False)]
     tokens = sum(map(len, tokenizer.encode(sample)))

@@ -39,6 +39,9 @@ class Store:
         self.paths = dataset_paths(prefix)
         missing = [path for path in self.paths if not os.path.isfile(path)]
         if missing:
+            stem, suffix = os.path.splitext(prefix)
+            if suffix in (".bin", ".idx", ".meta") and os.path.isfile(prefix):
+                raise DataError(f"dataset {prefix}: give the prefix of its three files, {stem}, without {suffix}")
             raise DataError(
                 f"dataset {prefix}: {', '.join(missing)} not found; make the dataset with "
                 f"`python tools/preprocess_data.py --input ... --output-prefix {prefix} --tokenizer ...`"

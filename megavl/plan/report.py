@@ -56,7 +56,8 @@ def _stages(config: RunConfig) -> str:
     images = _images_per_pack(config)
     caption = (
         f"Stages: parameters on one tensor rank, and share of a step's FLOPs (vision: {parallel.vision}).\n"
-        f"A text step has documents of {config.data.seq_len} tokens, a multimodal step {images} images in each."
+        f"Taken for it: packs of one document of {config.data.seq_len} tokens, in a multimodal step with {images} "
+        "images each."
     )
     return f"{caption}\n{_table(rows)}"
 

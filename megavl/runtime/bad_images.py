@@ -36,17 +36,17 @@ class BadImages:
         together(lambda: self._write(step, images))
         first = images[0]
         told = (
-            f"{len(images)} of step {step + 1} ({first.dataset}: document {first.document}: the image in its sequence "
-            f"{first.sequence} is broken: {first.reason})"
+            f"step {step + 1} has images that cannot be decoded, {len(images)} of them; the first: {first.dataset}: "
+            f"document {first.document}: the image in its sequence {first.sequence} is broken: {first.reason}. "
         )
         if self.count > self._budget:
             raise RunError(
-                f"images that cannot be decoded: {told} make {self.count} in this run, and data.bad_images allows "
-                f"{self._budget}; {self._log} lists them; mend the datasets, or raise data.bad_images to train with "
-                "blank images in their places"
+                f"{told}With them there are {self.count} in this run, and data.bad_images allows {self._budget}; "
+                f"{self._log} lists them; mend the datasets, or raise data.bad_images to train with blank images in "
+                "their places"
             )
         if dist.get_rank() == 0:
-            print(f"blank images for {told}: {self.count} of {self._budget}, listed in {self._log}", flush=True)
+            print(f"{told}Blank images take their places: {self.count} of {self._budget}, see {self._log}", flush=True)
 
     def _write(self, step: int, images: list[BadImage]) -> None:
         if dist.get_rank() != 0:

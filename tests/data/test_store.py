@@ -200,6 +200,13 @@ def test_a_missing_file_is_named_with_the_command_that_makes_it(tmp_path, suffix
         Store(str(tmp_path / "p"))
 
 
+@pytest.mark.parametrize("suffix", FILES)
+def test_a_file_in_place_of_the_prefix_is_told(tmp_path, suffix):
+    write(tmp_path / "p", documents(300))
+    with pytest.raises(DataError, match=f"give the prefix of its three files, .*/p, without .{suffix}"):
+        Store(str(tmp_path / f"p.{suffix}"))
+
+
 @pytest.mark.parametrize("multimodal", [False, True])
 @pytest.mark.parametrize("suffix", FILES)
 def test_a_cut_off_file_is_refused(tmp_path, suffix, multimodal):

@@ -73,8 +73,8 @@ def test_data_parallel_ranks_count_together_and_a_resume_goes_on_counting(pool, 
     first, second = pool.run(2, run, config, 3)
     log = log_of(config)
     assert first == second
-    assert first.startswith("images that cannot be decoded: 2 of step 2 (")
-    assert "make 4 in this run, and data.bad_images allows 3" in first
+    assert first.startswith("step 2 has images that cannot be decoded, 2 of them; the first: ")
+    assert "With them there are 4 in this run, and data.bad_images allows 3" in first
     assert f"{config.data.multimodal[0].prefix}: document " in first and "bad_images.jsonl" in first
     assert [(row["step"], row["pack"], row["image"], row["sequence"] % 4) for row in log] == [
         (1, 0, 1, 2),
@@ -86,7 +86,7 @@ def test_data_parallel_ranks_count_together_and_a_resume_goes_on_counting(pool, 
     # From the checkpoint of step 1, which knows of two: now two more are allowed, but not those of step 3.
     first, second = pool.run(2, run, config, 5)
     assert first == second
-    assert "2 of step 3 (" in first and "make 6 in this run" in first
+    assert first.startswith("step 3 has") and "there are 6 in this run" in first
     assert pool.run(2, run, config, 6) == [None, None]
 
 

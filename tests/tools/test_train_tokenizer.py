@@ -52,7 +52,7 @@ def test_model(documents, tmp_path):
 
 def refused(done) -> str:
     """The one line with which the command ended."""
-    assert done.returncode == 1 and done.stderr.startswith("train_tokenizer: ") and done.stderr.count("\n") == 1
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     return done.stderr
 
 

@@ -152,7 +152,7 @@ def _document(sample: Sample, thumbnails: _Thumbnails) -> dict[str, Any]:
 
 def _pack(pack: PackSample, thumbnails: _Thumbnails) -> dict[str, Any]:
     return {
-        "step": pack.step,
+        "step": pack.step + 1,  # as a run counts them
         "kind": pack.kind,
         "number": pack.number,
         "seq_len": pack.seq_len,

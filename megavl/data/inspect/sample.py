@@ -89,13 +89,13 @@ def images_of(store: Store, document: int) -> dict[int, ImagePart]:
 
 
 def spell(store: Store, document: int, ids: list[int], tokenizer: Tokenizer | None) -> tuple[str, ...]:
-    """The characters of each token; without a tokenizer its id.
+    """The characters of each token; without a tokenizer its id and a space.
 
     Raises:
         DataError: a token is outside the vocabulary.
     """
     if tokenizer is None:
-        return tuple(map(str, ids))
+        return tuple(f"{id} " for id in ids)
     if ids and not 0 <= min(ids) <= max(ids) < tokenizer.vocab_size:
         raise DataError(
             f"{store.where(document)}: its tokens are {min(ids)} to {max(ids)}, but the vocabulary is 0 to "

@@ -184,6 +184,7 @@ class _Flow:
         self._verbatim(text)
 
     def _end_text(self) -> None:
-        if text := "".join(self._text):
+        # White space alone, as between two images, is nothing to learn.
+        if (text := "".join(self._text)).strip():
             self._segments.append(Text(text))
         self._text = []

@@ -62,13 +62,15 @@ class Reader(Protocol):
 
 
 def whole(path: str) -> Iterator[Part]:
-    """The one part of a file whose format cannot be cut, or none where the file is empty.
+    """The one part of a file whose format cannot be cut.
 
     Raises:
-        DataError: the file cannot be read.
+        DataError: the file cannot be read, or is empty, which no file of such a format is.
     """
-    if size_bytes := file_size(path):
-        yield Part(path, start=0, stop=1, first=1, size_bytes=size_bytes)
+    size_bytes = file_size(path)
+    if not size_bytes:
+        raise DataError(f"{path}: is empty, as a copy that failed leaves it; make it again, or remove it")
+    yield Part(path, start=0, stop=1, first=1, size_bytes=size_bytes)
 
 
 def file_size(path: str) -> int:

@@ -37,7 +37,7 @@ def test_records_lie_anywhere_in_the_blocks_that_are_read(tmp_path):
         assert [document.segments[0].text for document in documents(path)] == texts
 
 
-@pytest.mark.parametrize("text", ["", "[]", " [ ] \n"])
+@pytest.mark.parametrize("text", ["[]", " [ ] \n"])
 def test_no_records(tmp_path, text):
     assert documents(array(tmp_path / "a.json", text)) == []
 

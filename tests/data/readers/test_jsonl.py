@@ -8,6 +8,7 @@ from megavl.data.document import Document, Image, Text
 from megavl.data.errors import DataError
 from megavl.data.readers import jsonl
 from megavl.data.readers.reader import ReadOptions
+from megavl.data.readers.registry import READERS
 from tests.data.readers.reading import PICTURE, documents, read, write_jsonl
 
 
@@ -120,9 +121,15 @@ def test_a_missing_file_is_named(tmp_path):
 
 
 def test_an_empty_file_has_no_parts(tmp_path):
-    for name in ("a.jsonl", "a.jsonl.gz"):
-        (tmp_path / name).touch()
-        assert list(jsonl.split(str(tmp_path / name), 100)) == []
+    (tmp_path / "a.jsonl").touch()
+    assert list(jsonl.split(str(tmp_path / "a.jsonl"), 100)) == []
+
+
+@pytest.mark.parametrize("suffix", sorted({suffix for reader in READERS for suffix in reader.SUFFIXES} - {".jsonl"}))
+def test_an_empty_file_of_any_other_format_is_an_error(tmp_path, suffix):
+    (tmp_path / f"a{suffix}").touch()
+    with pytest.raises(DataError, match=f"a{suffix}: is empty.*make it again"):
+        documents(tmp_path / f"a{suffix}")
 
 
 def test_a_suffix_in_capitals_is_known(tmp_path):
