@@ -115,7 +115,15 @@ def large_input(tmp_path) -> Path:
 
 def start(tmp_path, *arguments) -> subprocess.Popen:
     """Start the command, and wait until it has finished some of its parts."""
-    process = subprocess.Popen(command(*arguments), stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment())
+    process = subprocess.Popen(
+        command(*arguments),
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=environment(),
+        # A shell's background job ignores Ctrl-C, and so would whatever the tests start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 60
     while len(finished(tmp_path)) < 3 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
