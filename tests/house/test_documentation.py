@@ -9,7 +9,7 @@ import pytest
 from megavl.config.load import load_run
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 COMMAND = re.compile(r"(?:\$ )?(?:[A-Z_]+=\S* )*((?:\S*/)?(?:python|deepspeed|torchrun|srun|make|docker) .*)")
 # A transcript may show what a mistake gets: the line after the command.
 MISTAKE = "error:"
@@ -65,14 +65,14 @@ def problems(words, recipes, root=ROOT):
     return found
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_commands_exist(page, tmp_path):
     text = page.read_text()
     recipes = written_recipes(text, tmp_path)
     assert [(words, found) for words in command_lines(text) if (found := problems(words, recipes))] == []
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
     links = re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text())
     assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []

@@ -11,6 +11,8 @@ import pyarrow
 from megavl.data.errors import DataError
 from megavl.data.readers.reader import ReadOptions, too_large
 
+# Read at a time: at the 8 KiB of Python, going from line to line takes a twentieth of preprocessing.
+_BUFFER_BYTES = 1 << 20
 _COMPRESSIONS = {".gz": "gzip", ".tgz": "gzip", ".zst": "zstd"}
 
 
@@ -27,7 +29,8 @@ def open_input(path: str) -> BinaryIO:
     """
     try:
         codec = compression(path)
-        return io.BufferedReader(pyarrow.input_stream(path, compression=codec)) if codec else open(path, "rb")
+        raw = pyarrow.input_stream(path, compression=codec) if codec else io.FileIO(path)
+        return io.BufferedReader(raw, _BUFFER_BYTES)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error}); check --input") from error
 
