@@ -19,7 +19,7 @@ from megavl.data.readers.reader import ReadOptions
 from megavl.data.tokenizer import Tokenizer, load_tokenizer
 from megavl.data.writer import StoreWriter
 
-# Texts that a loop over gigatoken gives it at a time.
+# Texts that gigatoken's threads get at a time.
 _BATCH = 256
 _PROFILED_BYTES = 16 << 20
 T = TypeVar("T")
@@ -53,7 +53,7 @@ def _section(kind: str, corpus: Path, tokenizer: Path, setting: Setting) -> str:
     works = {
         "plain loop": (size_bytes, lambda: race_s(plain_loop, shares)),
         "gigatoken loop": (size_bytes, lambda: race_s(fast_loop, shares)),
-        "gigatoken loop, its own threads in each process": (size_bytes, lambda: race_s(threaded_loop, shares)),
+        "gigatoken loop, its own threads": (size_bytes, lambda: race_s(threaded_loop, shares)),
         "start": (0, lambda: mine_s(one)),
         "plain": (size_bytes, lambda: mine_s(corpus, "--plain-tokenizer")),
         "fast": (size_bytes, lambda: mine_s(corpus)),
@@ -79,12 +79,12 @@ def _section(kind: str, corpus: Path, tokenizer: Path, setting: Setting) -> str:
 def _rows(timings: dict[str, Timing]) -> list[Row]:
     plain, fast = timings["plain"].after(timings["start"]), timings["fast"].after(timings["start"])
     loop, fast_loop = timings["plain loop"], timings["gigatoken loop"]
-    threads = timings["gigatoken loop, its own threads in each process"]
+    threads = timings["gigatoken loop, its own threads"]
     rows = [
         Row("preprocess_data without gigatoken", plain, "the plain tokenizer in a loop", loop, "0.9"),
         Row("preprocess_data with gigatoken", fast, "the plain tokenizer in a loop", loop, "5"),
         Row("preprocess_data with gigatoken", fast, "gigatoken in a loop", fast_loop),
-        Row("gigatoken in a loop", fast_loop, "the same with its own threads in each process", threads),
+        Row("gigatoken in a loop", fast_loop, "the same with its own threads, in each process", threads),
     ]
     if "Megatron" in timings:
         theirs = timings["Megatron"].after(timings["Megatron's start"])
@@ -118,18 +118,20 @@ def plain_loop(tokenizer: Path, corpus: Path, number: int, of: int) -> Callable[
     return lambda: _exhaust(model.encode(text, add_special_tokens=False).ids for text in texts)
 
 
-def fast_loop(tokenizer: Path, corpus: Path, number: int, of: int, threads: bool = False) -> Callable[[], None]:
-    """The same through gigatoken, some at a time."""
+def fast_loop(tokenizer: Path, corpus: Path, number: int, of: int) -> Callable[[], None]:
+    """The same through gigatoken."""
     texts = read_texts(corpus)[number::of]
     model = gigatoken.Tokenizer(tokenizer)
-    model.encode_batch(texts[:1], parallel=threads)  # imports what it returns arrays with
+    return lambda: _exhaust(model.encode(text) for text in texts)
+
+
+def threaded_loop(tokenizer: Path, corpus: Path, number: int, of: int) -> Callable[[], None]:
+    """The same by the batch, on as many threads in each process as there are cores."""
+    texts = read_texts(corpus)[number::of]
+    model = gigatoken.Tokenizer(tokenizer)
+    model.encode_batch(texts[:1])  # imports what it returns arrays with
     batches = [texts[start : start + _BATCH] for start in range(0, len(texts), _BATCH)]
-    return lambda: _exhaust(model.encode_batch(batch, parallel=threads) for batch in batches)
-
-
-def threaded_loop(*share) -> Callable[[], None]:
-    """The same on as many threads in each process as there are cores."""
-    return fast_loop(*share, threads=True)
+    return lambda: _exhaust(model.encode_batch(batch, parallel=True) for batch in batches)
 
 
 def _exhaust(work: Iterable) -> None:
