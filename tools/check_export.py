@@ -42,7 +42,7 @@ def read_batch(store: Store, model: ModelConfig, tokens: int) -> Batch:
         DataError: one of its images does not decode, so that training would put a blank one in its place.
     """
     kind = "multimodal" if store.multimodal else "text"
-    pack = Stream((store,), (1.0,), tokens, model.image_tokens, key=(0,)).packs(0, 1)[0]
+    pack = Stream((store,), (1.0,), tokens, model.tile_features, key=(0,)).packs(0, 1)[0]
     assembler = Assembler({kind: (store,)}, model, tokens, pad=0, images=ImageShare())
     assembled = assembler(kind, 0, [pack], lambda images: room(model, images, torch.empty(numbers(model, images))))
     if assembled.bad_images:
@@ -75,7 +75,7 @@ def losses_of_export(model, batch: Batch, config: ModelConfig) -> Tensor:
     found, image = [], 0
     for start, stop in zip(batch.cu_seqlens[:-1].tolist(), batch.cu_seqlens[1:].tolist(), strict=True):
         tokens = batch.tokens[start:stop]
-        images = int((tokens == config.image_token_id).sum()) // config.image_tokens
+        images = int((tokens == config.image_token_id).sum()) // config.tile_features
         inputs = {"input_ids": tokens[None]}
         if images:
             inputs["pixel_values"] = batch.pixels["siglip"][image : image + images]

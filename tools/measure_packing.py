@@ -113,7 +113,7 @@ def main() -> None:
                 for kind, sources in (("text", data.text), ("multimodal", data.multimodal))
                 if sources
             ]
-            defaults = (data.seq_len, model.image_tokens, data.max_tiles)
+            defaults = (data.seq_len, model.tile_features, data.max_tiles)
         else:
             stores = tuple(MadeUp(name, *MADE_UP[name]) for name in args.made_up)
             blends, defaults = [Blend(" + ".join(args.made_up), stores, (1.0,) * len(stores))], (4096, 576, None)

@@ -1,10 +1,11 @@
-"""Shapes of a model: two vision towers, an adaptor, a decoder.
+"""Shapes of a model: vision towers, an adaptor, a decoder.
 
-Source: DeepSeek-VL (arXiv 2403.05525) section 3.1 and the released code. All sizes are in elements, images in pixels.
+Sources: DeepSeek-VL (arXiv 2403.05525) section 3.1, DeepSeek-VL2 (arXiv 2412.10302) section 3 and the released code of
+both. All sizes are in elements, images in pixels.
 """
 
 from collections.abc import Iterator
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
@@ -32,7 +33,8 @@ def _indivisible(section: Section, field: str, by: str) -> Iterator[str]:
 
 
 class SiglipConfig(Section):
-    """SigLIP vision transformer on the low-resolution image; `grid`^2 tokens, no class token."""
+    """SigLIP vision transformer on one square image or tile; `grid`^2 tokens, no class token. Pixels behind the last
+    whole patch are not read: 6 of 384 on two sides with the patches of 14 of SO400M."""
 
     image_size: PositiveInt = 384
     patch_size: PositiveInt = 16
@@ -50,7 +52,8 @@ class SiglipConfig(Section):
         return self.image_size // self.patch_size
 
     def problems(self) -> Iterator[str]:
-        yield from _indivisible(self, "image_size", "patch_size")
+        if self.patch_size > self.image_size:
+            yield f"patch_size = {self.patch_size} is above image_size = {self.image_size}: there would be no patch"
         yield from _indivisible(self, "width", "heads")
 
 
@@ -91,8 +94,59 @@ class SamConfig(Section):
             )
 
 
+class MlaConfig(Section):
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1), queries uncompressed.
+
+    kv_rank:     channels of the latent from which keys and values of all heads are made
+    nope_width:  channels of a query or key without a position
+    rope_width:  channels with one; of keys, all heads share them
+    value_width: channels of a value
+    """
+
+    kv_rank: PositiveInt = 512
+    nope_width: PositiveInt = 128
+    rope_width: PositiveInt = 64
+    value_width: PositiveInt = 128
+
+    @property
+    def key_width(self) -> int:
+        """Channels of a query or key of one head."""
+        return self.nope_width + self.rope_width
+
+    def problems(self) -> Iterator[str]:
+        if self.rope_width % 2:
+            yield f"rope_width = {self.rope_width} is odd, but rotary positions turn pairs of channels"
+
+
+class MoeConfig(Section):
+    """Feed-forward layer of shared and routed experts (DeepSeekMoE, arXiv 2401.06066), dropless.
+
+    router: scores by softmax over the experts, or by a sigmoid each, with a bias per expert that takes part in the
+            selection alone (arXiv 2408.15664)
+    """
+
+    experts: PositiveInt = Field(description="routed experts of a layer")
+    per_token: PositiveInt = Field(description="routed experts that a token goes through")
+    shared: PositiveInt = Field(description="experts that every token goes through; they are one, as wide as all")
+    width: PositiveInt = Field(description="channels within one expert")
+    dense_layers: int = Field(1, ge=0, description="first layers, which have an ordinary feed-forward layer instead")
+    router: Literal["softmax", "sigmoid"] = "softmax"
+    normalise: bool = Field(False, description="the weights of a token's experts are divided by their sum")
+    scale: PositiveFloat = Field(1.0, description="factor of the weights")
+
+    @property
+    def shared_width(self) -> int:
+        """Channels within the shared experts together."""
+        return self.shared * self.width
+
+    def problems(self) -> Iterator[str]:
+        if self.per_token > self.experts:
+            yield f"per_token = {self.per_token} is above experts = {self.experts}: a token goes to different experts"
+
+
 class DecoderConfig(Section):
-    """Llama-style decoder: RMSNorm, rotary positions, SwiGLU, untied head."""
+    """Decoder: RMSNorm, rotary positions, SwiGLU, untied head. As it stands DeepSeek-LLM's (Llama's); with `moe`
+    DeepSeekMoE's, and with `mla` one of latent attention (`kv_heads` is then `heads`, and has no other meaning)."""
 
     layers: PositiveInt
     width: PositiveInt
@@ -103,33 +157,68 @@ class DecoderConfig(Section):
     max_positions: PositiveInt = 16384
     rope_theta: PositiveFloat = 10000.0
     norm_eps: PositiveFloat = 1e-6
+    mla: MlaConfig | None = None
+    moe: MoeConfig | None = None
 
     @property
     def head_width(self) -> int:
-        """Channels of one attention head."""
+        """Channels of one head of ordinary attention."""
         return self.width // self.heads
 
+    def has_experts(self, layer: int) -> bool:
+        """Whether the feed-forward layer of block `layer` is a mixture of experts."""
+        return self.moe is not None and layer >= self.moe.dense_layers
+
     def problems(self) -> Iterator[str]:
-        yield from _indivisible(self, "width", "heads")
         yield from _indivisible(self, "heads", "kv_heads")
-        if self.head_width % 2:
-            yield f"width / heads = {self.head_width} is odd, but rotary positions turn pairs of channels"
+        if self.mla is not None:
+            if self.kv_heads != self.heads:
+                yield f"kv_heads = {self.kv_heads}, but with mla each of heads = {self.heads} has one: make it equal"
+        else:
+            yield from _indivisible(self, "width", "heads")
+            if self.head_width % 2:
+                yield f"width / heads = {self.head_width} is odd, but rotary positions turn pairs of channels"
+        if self.moe is not None and self.moe.dense_layers >= self.layers:
+            yield f"moe.dense_layers = {self.moe.dense_layers} leaves none of layers = {self.layers} for experts"
+
+
+class TilingConfig(Section):
+    """Dynamic tiling (DeepSeek-VL2 section 3): an image is an overview and a grid of local tiles, each as large as the
+    tower's image. `megavl.config.tiles` has the rules."""
+
+    max_tiles: PositiveInt = Field(9, description="local tiles of one image at most")
+    max_images: PositiveInt = Field(2, description="a document with more images has one local tile for each")
+    shuffle: PositiveInt = Field(2, description="side of the square of patches that becomes one token (pixel shuffle)")
 
 
 class ModelConfig(Section):
-    """A DeepSeek-VL model. With `sam` it is the 7B's hybrid encoder; without, the 1.3B's SigLIP alone."""
+    """A DeepSeek-VL or DeepSeek-VL2 model.
+
+    With `sam` it is the 7B's hybrid encoder, with `tiling` a VL2 model; with neither the 1.3B's SigLIP alone.
+    """
 
     name: str
     siglip: SiglipConfig
     sam: SamConfig | None
+    tiling: TilingConfig | None = None
     decoder: DecoderConfig
     image_token_id: int = Field(ge=0, description="placeholder that an image feature replaces")
     init_std: PositiveFloat = 0.006
 
     @property
-    def image_tokens(self) -> int:
-        """Decoder positions that one image takes."""
-        return self.siglip.grid**2
+    def family(self) -> Literal["vl", "vl2"]:
+        """Which of the two papers it is of; the templates of conversations have the same names."""
+        return "vl" if self.tiling is None else "vl2"
+
+    @property
+    def feature_grid(self) -> int:
+        """Features along one side of an image or tile, as the adaptor gives them to the decoder."""
+        return self.siglip.grid if self.tiling is None else -(-self.siglip.grid // self.tiling.shuffle)
+
+    @property
+    def tile_features(self) -> int:
+        """Features of one image or tile."""
+        return self.feature_grid**2
 
     @property
     def layers(self) -> int:
@@ -139,3 +228,5 @@ class ModelConfig(Section):
     def problems(self) -> Iterator[str]:
         if self.image_token_id >= self.decoder.vocab_size:
             yield f"image_token_id = {self.image_token_id} is outside decoder.vocab_size = {self.decoder.vocab_size}"
+        if self.sam is not None and self.tiling is not None:
+            yield "sam and tiling exclude each other: the hybrid encoder is DeepSeek-VL's, tiles are DeepSeek-VL2's"

@@ -8,6 +8,7 @@ from pathlib import Path
 from megavl.config.error import ConfigError
 from megavl.config.parameters import parameters
 from megavl.config.run import RunConfig
+from megavl.config.tiles import Tiling
 
 
 def check(config: RunConfig, world: int) -> None:
@@ -145,12 +146,23 @@ def _positions(config: RunConfig) -> list[str]:
 
 
 def _image_room(config: RunConfig) -> list[str]:
-    tokens, seq_len = config.model.image_tokens, config.data.seq_len
+    tokens, seq_len = int(Tiling(config.model).tokens.max()), config.data.seq_len
     if not config.data.multimodal or tokens < seq_len:
         return []
     return [
-        f"an image takes {tokens} tokens, and data.seq_len = {seq_len} leaves no room for text beside it: every "
-        f"document with an image would be lost; set data.seq_len well above {tokens}"
+        f"an image takes up to {tokens} tokens, and data.seq_len = {seq_len} leaves no room for text beside it: "
+        f"documents with such images would be lost; set data.seq_len well above {tokens}"
+    ]
+
+
+def _max_tiles(config: RunConfig) -> list[str]:
+    needed, budget = int(Tiling(config.model).tiles.max()), config.data.max_tiles
+    if budget is None or needed <= budget:
+        return []
+    return [
+        f"an image takes up to {needed} tiles, its overview included, and data.max_tiles = {budget} for a whole pack: "
+        f"documents with such images would be lost; set data.max_tiles to {needed} or more, or lower "
+        "model.tiling.max_tiles"
     ]
 
 
@@ -213,6 +225,7 @@ _RUN_RULES = (
     _vision,
     _positions,
     _image_room,
+    _max_tiles,
     _modalities,
     _text_ratio,
     _trainable,

@@ -10,11 +10,16 @@ from megavl.config.model import ModelConfig, Section
 
 
 class ParallelConfig(Section):
-    """Sizes of the axes; data parallelism is what remains of the world."""
+    """Sizes of the axes; data parallelism is what remains of the world, and expert parallelism divides that."""
 
     tensor: PositiveInt = 1
     sequence: bool = Field(False, description="sequence parallelism over the tensor axis")
     pipeline: PositiveInt = 1
+    expert: PositiveInt = Field(1, description="ranks of the data axis over which the routed experts are split")
+    expert_width: Literal["whole", "cut"] = Field(
+        "whole",
+        description="tensor ranks share the tokens of whole experts, or cut the width of every expert",
+    )
     virtual_stages: PositiveInt = Field(1, description="stages per pipeline rank; above 1 the schedule is interleaved")
     stages: tuple[PositiveInt, ...] | None = Field(
         None, description="items of the model list (stem, blocks, head) on each stage; null splits them evenly"
@@ -86,7 +91,9 @@ class DataConfig(Section):
     multimodal: tuple[SourceConfig, ...] = ()
     text_ratio: TextRatioConfig = Field(description="probability that a step is text: a number, or a schedule")
     seq_len: PositiveInt = Field(description="tokens of one pack, image tokens included")
-    max_tiles: PositiveInt | None = Field(None, description="images of one pack at most; null: as its tokens allow")
+    max_tiles: PositiveInt | None = Field(
+        None, description="tiles of one pack at most (an image of DeepSeek-VL is one); null: as its tokens allow"
+    )
     workers: NonNegativeInt = Field(2, description="processes that decode images; 0 decodes in the training process")
     prefetch: PositiveInt = Field(2, description="steps that are prepared ahead")
     timeout_s: PositiveFloat = Field(300.0, description="a run ends whose loader processes bring nothing for that long")
@@ -150,6 +157,17 @@ class OptimConfig(Section):
         return matching[-1] if matching else 1.0
 
 
+class BalanceConfig(Section):
+    """What keeps routed experts equally busy (DeepSeek-VL2 Table 2); without experts both are 0."""
+
+    auxiliary_weight: NonNegativeFloat = Field(
+        0.0, description="of the auxiliary loss of each pack and layer (arXiv 2408.15664, eq. 2)"
+    )
+    bias_step: NonNegativeFloat = Field(
+        0.0, description="after each step the bias of an expert moves by it, up where the load is below the mean"
+    )
+
+
 class TrainConfig(Section):
     """Length and numerics of the run."""
 
@@ -186,6 +204,7 @@ class RunConfig(Section):
     parallel: ParallelConfig = ParallelConfig()
     data: DataConfig
     optim: OptimConfig
+    balance: BalanceConfig = BalanceConfig()
     train: TrainConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()

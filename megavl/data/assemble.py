@@ -7,8 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megavl.batch import BadImage, Batch, Kind, image_share
+from megavl.batch import BadImage, Batch, Kind, tile_share
 from megavl.config.model import ModelConfig
+from megavl.config.tiles import Grid
 from megavl.data import image
 from megavl.data.decode import decode
 from megavl.data.errors import DataError
@@ -24,7 +25,7 @@ Room = Callable[[int], Mapping[str, Tensor]]
 
 @dataclass(frozen=True)
 class ImageShare:
-    """The images that this rank decodes: all, or its share (`megavl.batch.image_share`) among the tensor ranks."""
+    """The images that this rank decodes: all, or its share (`megavl.batch.tile_share`) among the tensor ranks."""
 
     rank: int = 0
     size: int = 1
@@ -46,13 +47,18 @@ class Assembled:
         step may have hundreds of micro-batches."""
         batch = self.batch
         fields = (batch.tokens, batch.labels, batch.positions, batch.cu_seqlens)
-        return _arrived, (tuple(field.numpy() for field in fields), batch.pixels, self.bad_images)
+        arrays = tuple(field.numpy() for field in fields)
+        return _arrived, (arrays, batch.packs, batch.grids, batch.pixels, self.bad_images)
 
 
 def _arrived(
-    fields: tuple[np.ndarray, ...], pixels: Mapping[str, Tensor] | None, bad_images: tuple[BadImage, ...]
+    fields: tuple[np.ndarray, ...],
+    packs: int,
+    grids: tuple[Grid, ...],
+    pixels: Mapping[str, Tensor] | None,
+    bad_images: tuple[BadImage, ...],
 ) -> Assembled:
-    return Assembled(Batch(*map(torch.from_numpy, fields), pixels), bad_images)
+    return Assembled(Batch(*map(torch.from_numpy, fields), packs, grids, pixels), bad_images)
 
 
 class Assembler:
@@ -101,11 +107,14 @@ class Assembler:
         lengths = np.diff(borders)
         positions = np.arange(size) - np.repeat(borders[:-1], lengths)
         pixels, bad_images = (None, ()) if self._images is None else self._decode(kind, first, packs, room)
+        grids = (Grid(0, 0),) * sum(piece.images for pack in packs for piece in pack)
         batch = Batch(
             tokens=torch.from_numpy(tokens),
             labels=torch.from_numpy(labels),
             positions=torch.from_numpy(positions),
             cu_seqlens=torch.tensor(borders, dtype=torch.int32),
+            packs=len(packs),
+            grids=grids,
             pixels=pixels,
         )
         return Assembled(batch, bad_images)
@@ -133,7 +142,7 @@ class Assembler:
     ) -> tuple[Mapping[str, Tensor], tuple[BadImage, ...]]:
         """Pixels of this rank's share of the images, in order, and what had to be replaced."""
         places = list(self._places(kind, packs))
-        mine = image_share(len(places), self._images.rank, self._images.size)
+        mine = tile_share(len(places), self._images.rank, self._images.size)
         pixels, bad_images = room(len(mine)), []
         for index, (pack, number, store, document, sequence) in enumerate(places[mine.start : mine.stop]):
             data = store.image(sequence)
@@ -166,7 +175,7 @@ class Assembler:
         offset, segments = 0, []
         for sequence in store.sequences(document):
             is_image = store.modes[sequence] == IMAGE
-            length = self._model.image_tokens if is_image else int(store.lengths[sequence])
+            length = self._model.tile_features if is_image else int(store.lengths[sequence])
             segments.append((sequence, offset, length))
             offset += length
         return segments

@@ -98,6 +98,7 @@ class Loader:
                 supervised_tokens=plan.supervised_tokens,
                 tokens=plan.tokens,
                 images=plan.images,
+                tiles=plan.images,
                 squared_tokens=plan.squared_tokens,
                 bad_images=tuple(bad for one in arrived for bad in one.bad_images),
             )

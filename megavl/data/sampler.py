@@ -57,9 +57,9 @@ class Sampler:
                 modality that has no source; a source would be read more often than its `max_epochs`.
         """
         _check_ratio(data)
-        if data.multimodal and model.image_tokens > data.seq_len:
+        if data.multimodal and model.tile_features > data.seq_len:
             raise DataError(
-                f"one image takes {model.image_tokens} tokens, but data.seq_len is {data.seq_len}; an image is never "
+                f"one image takes {model.tile_features} tokens, but data.seq_len is {data.seq_len}; an image is never "
                 "split; raise data.seq_len"
             )
         tokenizer = load_tokenizer(data.tokenizer)
@@ -175,7 +175,7 @@ class Sampler:
             self.stores[kind],
             weights,
             self.data.seq_len,
-            self.model.image_tokens,
+            self.model.tile_features,
             key=(self.train.seed, modality),
             max_tiles=self.data.max_tiles,
         )

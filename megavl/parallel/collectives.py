@@ -145,7 +145,7 @@ def shared_weight(weight: Tensor, tp: TensorAxis) -> Tensor:
 
 def join_shares(x: Tensor, total: int, axis: Axis) -> Tensor:
     """Shares of `total` rows, which every rank then continues with: [share, ...] -> [total, ...]. The shares are those
-    of `megavl.batch.image_share`: only the last ones are short, so that padding them leaves the rows in order."""
+    of `megavl.batch.tile_share`: only the last ones are short, so that padding them leaves the rows in order."""
     each = -(-total // axis.size)
     padding = x.new_zeros(each - len(x), *x.shape[1:])
     return _Join.apply(torch.cat((x, padding)), axis)[:total]

@@ -27,12 +27,15 @@ class TensorAxis(Axis):
 
 @dataclass(frozen=True)
 class Mesh:
-    """The axes of this rank; `model` spans the ranks of one replica (pp and tp together)."""
+    """The axes of this rank; `model` spans the ranks of one replica (pp and tp together), `ep` those that hold
+    different experts of a layer, `edp` those that hold the same."""
 
     topology: Topology
     pp: Axis
     dp: Axis
     tp: TensorAxis
+    ep: Axis
+    edp: Axis
     model: Axis
 
 
@@ -54,5 +57,7 @@ def build_mesh(topology: Topology, sequence: bool = False, shares_images: bool =
         pp=axis("pp"),
         dp=axis("dp"),
         tp=TensorAxis(tp.rank, tp.size, tp.group, sequence and tp.size > 1, shares_images and tp.size > 1),
+        ep=axis("ep"),
+        edp=axis("edp"),
         model=axis("model"),
     )

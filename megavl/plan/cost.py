@@ -69,7 +69,7 @@ def item_parameters(config: RunConfig) -> tuple[Count, ...]:
     trainable, frozen = [0] * config.model.layers, [0] * config.model.layers
     for parameter in parameters(config.model):
         kind = trainable if config.optim.lr_multiplier(parameter.name) else frozen
-        kind[parameter.item] += parameter.local_size(config.parallel.tensor)
+        kind[parameter.item] += parameter.local_size(config.parallel)
     return tuple(map(Count, trainable, frozen))
 
 
@@ -172,7 +172,7 @@ class _Walk:
 
 
 def _stem(walk: _Walk, model: ModelConfig, images: int) -> None:
-    rows, width = images * model.image_tokens, model.decoder.width
+    rows, width = images * model.tile_features, model.decoder.width
     low = walk.fork()
     _siglip(low, model.siglip, images)
     if model.sam is None:

@@ -96,7 +96,7 @@ def _multimodal_step(config: RunConfig) -> dict[str, int]:
 
 def _images_per_pack(config: RunConfig) -> int:
     """As many as fill half of a pack."""
-    return max(1, config.data.seq_len // 2 // config.model.image_tokens)
+    return max(1, config.data.seq_len // 2 // config.model.tile_features)
 
 
 def _rank_flops(config: RunConfig, step: dict[str, int]) -> list[float]:

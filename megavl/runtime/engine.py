@@ -109,7 +109,7 @@ def _clip_and_keep_norm(engine: deepspeed.DeepSpeedEngine) -> None:
 def build_engine(stages: nn.ModuleList, config: RunConfig, mesh: Mesh) -> deepspeed.DeepSpeedEngine:
     """Wrap this rank's stages, whose parameters are initialised and frozen as they should be. Collective."""
     anchors = {group: [stage.anchors[number] for stage in stages] for number, group in enumerate(groups_of(config))}
-    cut = [parameter for parameter in stages.parameters() if shard_of(parameter).count > 1]
+    cut = [parameter for parameter in stages.parameters() if shard_of(parameter).over("tp")]
     for parameter in [*cut, *itertools.chain(*anchors.values())]:
         parameter.model_parallel = True  # DeepSpeed's mark: counted in the norm on every tensor rank
     named_parameters = itertools.chain.from_iterable(stage.vlm.named_parameters() for stage in stages)

@@ -104,11 +104,11 @@ def test_processors_of_transformers_load(tmp_path, model):
     to_hf(path, tmp_path / "hf", "transformers", report=lambda line: None)
     processor = classes.AutoProcessor.from_pretrained(tmp_path / "hf")
     assert type(processor).__name__ == ("DeepseekVLHybridProcessor" if model.sam else "DeepseekVLProcessor")
-    assert (processor.image_token_id, processor.num_image_tokens) == (model.image_token_id, model.image_tokens)
+    assert (processor.image_token_id, processor.num_image_tokens) == (model.image_token_id, model.tile_features)
     image = Image.new("RGB", (60, 30), (200, 10, 10))
     inputs = processor(images=[image], text="red: <image_placeholder>.", return_tensors="pt")
     reference = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
-    expected = reference.encode("red: ") + [model.image_token_id] * model.image_tokens + reference.encode(".")
+    expected = reference.encode("red: ") + [model.image_token_id] * model.tile_features + reference.encode(".")
     assert inputs["input_ids"][0].tolist() == expected
     assert inputs["pixel_values"].shape == (1, 3, model.siglip.image_size, model.siglip.image_size)
     assert ("high_res_pixel_values" in inputs) == (model.sam is not None)

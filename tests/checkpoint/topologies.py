@@ -6,7 +6,7 @@ import torch
 
 from megavl.checkpoint.fragments import Fragment
 from megavl.config.presets import PRESETS
-from megavl.parallel.shard import Shard
+from megavl.parallel.shard import Cut, Shard
 from megavl.parallel.topology import Topology
 
 MODEL = PRESETS["vl_debug"]
@@ -44,7 +44,8 @@ def fragments(topology: Topology, rank: int, filled: bool, dtype=torch.bfloat16,
     """
     pp, dp, tp = topology.coordinates(rank)
     shards = {
-        name: Shard(dim or 0, tp, topology.tp) if dim is not None else Shard() for name, (_, dim) in TENSORS.items()
+        name: Shard((Cut("tp", dim, tp, topology.tp),)) if dim is not None else Shard()
+        for name, (_, dim) in TENSORS.items()
     }
     stage = list(TENSORS)[pp :: topology.pp]
     found = []

@@ -3,6 +3,7 @@ import torch
 
 from megavl.config.parameters import parameters
 from megavl.config.presets import PRESETS
+from megavl.config.run import ParallelConfig
 from megavl.model.vlm import VLM
 from megavl.ops.dispatch import choose
 from megavl.parallel.groups import TensorAxis
@@ -20,14 +21,14 @@ def test_they_are_the_models_own(name, tensor):
         with torch.device("meta"):
             part = VLM(config, axis, ops, item, item + 1)
         expected = {
-            p.name: (p.shape, p.tensor_dim if tensor > 1 else None, p.local_size(tensor))
+            p.name: (p.shape, p.tensor_dim if tensor > 1 else None, p.local_size(ParallelConfig(tensor=tensor)))
             for p in listed
             if p.item == item
         }
         actual = {}
         for parameter_name, parameter in part.named_parameters():
             shard = shard_of(parameter)
-            cut = shard.dim if shard.count > 1 else None
+            cut = shard.cuts[0].dim if shard.cuts and tensor > 1 else None
             actual[parameter_name] = (shard.full_shape(parameter.shape), cut, parameter.numel())
         assert actual == expected
 

@@ -134,7 +134,7 @@ class TestData:
         assert "data.seq_len = 600 is above model.decoder.max_positions = 512" in only_problem(1, data={"seq_len": 600})
 
     def test_image_room(self):
-        assert "an image takes 16 tokens, and data.seq_len = 16" in only_problem(1, data={"seq_len": 16})
+        assert "an image takes up to 16 tokens, and data.seq_len = 16" in only_problem(1, data={"seq_len": 16})
         check(make_run(data={"seq_len": 16, "multimodal": [], "text_ratio": 1}), 1)
 
     @pytest.mark.parametrize(("ratio", "empty"), [(0.5, "text"), (1, "text"), (0.5, "multimodal"), (0, "multimodal")])

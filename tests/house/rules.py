@@ -11,7 +11,7 @@ from pathlib import Path
 
 # Which rooms a room may import besides itself. A dotted entry admits one module of a room.
 MAY_IMPORT = {
-    "batch": set(),
+    "batch": {"config"},
     "config": set(),
     "parallel": set(),
     "ops": set(),

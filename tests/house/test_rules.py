@@ -24,7 +24,7 @@ BREACHES = {
     ),
     "more than the topology": (rules.wrong_direction, "megavl/plan/a.py", "from megavl.parallel.groups import Axis"),
     "a room without a floor": (rules.wrong_direction, "megavl/attic/a.py", "import megavl.config.run"),
-    "batch imports a room": (rules.wrong_direction, "megavl/batch.py", "import megavl.config.run"),
+    "batch imports a room": (rules.wrong_direction, "megavl/batch.py", "from megavl.parallel import groups"),
     "a door from inside": (rules.doors_imported, "megavl/data/a.py", "import tools.preprocess_data"),
     "deepspeed in the model": (
         rules.deepspeed_elsewhere,

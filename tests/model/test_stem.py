@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megavl.batch import image_share
-from megavl.model import stem as stem_module
+from megavl.batch import tile_share
+from megavl.model import encoder as encoder_module
 from megavl.model.stem import Stem
 from megavl.parallel.groups import TensorAxis, build_mesh
 from megavl.parallel.shard import shard_of
@@ -50,7 +50,7 @@ def test_features_replace_placeholders_in_order(config):
     batch = image_batch(config)
     h = stem(None, batch)
     is_image = batch.tokens == config.image_token_id
-    features = stem.image_features(batch.pixels)  # [2, image_tokens, D]
+    features = stem.image_features(batch.pixels, batch.grids).unflatten(0, (2, -1))  # [2, tile_features, D]
     assert torch.equal(h[is_image], features.flatten(0, 1))
     assert torch.equal(h[~is_image], stem.embedding.weight[batch.tokens[~is_image]])
     assert not torch.allclose(features[0], features[1])
@@ -71,7 +71,7 @@ def test_embedding_of_a_placeholder_is_never_read():
 @pytest.mark.parametrize("images", [0, 1, 3])
 def test_images_that_do_not_fill_the_placeholders_are_refused(images):
     stem = tiny.random_model(tiny.HYBRID).stem
-    with pytest.raises(ValueError, match=rf"32 placeholder tokens \(id 61\) for {16 * images} image features"):
+    with pytest.raises(ValueError, match=rf"32 placeholder .*61\) for {images} images that take {16 * images}"):
         stem(None, image_batch(tiny.HYBRID, images))
 
 
@@ -87,9 +87,9 @@ def images_on_ranks(images: int, sequence: bool, forget_to_sum: bool) -> float:
         for each in (parameter, alone.get_parameter(name)):
             each.requires_grad_(not name.startswith("sam."))
     if forget_to_sum:
-        stem_module.summing_gradients = lambda module, axis: module
+        encoder_module.summing_gradients = lambda module, axis: module
     batch = many_images(config, images)
-    mine = image_share(images, tp.rank, size)
+    mine = tile_share(images, tp.rank, size)
     pixels = {tower: stack[mine.start : mine.stop] for tower, stack in batch.pixels.items()}
     part = shared(None, dataclasses.replace(batch, pixels=pixels))
     whole = alone(None, batch)
@@ -128,11 +128,11 @@ def test_a_gradient_that_is_not_summed_would_be_noticed(pool):
 
 def test_a_share_that_is_not_this_ranks_own_is_refused():
     stem = Stem(tiny.HYBRID, TensorAxis(rank=1, size=4, shares_images=True))
-    with pytest.raises(ValueError, match=r"32 placeholder tokens .* \(2 images .* on tensor rank 1 of 4, which share"):
+    with pytest.raises(ValueError, match=r"2 tiles are here on tensor rank 1 of 4, .* of which 1 belong here"):
         stem(None, image_batch(tiny.HYBRID, 2))
 
 
 def test_shares_are_runs_of_which_only_the_last_are_short():
-    assert [list(image_share(5, rank, 4)) for rank in range(4)] == [[0, 1], [2, 3], [4], []]
-    assert [list(image_share(0, rank, 2)) for rank in range(2)] == [[], []]
-    assert [list(image_share(2, rank, 1)) for rank in range(1)] == [[0, 1]]
+    assert [list(tile_share(5, rank, 4)) for rank in range(4)] == [[0, 1], [2, 3], [4], []]
+    assert [list(tile_share(0, rank, 2)) for rank in range(2)] == [[], []]
+    assert [list(tile_share(2, rank, 1)) for rank in range(1)] == [[0, 1]]

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from megavl.batch import Batch
 from megavl.config.model import DecoderConfig, ModelConfig, SamConfig, SiglipConfig
+from megavl.config.tiles import Grid
 from megavl.model.vlm import VLM
 from megavl.ops.dispatch import choose
 from megavl.parallel.groups import TensorAxis
@@ -82,7 +83,7 @@ def pixels(config: ModelConfig, images: int, seed: int) -> dict[str, Tensor]:
 def document(config: ModelConfig, text: tuple[int, ...], seed: int) -> Tensor:
     """Tokens int64 [T]: runs of random text of the given lengths with one image between any two of them."""
     generator = torch.Generator().manual_seed(seed)
-    image = torch.full((config.image_tokens,), config.image_token_id)
+    image = torch.full((config.tile_features,), config.image_token_id)
     runs = [torch.randint(config.image_token_id, (length,), generator=generator) for length in text]
     return torch.cat([part for run in runs for part in (image, run)][1:])
 
@@ -97,5 +98,7 @@ def pack(documents: list[Tensor], images: dict[str, Tensor], image_token_id: int
         labels=flat.masked_fill(flat == image_token_id, -100),
         positions=torch.cat([torch.arange(len(tokens)) for tokens in documents]),
         cu_seqlens=lengths.cumsum(0).int(),
+        packs=1,
+        grids=(Grid(0, 0),) * len(images["siglip"]),
         pixels=images,
     )

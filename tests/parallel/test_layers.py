@@ -11,7 +11,7 @@ from megavl.parallel.cross_entropy import IGNORED, summed_cross_entropy
 from megavl.parallel.embedding import VocabEmbedding
 from megavl.parallel.groups import Axis, TensorAxis, build_mesh
 from megavl.parallel.linear import ColumnLinear, RowLinear
-from megavl.parallel.shard import Shard, shard_of
+from megavl.parallel.shard import Cut, Shard, shard_of
 from megavl.parallel.topology import Topology
 
 T, D, F_WIDTH, V = 12, 6, 18, 30
@@ -170,7 +170,7 @@ def test_a_row_parallel_region_of_one_rank_is_the_plain_layer():
 
 def test_shard_slices_shapes_and_offsets_agree():
     full = torch.arange(24).view(6, 4)
-    shard = Shard(dim=0, index=2, count=3)
+    shard = Shard((Cut("tp", dim=0, index=2, count=3),))
     part = shard.slice(full)
     assert part.tolist() == full[4:6].tolist()
     assert shard.full_shape(part.shape) == (6, 4)

@@ -10,6 +10,7 @@ from megavl.config.model import DecoderConfig, ModelConfig, SamConfig, SiglipCon
 from megavl.config.parameters import parameters
 from megavl.config.presets import PRESETS
 from megavl.config.run import RunConfig
+from megavl.config.tiles import Grid
 from megavl.model.init import initialise
 from megavl.model.vlm import VLM
 from megavl.ops.dispatch import choose
@@ -71,10 +72,10 @@ TRAINABLE = {
 
 def make_batch(model: ModelConfig, documents: list[tuple[int, int]]) -> Batch:
     """Documents of (images, text tokens), with random pixels."""
-    lengths = [images * model.image_tokens + text for images, text in documents]
+    lengths = [images * model.tile_features + text for images, text in documents]
     tokens = torch.cat(
         [
-            torch.tensor([model.image_token_id] * (images * model.image_tokens) + [1] * text)
+            torch.tensor([model.image_token_id] * (images * model.tile_features) + [1] * text)
             for images, text in documents
         ]
     )
@@ -85,6 +86,8 @@ def make_batch(model: ModelConfig, documents: list[tuple[int, int]]) -> Batch:
         labels=tokens.where(tokens != model.image_token_id, -100),
         positions=torch.cat([torch.arange(length) for length in lengths]),
         cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).int(),
+        packs=1,
+        grids=(Grid(0, 0),) * total,
         pixels={name: torch.randn(total, 3, tower.image_size, tower.image_size) for name, tower in towers.items()},
     )
 
@@ -211,7 +214,7 @@ def test_full_size_vision_is_what_torch_counts(name):
         stem = VLM(model, TensorAxis(), choose(torch.device("cpu")), 0, 1).stem.requires_grad_(False)
         pixels = {"siglip": torch.empty(2, 3, 384, 384), "sam": torch.empty(2, 3, 1024, 1024)}
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-            stem.image_features(pixels)
+            stem.image_features(pixels, [Grid(0, 0)] * 2)
     work, *_ = item_work(run_of(model, optim={"rules": [FREEZE_ALL]}), tokens=0, squared_tokens=0, images=2)
     assert work.hardware == counter.get_total_flops()
 

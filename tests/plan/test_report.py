@@ -34,7 +34,7 @@ def test_7b_on_512_ranks():
     for column in (5, 6):  # shares of a step
         assert abs(sum(float(stage[column].rstrip("%")) for stage in stages) - 100) < 0.5
     # Each of the eight ranks of a pipeline holds one half of every cut matrix, and everything else whole.
-    held = sum(parameter.local_size(2) for parameter in parameters(config.model)) / 1e6
+    held = sum(parameter.local_size(config.parallel) for parameter in parameters(config.model)) / 1e6
     assert abs(sum(float(stage[3].split()[0]) + float(stage[4].split()[0]) for stage in stages) - held) < 0.1
 
 

@@ -7,10 +7,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megavl.batch import Batch, StepBatch, image_share
+from megavl.batch import Batch, StepBatch, tile_share
 from megavl.config.model import DecoderConfig, ModelConfig, SamConfig, SiglipConfig
 from megavl.config.rules import check
 from megavl.config.run import DataConfig, OptimConfig, ParallelConfig, RunConfig, SourceConfig, TrainConfig
+from megavl.config.tiles import Grid
 from megavl.ops.dispatch import choose
 from megavl.parallel.cross_entropy import IGNORED
 from megavl.parallel.groups import Mesh, build_mesh
@@ -96,13 +97,15 @@ def _micro_batch(step: int, numbers: list[int], multimodal: bool, mesh: Mesh) ->
     ]
     high = torch.stack(pixels) if pixels else torch.zeros(0, 3, 32, 32)  # [I, 3, 32, 32]
     if mesh.tp.shares_images:
-        mine = image_share(len(high), mesh.tp.rank, mesh.tp.size)
+        mine = tile_share(len(high), mesh.tp.rank, mesh.tp.size)
         high = high[mine.start : mine.stop]
     return Batch(
         tokens=torch.cat([pack[0] for pack in packs]),
         labels=torch.cat([pack[1] for pack in packs]),
         positions=torch.cat([torch.arange(length) for length in lengths]),
         cu_seqlens=torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32),
+        packs=len(packs),
+        grids=(Grid(0, 0),) * len(pixels),
         pixels={"sam": high, "siglip": high[:, :, ::2, ::2]} if mesh.pp.rank == 0 else None,
     )
 
@@ -125,6 +128,7 @@ def step_batch(step: int, config: RunConfig, mesh: Mesh) -> StepBatch:
         supervised_tokens=supervised,
         tokens=GLOBAL_BATCH * SEQ_LEN,
         images=sum(IMAGES) * multimodal,
+        tiles=sum(IMAGES) * multimodal,
         squared_tokens=0,
     )
 

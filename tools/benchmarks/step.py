@@ -17,11 +17,12 @@ import torch.distributed as dist
 from benchmarks.measure import command_line
 
 from megavl import __version__
-from megavl.batch import Batch, Kind, StepBatch, image_share
+from megavl.batch import Batch, Kind, StepBatch, tile_share
 from megavl.config.error import ConfigError
 from megavl.config.load import load_run
 from megavl.config.rules import check
 from megavl.config.run import RunConfig
+from megavl.config.tiles import Grid
 from megavl.ops.dispatch import choose
 from megavl.parallel.cross_entropy import IGNORED
 from megavl.parallel.groups import Mesh, build_mesh
@@ -40,25 +41,27 @@ def made_up_pack(config: RunConfig, images: int, mesh: Mesh) -> Batch:
     model, seq_len = config.model, config.data.seq_len
     length = seq_len // DOCUMENTS
     lengths = [length] * (DOCUMENTS - 1) + [seq_len - (DOCUMENTS - 1) * length]
-    in_each = length // model.image_tokens
+    in_each = length // model.tile_features
     if images > in_each * DOCUMENTS:
-        sys.exit(f"error: {images} images of {model.image_tokens} tokens do not fit {DOCUMENTS} documents of {length}")
+        sys.exit(f"error: {images} images of {model.tile_features} tokens do not fit {DOCUMENTS} documents of {length}")
     tokens = torch.randint(0, min(model.image_token_id, model.decoder.vocab_size), (seq_len,))
     for image in range(images):
-        start = image // in_each * length + image % in_each * model.image_tokens
-        tokens[start : start + model.image_tokens] = model.image_token_id
+        start = image // in_each * length + image % in_each * model.tile_features
+        tokens[start : start + model.tile_features] = model.image_token_id
     labels = tokens.roll(-1)
     labels[labels == model.image_token_id] = IGNORED
     cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     labels[cu_seqlens[1:].long() - 1] = IGNORED
     towers = {"siglip": model.siglip} | ({"sam": model.sam} if model.sam else {})
-    mine = len(image_share(images, mesh.tp.rank, mesh.tp.size)) if mesh.tp.shares_images else images
+    mine = len(tile_share(images, mesh.tp.rank, mesh.tp.size)) if mesh.tp.shares_images else images
     pixels = {name: torch.randn(mine, 3, tower.image_size, tower.image_size) for name, tower in towers.items()}
     return Batch(
         tokens=tokens,
         labels=labels,
         positions=torch.cat([torch.arange(each) for each in lengths]),
         cu_seqlens=cu_seqlens,
+        packs=1,
+        grids=(Grid(0, 0),) * images,
         pixels=pixels if mesh.pp.rank == 0 else None,
     )
 
@@ -77,6 +80,7 @@ def made_up_step(config: RunConfig, mesh: Mesh, kind: Kind, images: int) -> Step
         supervised_tokens=packs * int((pack.labels != IGNORED).sum()),
         tokens=packs * config.data.seq_len,
         images=packs * images,
+        tiles=packs * images,
         squared_tokens=packs * int((lengths**2).sum()),
     )
 

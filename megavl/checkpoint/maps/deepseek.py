@@ -155,7 +155,7 @@ def processor_json(model: ModelConfig) -> dict[str, dict]:
     processor = {
         "processor_class": "VLChatProcessor",
         "image_tag": "<image_placeholder>",
-        "num_image_tokens": model.image_tokens,
+        "num_image_tokens": model.tile_features,
         "add_special_token": False,
         "mask_prompt": True,
         "ignore_id": -100,

@@ -157,7 +157,7 @@ def processor_json(model: ModelConfig) -> dict[str, dict]:
             "high_res_image_mean": list(model.sam.pixel_mean),
             "high_res_image_std": list(model.sam.pixel_std),
         }
-    processor = {"processor_class": f"{family}Processor", "num_image_tokens": model.image_tokens}
+    processor = {"processor_class": f"{family}Processor", "num_image_tokens": model.tile_features}
     return {"preprocessor_config.json": image, "processor_config.json": processor}
 
 

@@ -67,7 +67,7 @@ def _read(sampler: Sampler, tokenizer: Tokenizer, step: int, kind: Kind, number:
     for piece in pack:
         store = sampler.stores[kind][piece.source]
         mine = labels[start : start + piece.tokens]
-        pieces.append(_piece(store, piece, mine, sampler.model.image_tokens, tokenizer))
+        pieces.append(_piece(store, piece, mine, sampler.model.tile_features, tokenizer))
         start += piece.tokens
     return PackSample(step, kind, number, seq_len, int((labels != _IGNORE).sum()), tuple(pieces))
 

@@ -36,7 +36,7 @@ def test_packs_are_those_of_the_plan(corpus, model, train, seq_len):
             for shown, piece in zip(pack.pieces, pieces, strict=True):
                 assert sum(tokens for tokens, _ in shown.parts) == piece.tokens
                 images = [tokens for tokens, part in shown.parts if isinstance(part, ImagePart)]
-                assert images == [model.image_tokens] * piece.images
+                assert images == [model.tile_features] * piece.images
     cut = [piece for pack in packs for piece in pack.pieces if piece.stop < piece.document_tokens]
     assert cut
 
