@@ -1,7 +1,7 @@
 """Images: packing image files into a dataset against copying them."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from benchmarks.commands import preprocess
@@ -17,8 +17,8 @@ from megavl.data.writer import StoreWriter
 CAPTION = "Smooth shapes of many colours under a little noise, as a camera sees them in the evening."
 
 
-def run(setting: Setting) -> list[str]:
-    """Sections in Markdown."""
+def run(setting: Setting) -> Iterator[str]:
+    """The section in Markdown."""
     directory, workers = setting.directory, setting.workers
     pictures = write_pictures(directory / "pictures", setting.images)
     captions = write_captions(directory / "captions.jsonl", pictures, CAPTION)
@@ -54,7 +54,7 @@ def run(setting: Setting) -> list[str]:
         "",
         *table(rows, "GB/s", lambda timing: f"{timing.rate / 1e9:.3f}"),
     ]
-    return ["\n".join(lines)]
+    yield "\n".join(lines)
 
 
 def decode_loop(pictures: list[Path]) -> Callable[[], None]:

@@ -1,7 +1,7 @@
 """Loader: images/s of the training loader against decoding and resizing alone, in as many processes."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -24,8 +24,8 @@ SEQ_LEN, BATCH = 4096, 4
 MODELS = ("vl_1b", "vl_7b")
 
 
-def run(setting: Setting) -> list[str]:
-    """Sections in Markdown."""
+def run(setting: Setting) -> Iterator[str]:
+    """The section in Markdown."""
     directory = setting.directory
     pictures = write_pictures(directory / "pictures", setting.images)
     captions = write_captions(directory / "captions.jsonl", pictures, CAPTION)
@@ -40,7 +40,7 @@ def run(setting: Setting) -> list[str]:
         "",
         *table(rows, "images/s", lambda timing: f"{timing.rate:.1f}"),
     ]
-    return ["\n".join(lines)]
+    yield "\n".join(lines)
 
 
 def _row(name: str, pictures: list[Path], tokenizer: Path, setting: Setting) -> Row:

@@ -1,6 +1,7 @@
 """Packed access: the packs that a step reads against megatron-core's readers on the same files."""
 
 import shutil
+from collections.abc import Iterator
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -21,10 +22,11 @@ SEQ_LEN, BATCH = 4096, 8
 DOCUMENTS, STEPS = 20_000, 100
 
 
-def run(setting: Setting) -> list[str]:
-    """Sections in Markdown."""
+def run(setting: Setting) -> Iterator[str]:
+    """The section in Markdown."""
     if find_spec("megatron") is None:
-        return ["### Packed access\n\nmegatron-core is not installed: there is nothing to compare with."]
+        yield "### Packed access\n\nmegatron-core is not installed: there is nothing to compare with."
+        return
     from benchmarks import megatron_core
 
     directory = setting.directory
@@ -57,7 +59,7 @@ def run(setting: Setting) -> list[str]:
         "their resume": (1, lambda: wall_s(lambda: theirs((step - 1) * BATCH, BATCH))),
     }
     timings = interleave(setting.repetitions, works)
-    return ["\n".join(_lines(timings, anew_s, setting))]
+    yield "\n".join(_lines(timings, anew_s, setting))
 
 
 def _lines(timings: dict[str, Timing], anew_s: float, setting: Setting) -> list[str]:

@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,15 +25,13 @@ _PROFILED_BYTES = 16 << 20
 T = TypeVar("T")
 
 
-def run(setting: Setting) -> list[str]:
+def run(setting: Setting) -> Iterator[str]:
     """Sections in Markdown."""
     corpus = write_corpus(setting.directory / "text.jsonl", setting.megabytes * 1e6)
-    return [
-        _section("sentencepiece", corpus, write_sentencepiece(corpus, setting.directory / "tokenizer.model"), setting),
-        _section(
-            "tokenizer.json", corpus, write_deepseek(corpus, setting.directory / "hf" / "tokenizer.json"), setting
-        ),
-    ]
+    model = write_sentencepiece(corpus, setting.directory / "tokenizer.model")
+    yield _section("sentencepiece", corpus, model, setting)
+    model = write_deepseek(corpus, setting.directory / "hf" / "tokenizer.json")
+    yield _section("tokenizer.json", corpus, model, setting)
 
 
 def _section(kind: str, corpus: Path, tokenizer: Path, setting: Setting) -> str:
