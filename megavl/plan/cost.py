@@ -2,10 +2,11 @@
 
 Conventions. A multiplication and its addition are two FLOPs; only matrix products and convolutions count. Causal
 attention in packs costs what it needs: a document of s tokens has s (s + 1) / 2 pairs of query and key. SAM's windowed
-layers are counted on the padded grid, as the released code computes them. The backward pass of a product is counted in
-its two halves, gradient of the input and gradient of the weight, each where autograd needs it: nothing flows back into
-a part with nothing trainable before it, and a frozen weight has no gradient. The backward pass of attention is four
-products, twice the forward; the scores that flash kernels compute again are not counted.
+layers are counted on the padded grid, as the released code computes them. A token goes through the routed experts that
+it is sent to, and through no other. The backward pass of a product is counted in its two halves, gradient of the input
+and gradient of the weight, each where autograd needs it: nothing flows back into a part with nothing trainable before
+it, and a frozen weight has no gradient. The backward pass of attention is four products, twice the forward; the scores
+that flash kernels compute again are not counted.
 
 What this implementation computes beyond that is `overhead`: see `Work`.
 """
@@ -13,7 +14,7 @@ What this implementation computes beyond that is `overhead`: see `Work`.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from megavl.config.model import DecoderConfig, ModelConfig, SamConfig, SiglipConfig
+from megavl.config.model import DecoderConfig, MlaConfig, ModelConfig, MoeConfig, SamConfig, SiglipConfig
 from megavl.config.parameters import parameters
 from megavl.config.run import RunConfig
 
@@ -23,13 +24,16 @@ class Work:
     """FLOPs of one item of the model list over a step, whatever the number of ranks that share them.
 
     `overhead` is what the method does not ask for but the implementation computes: blocks again in the backward pass,
-    and the channels beside each head in which SAM's attention carries relative positions.
+    and the channels beside each head in which SAM's attention carries relative positions. `repeated` is the part of all
+    this that every tensor rank computes for itself instead of sharing it with the others: vision, unless they share the
+    tiles; and, without sequence parallelism, the latent of keys and values and the router's scores.
     """
 
     forward: int
     input_grad: int
     weight_grad: int
     overhead: int
+    repeated: int
 
     @property
     def model(self) -> int:
@@ -38,15 +42,19 @@ class Work:
 
     @property
     def hardware(self) -> int:
-        """What is computed."""
+        """What is computed, once."""
         return self.model + self.overhead
+
+    def on_tensor_ranks(self, tensor: int) -> int:
+        """What `tensor` ranks compute together."""
+        return self.hardware + (tensor - 1) * self.repeated
 
 
 @dataclass(frozen=True)
 class StepFlops:
     """FLOPs of one optimizer step over all ranks. `model` is what MFU is made of; `hardware` is what the devices
-    compute: with the overhead, and the vision part on every tensor rank that repeats it. (A pipeline also sends
-    gradients into stages with nothing trainable before them; those are in neither.)"""
+    compute: with the overhead, and on every tensor rank what each repeats. (A pipeline also sends gradients into stages
+    with nothing trainable before them; those are in neither.)"""
 
     model: int
     hardware: int
@@ -54,10 +62,11 @@ class StepFlops:
 
 @dataclass(frozen=True)
 class Count:
-    """Parameters in elements."""
+    """Parameters in elements. `experts` are those of routed experts among the trainable ones."""
 
     trainable: int
     frozen: int
+    experts: int
 
     @property
     def total(self) -> int:
@@ -65,29 +74,48 @@ class Count:
 
 
 def item_parameters(config: RunConfig) -> tuple[Count, ...]:
-    """Parameters of each item of the model list on one tensor rank."""
-    trainable, frozen = [0] * config.model.layers, [0] * config.model.layers
+    """Parameters of each item of the model list on one rank that holds it."""
+    trainable, frozen, experts = ([0] * config.model.layers for _ in range(3))
     for parameter in parameters(config.model):
-        kind = trainable if config.optim.lr_multiplier(parameter.name) else frozen
-        kind[parameter.item] += parameter.local_size(config.parallel)
-    return tuple(map(Count, trainable, frozen))
+        size = parameter.local_size(config.parallel)
+        if not (parameter.trained and config.optim.lr_multiplier(parameter.name)):
+            frozen[parameter.item] += size
+            continue
+        trainable[parameter.item] += size
+        if parameter.expert_dim is not None:
+            experts[parameter.item] += size
+    return tuple(map(Count, trainable, frozen, experts))
 
 
-def item_work(config: RunConfig, *, tokens: int, squared_tokens: int, images: int) -> tuple[Work, ...]:
-    """Work of each item of the model list over `tokens` tokens (image placeholders included) in documents whose squared
-    lengths add up to `squared_tokens`, with `images` images among them. What is frozen is read from the optimizer's
-    rules, what is recomputed from `train.recompute`."""
+def active_parameters(model: ModelConfig) -> int:
+    """Elements that a token and an image are multiplied with: of the routed experts those of one token, and not the
+    token embedding, in which it is looked up (so counts DeepSeek-VL2 Table 2)."""
+    moe, active = model.decoder.moe, 0
+    for parameter in parameters(model):
+        if parameter.expert_dim is not None:
+            active += parameter.size // moe.experts * moe.per_token
+        elif parameter.name != "stem.embedding.weight":
+            active += parameter.size
+    return active
+
+
+def item_work(config: RunConfig, *, tokens: int, squared_tokens: int, tiles: int) -> tuple[Work, ...]:
+    """Work of each item of the model list over `tokens` tokens (those of images included) in documents whose squared
+    lengths add up to `squared_tokens`, with `tiles` tiles among them (an image of DeepSeek-VL is one). What is frozen
+    is read from the optimizer's rules, what is recomputed from `train.recompute`."""
     model, decoder = config.model, config.model.decoder
 
     def trains(name: str) -> bool:
         return config.optim.lr_multiplier(name) > 0
 
     stem = _Walk(trains)
-    _stem(stem, model, images)
+    _stem(stem, model, tiles)
+    if config.parallel.vision == "replicated":
+        stem.repeat()
     works, live = [stem.work()], stem.live
     for index in range(decoder.layers):
         block = _Walk(trains, live)
-        _block(block, f"blocks.{index}", decoder, tokens, (squared_tokens + tokens) // 2)
+        _block(block, index, config, tokens, (squared_tokens + tokens) // 2)
         if config.train.recompute == "full" and block.live:
             block.recompute()
         works.append(block.work())
@@ -98,18 +126,13 @@ def item_work(config: RunConfig, *, tokens: int, squared_tokens: int, images: in
     return (*works, head.work())
 
 
-def step_flops(config: RunConfig, *, tokens: int, squared_tokens: int, images: int) -> StepFlops:
+def step_flops(config: RunConfig, *, tokens: int, squared_tokens: int, tiles: int) -> StepFlops:
     """FLOPs of one step of the whole global batch; the arguments are those of `item_work`."""
-    stem, *rest = item_work(config, tokens=tokens, squared_tokens=squared_tokens, images=images)
+    works = item_work(config, tokens=tokens, squared_tokens=squared_tokens, tiles=tiles)
     return StepFlops(
-        model=stem.model + sum(work.model for work in rest),
-        hardware=stem.hardware * vision_copies(config) + sum(work.hardware for work in rest),
+        model=sum(work.model for work in works),
+        hardware=sum(work.on_tensor_ranks(config.parallel.tensor) for work in works),
     )
-
-
-def vision_copies(config: RunConfig) -> int:
-    """Tensor ranks that compute the same vision part."""
-    return config.parallel.tensor if config.parallel.vision == "replicated" else 1
 
 
 class _Walk:
@@ -122,14 +145,20 @@ class _Walk:
         self.trains = trains
         self.live = live
         self.forward = self.input_grad = self.weight_grad = self.overhead = 0
+        self.repeated = self.repeated_forward = 0
         self.last = 0
 
     def work(self) -> Work:
-        return Work(self.forward, self.input_grad, self.weight_grad, self.overhead)
+        return Work(self.forward, self.input_grad, self.weight_grad, self.overhead, self.repeated)
+
+    def repeat(self) -> None:
+        """Every tensor rank walks the whole path."""
+        self.repeated, self.repeated_forward = self.work().hardware, self.forward
 
     def recompute(self) -> None:
         """The path is walked again in the backward pass, up to the last product: no gradient needs its result."""
         self.overhead += self.forward - self.last
+        self.repeated += self.repeated_forward
 
     def add(self, *names: str) -> None:
         """Parameters that are added or scaled with: no product to count, but a gradient to start from."""
@@ -153,11 +182,12 @@ class _Walk:
     def layer_norm(self, name: str) -> None:
         self.add(f"{name}.weight", f"{name}.bias")
 
-    def attend(self, pairs: int, width: int, carried: int = 0) -> None:
-        """Scores and weighted values over `pairs` of query and key, `width` channels in all heads: two products of
-        activations, each with two gradients. `carried`: channels that ride along as overhead."""
-        self.forward += 4 * pairs * width
-        self.input_grad += 8 * pairs * width if self.live else 0
+    def attend(self, pairs: int, key_width: int, value_width: int, carried: int = 0) -> None:
+        """Scores and weighted values over `pairs` of query and key, with so many channels of keys and of values in all
+        heads: two products of activations, each with two gradients. `carried`: channels that ride along as overhead."""
+        forward = 2 * pairs * (key_width + value_width)
+        self.forward += forward
+        self.input_grad += 2 * forward if self.live else 0
         self.overhead += (12 if self.live else 4) * pairs * carried
 
     def fork(self) -> "_Walk":
@@ -169,36 +199,41 @@ class _Walk:
         self.input_grad += other.input_grad
         self.weight_grad += other.weight_grad
         self.overhead += other.overhead
+        self.repeated += other.repeated
+        self.repeated_forward += other.repeated_forward
 
 
-def _stem(walk: _Walk, model: ModelConfig, images: int) -> None:
-    rows, width = images * model.tile_features, model.decoder.width
+def _stem(walk: _Walk, model: ModelConfig, tiles: int) -> None:
+    rows, width = tiles * model.tile_features, model.decoder.width
     low = walk.fork()
-    _siglip(low, model.siglip, images)
+    _siglip(low, model.siglip, tiles)
     if model.sam is None:
-        low.linear(rows, model.siglip.width, {"stem.adaptor.fc1": width}, bias=True)
+        square = 1 if model.tiling is None else model.tiling.shuffle**2
+        low.linear(rows, model.siglip.width * square, {"stem.adaptor.fc1": width}, bias=True)
         low.linear(rows, width, {"stem.adaptor.fc2": width}, bias=True)
     else:
         low.linear(rows, model.siglip.width, {"stem.adaptor.low_up_proj": width // 2}, bias=True)
         high = walk.fork()
-        _sam(high, model.sam, images, rows)
+        _sam(high, model.sam, tiles, rows)
         high.linear(rows, model.sam.output_width, {"stem.adaptor.high_up_proj": width // 2}, bias=True)
         low.join(high)
         low.linear(rows, width, {"stem.adaptor.proj": width}, bias=True)
+    if model.tiling is not None:
+        low.add("stem.newline", "stem.separator")
     walk.add("stem.embedding.weight")
     walk.join(low)
 
 
-def _siglip(walk: _Walk, siglip: SiglipConfig, images: int) -> None:
+def _siglip(walk: _Walk, siglip: SiglipConfig, tiles: int) -> None:
     tokens, width = siglip.grid**2, siglip.width
-    rows = images * tokens
+    rows = tiles * tokens
     walk.linear(rows, 3 * siglip.patch_size**2, {"stem.siglip.patch_embed": width}, bias=True)
     walk.add("stem.siglip.pos_embed")
     for index in range(siglip.layers):
         block = f"stem.siglip.blocks.{index}"
         walk.layer_norm(f"{block}.norm1")
         walk.linear(rows, width, {f"{block}.attn.qkv": 3 * width}, bias=True)
-        walk.attend(images * tokens**2, width)
+        walk.attend(tiles * tokens**2, width, width)
         walk.linear(rows, width, {f"{block}.attn.proj": width}, bias=True)
         walk.layer_norm(f"{block}.norm2")
         walk.linear(rows, width, {f"{block}.mlp.fc1": siglip.mlp_width}, bias=True)
@@ -206,15 +241,13 @@ def _siglip(walk: _Walk, siglip: SiglipConfig, images: int) -> None:
     walk.layer_norm("stem.siglip.norm")
 
 
-def _sam(walk: _Walk, sam: SamConfig, images: int, feature_rows: int) -> None:
+def _sam(walk: _Walk, sam: SamConfig, tiles: int, feature_rows: int) -> None:
     """SAM-B down to its `feature_rows` features: blocks, both necks, and the convolutions that both share."""
-    rows, width = images * sam.grid**2, sam.width
+    rows, width = tiles * sam.grid**2, sam.width
     walk.linear(rows, 3 * sam.patch_size**2, {"stem.sam.patch_embed": width}, bias=True)
     walk.add("stem.sam.pos_embed")
     for index in range(sam.layers):
-        _sam_block(
-            walk, f"stem.sam.blocks.{index}", sam, images, sam.grid if index in sam.global_layers else sam.window
-        )
+        _sam_block(walk, f"stem.sam.blocks.{index}", sam, tiles, sam.grid if index in sam.global_layers else sam.window)
         if index == sam.global_layers[0]:
             early = walk.fork()
     for path, neck in ((walk, "stem.sam.neck"), (early, "stem.sam.neck_hd")):
@@ -229,31 +262,75 @@ def _sam(walk: _Walk, sam: SamConfig, images: int, feature_rows: int) -> None:
     walk.join(early)
 
 
-def _sam_block(walk: _Walk, block: str, sam: SamConfig, images: int, side: int) -> None:
+def _sam_block(walk: _Walk, block: str, sam: SamConfig, tiles: int, side: int) -> None:
     """One ViTDet block with attention within squares of `side`^2 patches, the grid padded to whole squares."""
-    width, squares = sam.width, images * (-(-sam.grid // side)) ** 2
-    rows, padded_rows = images * sam.grid**2, squares * side**2
+    width, squares = sam.width, tiles * (-(-sam.grid // side)) ** 2
+    rows, padded_rows = tiles * sam.grid**2, squares * side**2
     walk.layer_norm(f"{block}.norm1")
     walk.linear(padded_rows, width, {f"{block}.attn.qkv": 3 * width}, bias=True)
     # Each query meets `side` relative positions in either direction.
     walk.multiply({f"{block}.attn.rel_pos_{way}": 2 * padded_rows * side * width for way in "hw"})
-    walk.attend(squares * side**4, width, carried=sam.heads * 2 * side)
+    walk.attend(squares * side**4, width, width, carried=sam.heads * 2 * side)
     walk.linear(padded_rows, width, {f"{block}.attn.proj": width}, bias=True)
     walk.layer_norm(f"{block}.norm2")
     walk.linear(rows, width, {f"{block}.mlp.lin1": sam.mlp_width}, bias=True)
     walk.linear(rows, sam.mlp_width, {f"{block}.mlp.lin2": width}, bias=True)
 
 
-def _block(walk: _Walk, block: str, decoder: DecoderConfig, tokens: int, pairs: int) -> None:
+def _block(walk: _Walk, index: int, config: RunConfig, tokens: int, pairs: int) -> None:
+    name, decoder = f"blocks.{index}", config.model.decoder
+    walk.add(f"{name}.attn_norm.weight")
+    if decoder.mla is None:
+        _attention(walk, f"{name}.attn", decoder, tokens, pairs)
+    else:
+        _mla(walk, f"{name}.attn", decoder, decoder.mla, tokens, pairs, config.parallel.sequence)
+    walk.add(f"{name}.mlp_norm.weight")
+    if decoder.has_experts(index):
+        _moe(walk, f"{name}.mlp", decoder.moe, decoder.width, tokens, config.parallel.sequence)
+    else:
+        _mlp(walk, f"{name}.mlp", decoder.width, decoder.mlp_width, tokens)
+
+
+def _attention(walk: _Walk, name: str, decoder: DecoderConfig, tokens: int, pairs: int) -> None:
     width, kv_width = decoder.width, decoder.kv_heads * decoder.head_width
-    walk.add(f"{block}.attn_norm.weight")
-    walk.linear(
-        tokens,
-        width,
-        {f"{block}.attn.q_proj": width, f"{block}.attn.k_proj": kv_width, f"{block}.attn.v_proj": kv_width},
-    )
-    walk.attend(pairs, width)
-    walk.linear(tokens, width, {f"{block}.attn.o_proj": width})
-    walk.add(f"{block}.mlp_norm.weight")
-    walk.linear(tokens, width, {f"{block}.mlp.gate_proj": decoder.mlp_width, f"{block}.mlp.up_proj": decoder.mlp_width})
-    walk.linear(tokens, decoder.mlp_width, {f"{block}.mlp.down_proj": width})
+    walk.linear(tokens, width, {f"{name}.q_proj": width, f"{name}.k_proj": kv_width, f"{name}.v_proj": kv_width})
+    walk.attend(pairs, width, width)
+    walk.linear(tokens, width, {f"{name}.o_proj": width})
+
+
+def _mla(
+    walk: _Walk, name: str, decoder: DecoderConfig, mla: MlaConfig, tokens: int, pairs: int, sequence: bool
+) -> None:
+    width, heads = decoder.width, decoder.heads
+    down, q = walk.fork(), walk.fork()
+    down.linear(tokens, width, {f"{name}.kv_down_proj": mla.kv_rank + mla.rope_width})
+    if not sequence:
+        down.repeat()
+    down.add(f"{name}.kv_norm.weight")
+    down.linear(tokens, mla.kv_rank, {f"{name}.kv_up_proj": heads * (mla.nope_width + mla.value_width)})
+    q.linear(tokens, width, {f"{name}.q_proj": heads * mla.key_width})
+    walk.join(down)
+    walk.join(q)
+    walk.attend(pairs, heads * mla.key_width, heads * mla.value_width)
+    walk.linear(tokens, heads * mla.value_width, {f"{name}.o_proj": width})
+
+
+def _mlp(walk: _Walk, name: str, width: int, mlp_width: int, tokens: int) -> None:
+    walk.linear(tokens, width, {f"{name}.gate_proj": mlp_width, f"{name}.up_proj": mlp_width})
+    walk.linear(tokens, mlp_width, {f"{name}.down_proj": width})
+
+
+def _moe(walk: _Walk, name: str, moe: MoeConfig, width: int, tokens: int, sequence: bool) -> None:
+    """Shared experts, and `per_token` routed ones for each token, none of which is dropped."""
+    router, shared = walk.fork(), walk.fork()
+    router.linear(tokens, width, {f"{name}.router": moe.experts})
+    if not sequence:
+        router.repeat()
+    _mlp(shared, f"{name}.shared", width, moe.shared_width, tokens)
+    product = 2 * tokens * moe.per_token * width * moe.width
+    walk.multiply({f"{name}.experts.gate_proj": product, f"{name}.experts.up_proj": product})
+    walk.multiply({f"{name}.experts.down_proj": product})
+    if router.live:
+        walk.last = 0  # the gradients of the routing weights need what the experts gave
+    walk.join(shared)
+    walk.join(router)

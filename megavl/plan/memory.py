@@ -28,17 +28,21 @@ def state_bytes(config: RunConfig, parameters: Count, dp: int) -> StateBytes:
 
     Weights have the size of the run's precision, gradients are fp32. Adam keeps two fp32 moments and, wherever weights
     are partitioned or bf16, an fp32 master of each trainable parameter. ZeRO-1 partitions the optimizer's part over the
-    `dp` data-parallel ranks, ZeRO-2 the gradients too, ZeRO-3 also the weights.
+    `dp` data-parallel ranks, ZeRO-2 the gradients too, ZeRO-3 also the weights. Of a routed expert there are fewer
+    replicas, dp / `parallel.expert`, over which its state is partitioned.
     """
-    zero = config.parallel.zero
+    zero, replicas = config.parallel.zero, dp // config.parallel.expert
     weight_bytes = 2 if config.train.precision == "bf16" else 4
     optimizer_bytes = 8 if zero == 0 else 12
 
-    def shared(size: int, from_stage: int) -> int:
-        return ceil(size / dp) if zero >= from_stage else size
+    def shared(element_bytes: int, elements: int, from_stage: int) -> int:
+        if zero < from_stage:
+            return element_bytes * elements
+        others = elements - parameters.experts
+        return ceil(element_bytes * others / dp) + ceil(element_bytes * parameters.experts / replicas)
 
     return StateBytes(
-        weights=shared(weight_bytes * parameters.total, 3),
-        gradients=shared(4 * parameters.trainable, 2),
-        optimizer=shared(optimizer_bytes * parameters.trainable, 1),
+        weights=shared(weight_bytes, parameters.total, 3),
+        gradients=shared(4, parameters.trainable, 2),
+        optimizer=shared(optimizer_bytes, parameters.trainable, 1),
     )

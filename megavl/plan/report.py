@@ -3,7 +3,8 @@
 from collections.abc import Iterable
 
 from megavl.config.run import RunConfig
-from megavl.plan.cost import Count, Work, item_parameters, item_work, vision_copies
+from megavl.config.tiles import Tiling
+from megavl.plan.cost import Count, active_parameters, item_parameters, item_work
 from megavl.plan.memory import state_bytes
 from megavl.plan.partition import split_layers
 
@@ -20,14 +21,22 @@ def _run(config: RunConfig, world: int) -> str:
     parallel, train, seq_len = config.parallel, config.train, config.data.seq_len
     dp, tokens = world // parallel.model, train.global_batch * seq_len
     micro_batches = train.global_batch // dp // train.micro_batch
-    uncut = config.model_copy(update={"parallel": parallel.model_copy(update={"tensor": 1})})
+    uncut = config.model_copy(update={"parallel": parallel.model_copy(update={"tensor": 1, "expert": 1})})
     parameters = _add(item_parameters(uncut))
+    counts = f"parameters: {parameters.total:,} = {parameters.trainable:,} trainable + {parameters.frozen:,} frozen"
+    experts = ""
+    if config.model.decoder.moe is not None:
+        counts += (
+            f"\nactive: {active_parameters(config.model):,} of them, with the routed experts of one token and without "
+            "the token embedding"
+        )
+        experts = f" (experts over {parallel.expert}, {parallel.expert_width})"
     tensor = f"tensor {parallel.tensor}" + (" (sequence parallel)" if parallel.sequence else "")
     return "\n".join(
         (
-            f"{config.model.name} on {world} ranks: {tensor} x pipeline {parallel.pipeline} x data {dp}, "
-            f"ZeRO-{parallel.zero}, {train.precision}, recompute {train.recompute}",
-            f"parameters: {parameters.total:,} = {parameters.trainable:,} trainable + {parameters.frozen:,} frozen",
+            f"{config.model.name} on {world} ranks: {tensor} x pipeline {parallel.pipeline} x data {dp}"
+            f"{experts}, ZeRO-{parallel.zero}, {train.precision}, recompute {train.recompute}",
+            counts,
             f"step: {train.global_batch} packs of {seq_len} tokens = {tokens:,} tokens; each rank runs {micro_batches} "
             f"micro-batches of {train.micro_batch * seq_len:,} tokens",
             f"run: {train.steps:,} steps = {train.steps * tokens:,} tokens",
@@ -53,11 +62,11 @@ def _stages(config: RunConfig) -> str:
                 _share(multimodal, held),
             )
         )
-    images = _images_per_pack(config)
+    images, tiles = _images_per_pack(config)
     caption = (
-        f"Stages: parameters on one tensor rank, and share of a step's FLOPs (vision: {parallel.vision}).\n"
+        f"Stages: parameters on one rank, and share of a step's FLOPs (vision: {parallel.vision}).\n"
         f"Taken for it: packs of one document of {config.data.seq_len} tokens, in a multimodal step with {images} "
-        "images each."
+        f"images ({tiles} tiles) each" + (", and equally busy experts." if config.model.decoder.moe else ".")
     )
     return f"{caption}\n{_table(rows)}"
 
@@ -71,7 +80,8 @@ def _ranks(config: RunConfig, world: int) -> str:
         state = state_bytes(config, held, dp)
         sizes = map(_mib, (state.weights, state.gradients, state.optimizer, state.total))
         rows.append((str(rank), _millions(held.total), *sizes))
-    caption = f"Memory of one rank, without activations (ZeRO-{parallel.zero} over {dp} data-parallel ranks)."
+    replicas = f"; {dp // parallel.expert} for routed experts" if config.model.decoder.moe else ""
+    caption = f"Memory of one rank, without activations (ZeRO-{parallel.zero} over {dp} data-parallel ranks{replicas})."
     return f"{caption}\n{_table(rows)}"
 
 
@@ -87,30 +97,29 @@ def _work(config: RunConfig) -> str:
 def _text_step(config: RunConfig) -> dict[str, int]:
     """A step whose packs are each one document."""
     packs, seq_len = config.train.global_batch, config.data.seq_len
-    return {"tokens": packs * seq_len, "squared_tokens": packs * seq_len**2, "images": 0}
+    return {"tokens": packs * seq_len, "squared_tokens": packs * seq_len**2, "tiles": 0}
 
 
 def _multimodal_step(config: RunConfig) -> dict[str, int]:
-    return _text_step(config) | {"images": config.train.global_batch * _images_per_pack(config)}
+    return _text_step(config) | {"tiles": config.train.global_batch * _images_per_pack(config)[1]}
 
 
-def _images_per_pack(config: RunConfig) -> int:
-    """As many as fill half of a pack."""
-    return max(1, config.data.seq_len // 2 // config.model.tile_features)
+def _images_per_pack(config: RunConfig) -> tuple[int, int]:
+    """As many small images as fill half of a pack, and their tiles."""
+    tiling = Tiling(config.model)
+    images = max(1, config.data.seq_len // 2 // int(tiling.tokens[0]))
+    return images, images * int(tiling.tiles[0])
 
 
 def _rank_flops(config: RunConfig, step: dict[str, int]) -> list[float]:
-    """FLOPs of each item on one tensor rank: the stem's are not divided, unless the ranks share the images."""
-
-    def on_rank(item: int, work: Work) -> float:
-        return work.hardware * (vision_copies(config) if item == 0 else 1) / config.parallel.tensor
-
-    return [on_rank(item, work) for item, work in enumerate(item_work(config, **step))]
+    """FLOPs of each item on one tensor rank."""
+    tensor = config.parallel.tensor
+    return [work.on_tensor_ranks(tensor) / tensor for work in item_work(config, **step)]
 
 
 def _add(counts: Iterable[Count]) -> Count:
     counts = tuple(counts)
-    return Count(sum(count.trainable for count in counts), sum(count.frozen for count in counts))
+    return Count(*(sum(getattr(count, part) for count in counts) for part in ("trainable", "frozen", "experts")))
 
 
 def _items(held: range, layers: int) -> str:

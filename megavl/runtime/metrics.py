@@ -52,7 +52,7 @@ class Metrics:
         dist.all_reduce(memory, dist.ReduceOp.MAX)
         if self._file is None:
             return
-        flops = step_flops(self._config, tokens=batch.tokens, squared_tokens=batch.squared_tokens, images=batch.images)
+        flops = step_flops(self._config, tokens=batch.tokens, squared_tokens=batch.squared_tokens, tiles=batch.tiles)
         capacity = self._peak_flops * self._env.world * step_s
         row = {
             "step": batch.step + 1,

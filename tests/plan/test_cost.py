@@ -10,22 +10,25 @@ from megavl.config.model import DecoderConfig, ModelConfig, SamConfig, SiglipCon
 from megavl.config.parameters import parameters
 from megavl.config.presets import PRESETS
 from megavl.config.run import RunConfig
-from megavl.config.tiles import Grid
+from megavl.config.tiles import Tiling
 from megavl.model.init import initialise
 from megavl.model.vlm import VLM
 from megavl.ops.dispatch import choose
 from megavl.parallel.groups import TensorAxis
-from megavl.plan.cost import item_parameters, item_work, step_flops
+from megavl.plan.cost import active_parameters, item_parameters, item_work, step_flops
 from megavl.runtime.recompute import recompute_blocks
 from tests.config.runs import make_run
 
+
+def short(preset: str) -> ModelConfig:
+    """A preset with three blocks."""
+    model = PRESETS[preset]
+    return model.model_copy(update={"decoder": model.decoder.model_copy(update={"layers": 3})})
+
+
 MODELS = {
-    "tiny": PRESETS["vl_debug"].model_copy(
-        update={"decoder": PRESETS["vl_debug"].decoder.model_copy(update={"layers": 3})}
-    ),
-    "tiny_siglip": PRESETS["vl_debug_siglip"].model_copy(
-        update={"decoder": PRESETS["vl_debug"].decoder.model_copy(update={"layers": 3})}
-    ),
+    "tiny": short("vl_debug"),
+    "tiny_siglip": short("vl_debug_siglip"),
     # Grouped queries, a grid of 16 in padded windows of 6, 14 GFLOP forward.
     "middle": ModelConfig(
         name="middle",
@@ -47,7 +50,7 @@ MODELS = {
 }
 
 
-STEP = {"tokens": 100, "squared_tokens": 10_000, "images": 2}
+STEP = {"tokens": 100, "squared_tokens": 10_000, "tiles": 2}
 
 
 def run_of(model: ModelConfig, **changes) -> RunConfig:
@@ -71,24 +74,23 @@ TRAINABLE = {
 
 
 def make_batch(model: ModelConfig, documents: list[tuple[int, int]]) -> Batch:
-    """Documents of (images, text tokens), with random pixels."""
-    lengths = [images * model.tile_features + text for images, text in documents]
+    """Documents of (images, text tokens), with random pixels; the images have as many tiles as they may."""
+    tiling = Tiling(model)
+    placeholders, total = int(tiling.tokens[-1]), sum(images for images, _ in documents)
+    lengths = [images * placeholders + text for images, text in documents]
     tokens = torch.cat(
-        [
-            torch.tensor([model.image_token_id] * (images * model.tile_features) + [1] * text)
-            for images, text in documents
-        ]
+        [torch.tensor([model.image_token_id] * (images * placeholders) + [1] * text) for images, text in documents]
     )
     towers = {"siglip": model.siglip} | ({"sam": model.sam} if model.sam else {})
-    total = sum(images for images, _ in documents)
+    tiles = total * tiling.grids[-1].tiles
     return Batch(
         tokens=tokens,
         labels=tokens.where(tokens != model.image_token_id, -100),
         positions=torch.cat([torch.arange(length) for length in lengths]),
         cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).int(),
         packs=1,
-        grids=(Grid(0, 0),) * total,
-        pixels={name: torch.randn(total, 3, tower.image_size, tower.image_size) for name, tower in towers.items()},
+        grids=(tiling.grids[-1],) * total,
+        pixels={name: torch.randn(tiles, 3, tower.image_size, tower.image_size) for name, tower in towers.items()},
     )
 
 
@@ -122,7 +124,7 @@ def test_hardware_flops_are_those_that_torch_counts(model, trainable, recompute)
     config = run_of(model, optim={"rules": TRAINABLE[trainable]}, train={"recompute": recompute})
     # torch counts causal attention over all s^2 pairs, we over s (s + 1) / 2: asked for twice the squares less the
     # tokens, ours covers all of them too.
-    flops = step_flops(config, tokens=tokens, squared_tokens=2 * squared - tokens, images=3)
+    flops = step_flops(config, tokens=tokens, squared_tokens=2 * squared - tokens, tiles=batch.tiles)
     # Measured: equal to the last FLOP in all cases.
     assert flops.hardware == counted(model, batch, TRAINABLE[trainable], recompute)
 
@@ -133,7 +135,7 @@ def test_model_flops_are_near_what_torch_counts():
     batch = make_batch(model, [(2, 37), (1, 11)])
     tokens, squared = len(batch.tokens), sum(length**2 for length in batch.cu_seqlens.diff().tolist())
     config = run_of(model)
-    flops = step_flops(config, tokens=tokens, squared_tokens=2 * squared - tokens, images=3)
+    flops = step_flops(config, tokens=tokens, squared_tokens=2 * squared - tokens, tiles=batch.tiles)
     assert flops.model == pytest.approx(counted(model, batch, [], "off"), rel=0.02)
 
 
@@ -149,7 +151,7 @@ def test_every_parameter_is_asked_for(name):
             return 0.0
 
     optim = Recording.model_validate(config.optim.model_dump())
-    item_work(config.model_copy(update={"optim": optim}), tokens=1, squared_tokens=1, images=1)
+    item_work(config.model_copy(update={"optim": optim}), tokens=1, squared_tokens=1, tiles=1)
     assert asked == {parameter.name for parameter in parameters(config.model)}
 
 
@@ -179,7 +181,7 @@ def test_frozen_decoder_above_a_trainable_adaptor_costs_forward_and_input_gradie
 
 
 def test_text_costs_no_vision():
-    assert item_work(make_run(), tokens=100, squared_tokens=10_000, images=0)[0].model == 0
+    assert item_work(make_run(), tokens=100, squared_tokens=10_000, tiles=0)[0].model == 0
 
 
 def test_vision_is_computed_on_every_tensor_rank():
@@ -188,25 +190,41 @@ def test_vision_is_computed_on_every_tensor_rank():
     assert two.hardware - one.hardware == item_work(make_run(), **STEP)[0].hardware
 
 
-def test_shared_images_are_computed_once():
+def test_latents_and_scores_are_computed_on_every_tensor_rank_without_sequence_parallelism():
+    model = PRESETS["vl2_debug"]
+    decoder, mla = model.decoder, model.decoder.mla
+    text = STEP | {"tiles": 0}
+    one, two, four = (step_flops(run_of(model, parallel={"tensor": tensor}), **text) for tensor in (1, 2, 4))
+    latents = decoder.layers * (mla.kv_rank + mla.rope_width)
+    scores = (decoder.layers - 1) * decoder.moe.experts
+    assert two.hardware - one.hardware == 3 * 2 * STEP["tokens"] * decoder.width * (latents + scores)
+    assert four.hardware - one.hardware == 3 * (two.hardware - one.hardware)
+    assert one == step_flops(run_of(model, parallel={"tensor": 4, "sequence": True}), **text)
+
+
+def test_shared_tiles_are_computed_once():
     one, two = (step_flops(make_run(parallel={"tensor": tensor, "vision": "sharded"}), **STEP) for tensor in (1, 2))
     assert one == two
 
 
-def forward_gflops(name: str, images: int) -> float:
+def forward_gflops(name: str, tiles: int) -> float:
     """Forward GFLOP of the vision part of a preset."""
-    stem, *_ = item_work(run_of(PRESETS[name]), tokens=0, squared_tokens=0, images=images)
+    stem, *_ = item_work(run_of(PRESETS[name]), tokens=0, squared_tokens=0, tiles=tiles)
     return stem.forward / 1e9
 
 
 def test_published_vision_flops():
-    """SAM-B 1000, SigLIP-L 381, adaptor 24 GFLOP an image. Measured: 1001, 381, 24 (1.3B: 7)."""
-    assert forward_gflops("vl_7b", images=1) == pytest.approx(1000 + 381 + 24, rel=0.02)
-    assert forward_gflops("vl_1b", images=1) == pytest.approx(381 + 7, rel=0.02)
-    assert forward_gflops("vl_7b", images=5) == pytest.approx(5 * forward_gflops("vl_7b", images=1))
+    """SAM-B 1000, SigLIP-L 381, adaptor 24 GFLOP an image (1.3B: 7); SigLIP-SO400M 666 GFLOP a tile beside VL2's
+    adaptors. Measured: 1001, 381, 24 (7); 666, and 3 (Tiny), 5 (Small), 7 (Base)."""
+    assert forward_gflops("vl_7b", tiles=1) == pytest.approx(1000 + 381 + 24, rel=0.02)
+    assert forward_gflops("vl_1b", tiles=1) == pytest.approx(381 + 7, rel=0.02)
+    assert forward_gflops("vl_7b", tiles=5) == pytest.approx(5 * forward_gflops("vl_7b", tiles=1))
+    for name, width in (("vl2_tiny", 1280), ("vl2_small", 2048), ("vl2_base", 2560)):
+        adaptor = 2 * 196 * (4 * 1152 * width + width**2) / 1e9
+        assert forward_gflops(name, tiles=1) == pytest.approx(666 + adaptor, rel=1e-3)
 
 
-@pytest.mark.parametrize("name", ["vl_1b", "vl_7b"])
+@pytest.mark.parametrize("name", ["vl_1b", "vl_7b", "vl2_tiny"])
 def test_full_size_vision_is_what_torch_counts(name):
     """On the meta device, where nothing is computed. Measured: equal to the last FLOP."""
     model = PRESETS[name]
@@ -214,17 +232,32 @@ def test_full_size_vision_is_what_torch_counts(name):
         stem = VLM(model, TensorAxis(), choose(torch.device("cpu")), 0, 1).stem.requires_grad_(False)
         pixels = {"siglip": torch.empty(2, 3, 384, 384), "sam": torch.empty(2, 3, 1024, 1024)}
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-            stem.image_features(pixels, [Grid(0, 0)] * 2)
-    work, *_ = item_work(run_of(model, optim={"rules": [FREEZE_ALL]}), tokens=0, squared_tokens=0, images=2)
+            stem.encode(pixels, 2)
+    work, *_ = item_work(run_of(model, optim={"rules": [FREEZE_ALL]}), tokens=0, squared_tokens=0, tiles=2)
     assert work.hardware == counter.get_total_flops()
 
 
-@pytest.mark.parametrize(("name", "flops"), [("vl_1b", 0.987e10), ("vl_7b", 4.196e10)])
+@pytest.mark.parametrize(
+    ("name", "flops"),
+    [("vl_1b", 0.987e10), ("vl_7b", 4.196e10), ("vl2_tiny", 3.82e9), ("vl2_small", 1.641e10), ("vl2_base", 2.852e10)],
+)
 def test_published_flops_of_a_token(name, flops):
-    """6 N + 6 L d s, N without the embedding, in documents of s = 4096 tokens. Measured within 0.1 %."""
+    """6 N + 6 L d s, N without the embedding and with the experts of one token, in documents of s = 4096 tokens (with
+    latent attention 3 L h (192 + 128) s). Measured within 0.1 %."""
     config = run_of(PRESETS[name])
-    step = step_flops(config, tokens=4096, squared_tokens=4096**2, images=0)
+    step = step_flops(config, tokens=4096, squared_tokens=4096**2, tiles=0)
     assert step.model / 4096 == pytest.approx(flops, rel=2e-3)
+
+
+@pytest.mark.parametrize(("name", "billions"), [("vl2_tiny", 1.0), ("vl2_small", 2.8), ("vl2_base", 4.5)])
+def test_published_active_parameters(name, billions):
+    """As the release has them, with its tower. Measured: 0.995, 2.878, 4.555."""
+    assert active_parameters(PRESETS[name]) / 1e9 == pytest.approx(billions, abs=0.08)
+
+
+def test_without_experts_all_but_the_embedding_is_active():
+    total = {p.name: p.size for p in parameters(PRESETS["vl_7b"])}
+    assert active_parameters(PRESETS["vl_7b"]) == sum(total.values()) - total["stem.embedding.weight"]
 
 
 def test_parameters_of_items():
@@ -241,3 +274,16 @@ def test_parameters_of_items():
         if p.name.startswith(("stem.siglip", "stem.sam")) and "neck" not in p.name and "downsamples" not in p.name
     ]
     assert stem.frozen == sum(frozen)
+
+
+@pytest.mark.parametrize(("width", "cut"), [("whole", 1), ("cut", 2)])
+def test_experts_of_items(width, cut):
+    rules = [rule(r"^blocks\.2\.", 0)]
+    parallel = {"tensor": 2, "expert": 4, "expert_width": width}
+    items = item_parameters(run_of(PRESETS["vl2_debug"], optim={"rules": rules}, parallel=parallel))
+    decoder = PRESETS["vl2_debug"].decoder
+    experts = 8 // 4 * 3 * decoder.width * (decoder.moe.width // cut)
+    # The stem, a dense block, blocks with experts of which the second is frozen, the head.
+    assert [item.experts for item in items] == [0, 0, experts, 0, experts, experts, experts, 0]
+    # The bias of a router is not for an optimizer.
+    assert [item.frozen for item in items] == [0, 0, 8, items[2].total, 8, 8, 8, 0]

@@ -18,6 +18,13 @@ from tests.config.runs import make_run
 )
 def test_stages(zero, precision, expected):
     config = make_run(parallel={"zero": zero}, train={"precision": precision})
-    state = state_bytes(config, Count(trainable=1000, frozen=100), dp=4)
+    state = state_bytes(config, Count(trainable=1000, frozen=100, experts=0), dp=4)
     assert (state.weights, state.gradients, state.optimizer) == expected
     assert state.total == sum(expected)
+
+
+def test_experts_have_fewer_replicas():
+    """Of 1000 parameters 600 are of experts, which 2 of the 8 data-parallel ranks hold; the other 400 are on all."""
+    config = make_run(parallel={"zero": 1, "expert": 4}, train={"precision": "bf16"})
+    state = state_bytes(config, Count(trainable=1000, frozen=0, experts=600), dp=8)
+    assert (state.weights, state.gradients, state.optimizer) == (2 * 1000, 4 * 1000, 12 * (400 // 8 + 600 // 2))

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from megavl.config.load import load_run
 from megavl.config.parameters import parameters
+from megavl.config.presets import PRESETS
 from megavl.plan.report import describe
 from tests.config.runs import make_run
 
@@ -45,6 +46,28 @@ def test_interleaved_ranks_hold_several_stages():
     stages, ranks = rows(text, "stage"), rows(text, "pp rank")
     first = sum(float(stages[s][3].split()[0]) for s in (0, 3))
     assert abs(first - float(ranks[0][1].split()[0])) < 0.02
+
+
+def test_vl2_small_on_48_ranks():
+    parallel = {"tensor": 2, "sequence": True, "pipeline": 3, "stages": [8, 10, 11], "expert": 4}
+    config = make_run(
+        model=PRESETS["vl2_small"].model_dump(mode="json"),
+        data={"seq_len": 4096},
+        parallel=parallel,
+        train={"global_batch": 64},
+    )
+    text = describe(config, 48)
+    assert "tensor 2 (sequence parallel) x pipeline 3 x data 8 (experts over 4, whole), ZeRO-1" in text
+    assert "parameters: 16,133,111,152 = 16,133,111,152 trainable + 0 frozen" in text
+    assert "active: 2,878,061,936 of them" in text
+    assert "4 images (8 tiles) each, and equally busy experts" in text
+    assert "ZeRO-1 over 8 data-parallel ranks; 2 for routed experts" in text
+    held = sum(parameter.local_size(config.parallel) for parameter in parameters(config.model)) / 1e6
+    assert abs(sum(float(rank[1].split()[0].replace(",", "")) for rank in rows(text, "pp rank")) - held) < 0.1
+    # Of the middle rank: weights of 2 bytes, and 12 more of what it trains, experts over 2 ranks and the rest over 8.
+    experts = 10 * 64 // 4 * 3 * 2048 * 1408
+    weights, optimizer = (float(rows(text, "pp rank")[1][column].split()[0].replace(",", "")) for column in (2, 4))
+    assert abs(optimizer - 12 * (experts / 2 + (weights * 2**19 - experts) / 8) / 2**20) < 0.2
 
 
 def test_names_of_single_items():

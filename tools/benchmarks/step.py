@@ -126,7 +126,7 @@ def benchmark(config: RunConfig, env: Env, args: argparse.Namespace) -> None:
     for kind in ("text", "multimodal"):
         batch = made_up_step(config, mesh, kind, args.images)
         times = step_times(pipeline, engine, batch, args.warmup, args.steps)
-        flops = step_flops(config, tokens=batch.tokens, squared_tokens=batch.squared_tokens, images=batch.images)
+        flops = step_flops(config, tokens=batch.tokens, squared_tokens=batch.squared_tokens, tiles=batch.tiles)
         median = statistics.median(times)
         capacity = peak_flops * env.world * median
         rows.append(
