@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from megavl.batch import Batch
 from megavl.config.model import DecoderConfig
 from megavl.ops.dispatch import Ops
-from megavl.ops.rope import rotate, rotation
+from megavl.ops.rope import rotate_halves, rotation
 from megavl.parallel.collectives import enter_parallel
 from megavl.parallel.groups import TensorAxis
 from megavl.parallel.linear import ColumnLinear, RowLinear, share
@@ -34,5 +34,6 @@ class Attention(nn.Module):
         k = self.k_proj(h).unflatten(1, (self.kv_heads, self.head_width))  # [T, kv_heads / tp, d]
         v = self.v_proj(h).unflatten(1, (self.kv_heads, self.head_width))  # [T, kv_heads / tp, d]
         cos, sin = rotation(batch.positions, self.head_width, self.theta)
-        attended = self.ops.attention(rotate(q, cos, sin), rotate(k, cos, sin), v, batch.cu_seqlens)
+        q, k = rotate_halves(q, cos, sin), rotate_halves(k, cos, sin)
+        attended = self.ops.attention(q, k, v, batch.cu_seqlens)  # [T, heads / tp, d]
         return self.o_proj(attended.flatten(1))  # [T, heads * d / tp] -> [T, D]

@@ -5,23 +5,24 @@ from torch import Tensor, nn
 from megavl.batch import Batch
 from megavl.config.model import DecoderConfig
 from megavl.model.attention import Attention
+from megavl.model.mla import LatentAttention
 from megavl.model.mlp import Mlp
 from megavl.model.norm import RmsNorm
 from megavl.ops.dispatch import Ops
-from megavl.parallel.groups import TensorAxis
+from megavl.parallel.groups import ExpertAxis, TensorAxis
 
 
 class Block(nn.Module):
     """Pre-norm attention and feed-forward, each added to the residual stream. [T, D] -> [T, D], or [T / tp, D] on each
-    rank under sequence parallelism."""
+    rank under sequence parallelism. `layer` is its index among the blocks of the whole model."""
 
-    def __init__(self, config: DecoderConfig, tp: TensorAxis, ops: Ops):
+    def __init__(self, config: DecoderConfig, layer: int, tp: TensorAxis, ep: ExpertAxis, ops: Ops):
         super().__init__()
         self.attn_norm = RmsNorm(config.width, config.norm_eps, tp, ops)
-        self.attn = Attention(config, tp, ops)
+        self.attn = Attention(config, tp, ops) if config.mla is None else LatentAttention(config, tp, ops)
         self.mlp_norm = RmsNorm(config.width, config.norm_eps, tp, ops)
-        self.mlp = Mlp(config, tp, ops)
+        self.mlp = Mlp(config.width, config.mlp_width, tp, ops)
 
     def forward(self, h: Tensor, batch: Batch) -> Tensor:
         h = h + self.attn(self.attn_norm(h), batch)
-        return h + self.mlp(self.mlp_norm(h))
+        return h + self.mlp(self.mlp_norm(h), batch)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from megavl.config.model import ModelConfig
 from megavl.model.norm import RmsNorm
 from megavl.parallel.embedding import VocabEmbedding
-from megavl.parallel.linear import ColumnLinear, RowLinear
+from megavl.parallel.linear import ColumnLinear, RowLinear, SharedLinear
 from megavl.parallel.shard import shard_of
 
 _VISION_STD = 0.02
@@ -35,7 +35,7 @@ def _fill(full: Tensor, module: nn.Module, leaf: str, config: ModelConfig, gener
     match module:
         case RmsNorm() | nn.LayerNorm():
             nn.init.ones_(full)
-        case VocabEmbedding() | ColumnLinear() | RowLinear():
+        case VocabEmbedding() | ColumnLinear() | RowLinear() | SharedLinear():
             nn.init.normal_(full, std=config.init_std, generator=generator)
         case nn.Conv2d():
             nn.init.kaiming_normal_(full, mode="fan_out", nonlinearity="relu", generator=generator)

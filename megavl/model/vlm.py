@@ -8,7 +8,9 @@ from megavl.model.block import Block
 from megavl.model.head import Head
 from megavl.model.stem import Stem
 from megavl.ops.dispatch import Ops
-from megavl.parallel.groups import TensorAxis
+from megavl.parallel.groups import ExpertAxis, TensorAxis
+
+_ALL_EXPERTS = ExpertAxis()
 
 
 class VLM(nn.Module):
@@ -18,14 +20,19 @@ class VLM(nn.Module):
     `megavl.model.init.initialise` or a checkpoint gives them.
     """
 
-    def __init__(self, config: ModelConfig, tp: TensorAxis, ops: Ops, first: int, stop: int):
+    def __init__(
+        self, config: ModelConfig, tp: TensorAxis, ops: Ops, first: int, stop: int, ep: ExpertAxis = _ALL_EXPERTS
+    ):
         super().__init__()
         if not 0 <= first < stop <= config.layers:
             raise ValueError(f"items [{first}, {stop}) are not a slice of the {config.layers} items of {config.name}")
         last = config.layers - 1
         self.stem = Stem(config, tp) if first == 0 else None
         self.blocks = nn.ModuleDict(
-            {str(item - 1): Block(config.decoder, tp, ops) for item in range(max(first, 1), min(stop, last))}
+            {
+                str(item - 1): Block(config.decoder, item - 1, tp, ep, ops)
+                for item in range(max(first, 1), min(stop, last))
+            }
         )
         self.head = Head(config.decoder, tp, ops) if stop > last else None
 

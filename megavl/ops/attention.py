@@ -1,9 +1,10 @@
 """Causal attention over packed documents: no padding, and no document sees another.
 
 Every implementation has one signature, `PackedAttention`:
-    q: [T, H, d]; k, v: [T, H_kv, d] with H_kv a divisor of H (grouped queries, arXiv 2305.13245)
+    q: [T, H, d]; k: [T, H_kv, d]; v: [T, H_kv, d_v], with H_kv a divisor of H (grouped queries, arXiv 2305.13245)
+       and d_v at most d
     cu_seqlens: int32 [N + 1]; document n is rows cu_seqlens[n]:cu_seqlens[n + 1]; the last entry is T
-    returns [T, H, d], scores scaled by 1 / sqrt(d)
+    returns [T, H, d_v], scores scaled by 1 / sqrt(d)
 """
 
 from collections.abc import Callable
@@ -26,14 +27,18 @@ def reference_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> 
     lengths = cu_seqlens.diff().tolist()
     grouped = q.shape[1] != k.shape[1]
     documents = zip(*(x.transpose(0, 1).unsqueeze(0).split(lengths, dim=2) for x in (q, k, v)), strict=True)
-    attended = [  # each [1, H, length, d]
+    attended = [  # each [1, H, length, d_v]
         F.scaled_dot_product_attention(*document, is_causal=True, enable_gqa=grouped) for document in documents
     ]
-    return torch.cat(attended, dim=2).squeeze(0).transpose(0, 1)  # [T, H, d]
+    return torch.cat(attended, dim=2).squeeze(0).transpose(0, 1)  # [T, H, d_v]
 
 
 def fused_attention(kernel: VarlenKernel) -> PackedAttention:
-    """`kernel` for the dtypes and head widths that it has, the reference for all others (fp32 above all)."""
+    """`kernel` for the dtypes and head widths that it has, the reference for all others (fp32 above all).
+
+    A kernel has one width for queries, keys and values; narrower values are filled up with zeros, and so is what comes
+    of them, which is cut off again.
+    """
 
     def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
         width = q.shape[2]
@@ -41,6 +46,7 @@ def fused_attention(kernel: VarlenKernel) -> PackedAttention:
             return reference_attention(q, k, v, cu_seqlens)
         # T bounds the longest document. The true length lies on the device: to read it would stall the launch queue in
         # every block, while the thread blocks beyond a document's end return at once.
-        return kernel(q, k, v, cu_seqlens, q.shape[0])
+        attended = kernel(q, k, F.pad(v, (0, width - v.shape[2])), cu_seqlens, q.shape[0])  # [T, H, d]
+        return attended[..., : v.shape[2]]  # [T, H, d_v]
 
     return attention

@@ -26,6 +26,13 @@ class TensorAxis(Axis):
 
 
 @dataclass(frozen=True)
+class ExpertAxis(Axis):
+    """The expert axis. With `cut_width`, the experts of a rank are also cut over the tensor axis."""
+
+    cut_width: bool = False
+
+
+@dataclass(frozen=True)
 class Mesh:
     """The axes of this rank; `model` spans the ranks of one replica (pp and tp together), `ep` those that hold
     different experts of a layer, `edp` those that hold the same."""
@@ -34,12 +41,14 @@ class Mesh:
     pp: Axis
     dp: Axis
     tp: TensorAxis
-    ep: Axis
+    ep: ExpertAxis
     edp: Axis
     model: Axis
 
 
-def build_mesh(topology: Topology, sequence: bool = False, shares_images: bool = False) -> Mesh:
+def build_mesh(
+    topology: Topology, sequence: bool = False, shares_images: bool = False, cut_width: bool = False
+) -> Mesh:
     """Create the groups of `topology` over the default process group. Collective: every rank of the world calls it."""
     rank = dist.get_rank()
 
@@ -51,13 +60,13 @@ def build_mesh(topology: Topology, sequence: bool = False, shares_images: bool =
                 mine = Axis(ranks.index(rank), len(ranks), group)
         return mine
 
-    tp = axis("tp")
+    tp, ep = axis("tp"), axis("ep")
     return Mesh(
         topology,
         pp=axis("pp"),
         dp=axis("dp"),
         tp=TensorAxis(tp.rank, tp.size, tp.group, sequence and tp.size > 1, shares_images and tp.size > 1),
-        ep=axis("ep"),
+        ep=ExpertAxis(ep.rank, ep.size, ep.group, cut_width and tp.size > 1),
         edp=axis("edp"),
         model=axis("model"),
     )

@@ -1,4 +1,4 @@
-"""Column- and row-parallel linear layers (Megatron-LM, arXiv 1909.08053, section 3), without bias.
+"""Linear layers of the decoder, column- and row-parallel (Megatron-LM, arXiv 1909.08053, section 3) or whole; no bias.
 
 A parallel region is `enter_parallel -> ColumnLinear ... RowLinear -> leave_parallel`; entering is the caller's, so that
 several column layers (q, k, v; gate, up) share one gather.
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megavl.parallel.collectives import leave_parallel
+from megavl.parallel.collectives import leave_parallel, shared_weight
 from megavl.parallel.groups import TensorAxis
 from megavl.parallel.shard import mark
 
@@ -42,3 +42,16 @@ class RowLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return leave_parallel(F.linear(x, self.weight), self.tp)
+
+
+class SharedLinear(nn.Module):
+    """y = x W^T with all of W on every rank, outside of a parallel region: [T, d_in] -> [T, d_out], or [T / tp, d_in]
+    -> [T / tp, d_out] under sequence parallelism."""
+
+    def __init__(self, d_in: int, d_out: int, tp: TensorAxis):
+        super().__init__()
+        self.tp = tp
+        self.weight = nn.Parameter(torch.empty(d_out, d_in))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, shared_weight(self.weight, self.tp))

@@ -10,7 +10,7 @@ from megavl.model.block import Block
 from megavl.model.init import initialise
 from megavl.model.vlm import VLM
 from megavl.ops.dispatch import choose
-from megavl.parallel.groups import TensorAxis
+from megavl.parallel.groups import ExpertAxis, TensorAxis
 from tests.model import tiny
 
 CONFIG = tiny.HYBRID
@@ -63,7 +63,7 @@ def test_heads_that_do_not_divide_are_refused(field, config):
 
 
 def test_shards_have_their_share_of_the_heads():
-    block = Block(CONFIG.decoder, TensorAxis(rank=1, size=2), tiny.OPS)
+    block = Block(CONFIG.decoder, 0, TensorAxis(rank=1, size=2), ExpertAxis(), tiny.OPS)
     assert block.attn.heads == 2
     assert block.attn.q_proj.weight.shape == (16, 32)
     assert block.attn.o_proj.weight.shape == (32, 16)
