@@ -72,7 +72,7 @@ def train(config: RunConfig, env: Env) -> None:
             engine.step()
             grad_norm = float(engine.get_global_grad_norm())
             _refuse_infinite("gradient norm", grad_norm, step)
-            metrics.record(batch, loss, grad_norm, lr, time.perf_counter() - started)
+            metrics.record(batch, loss, grad_norm, lr, time.perf_counter() - started, None)
             if (step + 1) % config.checkpoint.every == 0 or step + 1 == config.train.steps:
                 progress = {"data": sampler.position(step + 1), "bad_images": bad_images.count}
                 saved = keep(engine, stages, config, mesh, checkpoints, step + 1, progress)

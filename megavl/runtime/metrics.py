@@ -14,6 +14,7 @@ from megavl.batch import StepBatch
 from megavl.config.run import RunConfig
 from megavl.plan.cost import step_flops
 from megavl.plan.hardware import peak_flops
+from megavl.runtime.balance import Load
 from megavl.runtime.env import Env
 
 _COLUMNS = (
@@ -28,6 +29,8 @@ _COLUMNS = (
     ("s/step", 7),
     ("memory", 8),
 )
+_SQUARE = 8  # pixels along the side of an expert in the picture of the load
+_LOAD = ("max/mean load", 13)  # of the experts of the worst layer
 
 
 class Metrics:
@@ -44,10 +47,13 @@ class Metrics:
             self._file = open(folder / "metrics.jsonl", "a", encoding="utf-8", buffering=1)  # noqa: SIM115
             self._board = SummaryWriter(folder / "tensorboard") if config.log.tensorboard else None
             print(f"MFU is over {self._peak_flops * env.world / 1e12:.3g} TFLOP/s, {origin}")
-            print(" ".join(name.rjust(width) for name, width in _COLUMNS))
+            self._columns = _COLUMNS if config.model.decoder.moe is None else (*_COLUMNS, _LOAD)
+            print(" ".join(name.rjust(width) for name, width in self._columns))
 
-    def record(self, batch: StepBatch, loss: float, grad_norm: float, lr: float, step_s: float) -> None:
-        """One step. Collective: memory is that of the fullest rank."""
+    def record(
+        self, batch: StepBatch, loss: float, grad_norm: float, lr: float, step_s: float, load: Load | None
+    ) -> None:
+        """One step; `load` is None where the model has no experts. Collective: memory is that of the fullest rank."""
         memory = torch.tensor(memory_bytes(self._env.device), dtype=torch.int64, device=self._env.device)
         dist.all_reduce(memory, dist.ReduceOp.MAX)
         if self._file is None:
@@ -64,6 +70,7 @@ class Metrics:
             "lr": lr,
             "tokens": batch.tokens,
             "images": batch.images,
+            "tiles": batch.tiles,
             "tokens_per_s": batch.tokens / step_s,
             "step_s": step_s,
             "mfu": flops.model / capacity,
@@ -71,16 +78,20 @@ class Metrics:
             "memory_bytes": memory.item(),
             "time": time.time(),
         }
+        if load is not None:
+            row["experts"] = experts(load)
         self._file.write(json.dumps(row) + "\n")
         if self._board is not None:
             for name, value in row.items():
                 if isinstance(value, (int, float)) and name not in ("step", "time"):
                     self._board.add_scalar(name, value, row["step"])
+            if load is not None:
+                _show(load, row, self._board)
         if row["step"] % self._config.log.every == 0 or row["step"] == self._config.train.steps:
             self._print(row)
 
     def _print(self, row: dict) -> None:
-        cells = (
+        cells = [
             f"{row['step']}/{self._config.train.steps}",
             row["kind"],
             f"{row['loss']:.4f}",
@@ -91,14 +102,44 @@ class Metrics:
             f"{row['mfu']:.1%}",
             f"{row['step_s']:.2f}",
             f"{row['memory_bytes'] / 2**30:.2f}G",
-        )
-        print(" ".join(cell.rjust(width) for cell, (_, width) in zip(cells, _COLUMNS, strict=True)), flush=True)
+        ]
+        if "experts" in row:
+            cells.append(f"{max(layer['max_over_mean'] for layer in row['experts'].values()):.2f}")
+        print(" ".join(cell.rjust(width) for cell, (_, width) in zip(cells, self._columns, strict=True)), flush=True)
 
     def close(self) -> None:
         """End the files."""
         for output in (self._file, self._board):
             if output is not None:
                 output.close()
+
+
+def experts(load: Load) -> dict[str, dict]:
+    """The load as metrics.jsonl has it: of each block with experts, by its index, the tokens of each expert and what
+    they come to."""
+    columns = {
+        "max_over_mean": load.max_over_mean.tolist(),
+        "entropy": load.entropy.tolist(),
+        "auxiliary": load.auxiliary.tolist(),
+        "tokens": load.tokens.tolist(),
+    }
+    if load.bias is not None:
+        columns |= {"bias_min": load.bias.amin(1).tolist(), "bias_max": load.bias.amax(1).tolist()}
+    return {
+        str(layer): {name: values[place] for name, values in columns.items()} for place, layer in enumerate(load.layers)
+    }
+
+
+def _show(load: Load, row: dict, board: SummaryWriter) -> None:
+    """A curve of each number of each layer; and the load of every expert as a picture, a row for each layer: grey is
+    the mean of the layer, black is idle, white twice the mean or more."""
+    for layer, numbers in row["experts"].items():
+        for name, value in numbers.items():
+            if name != "tokens":
+                board.add_scalar(f"experts_{name}/block_{int(layer):02}", value, row["step"])
+    grey = (load.relative / 2).clamp(max=1).float()  # [layers, E]
+    pixels = grey.repeat_interleave(_SQUARE, 0).repeat_interleave(_SQUARE, 1)
+    board.add_image("experts/load", pixels, row["step"], dataformats="HW")
 
 
 def memory_bytes(device: torch.device) -> int:
