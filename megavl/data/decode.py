@@ -67,6 +67,18 @@ def decoded_size(data: bytes) -> tuple[int, int]:
         return sides[::-1] if turn in _ON_THEIR_SIDE else sides
 
 
+def stored_size(data: bytes) -> tuple[int, int]:
+    """The same of a file of which the header alone is read: it may be cut off further down.
+
+    Raises:
+        DataError: the bytes are no image of a known format, or the header tells of more pixels than anybody trains on.
+    """
+    with _named_errors(data):
+        image = _open(data)
+        # Pillow gives the sides of a TIFF as they are when it is turned.
+        return image.size[::-1] if image.format != "TIFF" and _turn(image) in _ON_THEIR_SIDE else image.size
+
+
 @contextmanager
 def _named_errors(data: bytes) -> Iterator[None]:
     try:

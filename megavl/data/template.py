@@ -1,7 +1,8 @@
 """Templates: how a conversation is written as one document.
 
 What the user says is read, not learned; answers are learned, and so is the end-of-sequence token behind each of them.
-Sources: conversation.py of the released DeepSeek-VL and DeepSeek-VL2 code; "we only supervise answers and special
+Sources: conversation.py of the released DeepSeek-VL code; conversation.py and `format_messages_v2`
+(processing_deepseek_vl_v2.py), which tokenises turn by turn, of DeepSeek-VL2's; "we only supervise answers and special
 tokens and mask the system and user prompts" (DeepSeek-VL, section 3.2.3).
 """
 
@@ -24,16 +25,20 @@ class Turn:
 class Template:
     """What stands around the turns of a conversation.
 
-    system:    the prompt where a conversation brings none
-    separator: behind the system prompt and behind each question
-    user:      in front of a question
-    assistant: in front of an answer, up to where a model is made to write
-    answer:    what it writes first; a space is here, as it is one token with the first word
-    end:       whether end-of-sequence is behind each answer; behind the last it is also that of the document
-    images:    whether a question's images alone are kept, without its words
+    begin:      in front of everything
+    system:     the prompt where a conversation brings none
+    system_end: behind the system prompt
+    separator:  behind each question
+    user:       in front of a question
+    assistant:  in front of an answer, up to where a model is made to write
+    answer:     what it writes first; a space is here, as it is one token with the first word
+    end:        whether end-of-sequence is behind each answer; behind the last it is also that of the document
+    images:     whether a question's images alone are kept, without its words
     """
 
+    begin: tuple[Segment, ...] = ()
     system: str = ""
+    system_end: str = ""
     separator: str = ""
     user: tuple[Segment, ...] = ()
     assistant: tuple[Segment, ...] = ()
@@ -47,11 +52,11 @@ class Template:
         Raises:
             DataError: the turns do not alternate, the last is no answer, or one of them is empty.
         """
-        segments: list[Segment] = []
+        segments = _read(*self.begin)
         system, talk = (turns[0], turns[1:]) if turns and turns[0].role == "system" else (None, turns)
         prompt = _stripped(system) if system else (Text(self.system),) if self.system else ()
         if prompt:
-            segments += _read(*prompt, Text(self.separator))
+            segments += _read(*prompt, Text(self.system_end))
         for number, turn in enumerate(talk):
             due = ("user", "assistant")[number % 2]
             if turn.role != due:
@@ -77,6 +82,7 @@ TEMPLATES = {
     "vl": Template(
         system="You are a helpful language and vision assistant. You are able to understand the visual content that "
         "the user provides, and assist the user with a variety of tasks using natural language.",
+        system_end="\n\n",
         separator="\n\n",
         user=(Text("User: "),),
         assistant=(Text("Assistant:"),),
@@ -84,10 +90,10 @@ TEMPLATES = {
         end=True,
     ),
     "vl2": Template(
+        begin=(Token("<｜begin▁of▁sentence｜>"),),
         separator="\n\n",
         user=(Token("<|User|>"), Text(": ")),
         assistant=(Token("<|Assistant|>"), Text(":")),
-        answer=" ",
         end=True,
     ),
     "plain": Template(),

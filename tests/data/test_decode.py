@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from megavl.data.decode import decode, decoded_size
+from megavl.data.decode import decode, decoded_size, stored_size
 from megavl.data.errors import DataError
 from tests.data.conftest import image_bytes
 
@@ -176,8 +176,9 @@ def test_a_photograph_is_turned_upright(form, orientation):
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
     options = {"lossless": True, "exact": True} if form == "WEBP" else {}
-    decoded = decode(saved(stored, form, exif=exif, **options))
-    assert decoded.size == decoded_size(saved(stored, form, exif=exif, **options)) == (3, 2)
+    data = saved(stored, form, exif=exif, **options)
+    decoded = decode(data)
+    assert decoded.size == decoded_size(data) == stored_size(data) == (3, 2)
     assert np.array_equal(np.asarray(decoded), np.asarray(upright))
 
 
@@ -213,4 +214,5 @@ def test_a_damaged_file_is_an_image_or_a_refusal():
                 decoded_size(bytes(data))
         else:
             assert (image.mode, image.size) == ("RGB", decoded_size(bytes(data)))
+            assert image.size == stored_size(bytes(data))
     assert 200 < refused < 1900

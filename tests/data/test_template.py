@@ -49,21 +49,27 @@ def test_vl_is_the_conversation_of_the_released_code():
     ]
 
 
-def test_vl2_writes_its_roles_as_special_tokens_and_no_system_prompt():
-    assert write("vl2", turns((PICTURE, Text("\nWhat?")), "A cat.", "Sure?", "Yes.")) == [
+BEGIN = Token("<｜begin▁of▁sentence｜>", False)
+
+
+def test_vl2_is_the_conversation_of_the_released_code():
+    """As `format_messages_v2` tokenises it: no system prompt, roles that are special tokens, no space before an
+    answer."""
+    assert write("vl2", turns((PICTURE, Text("\nWhat?")), " A cat.", "Sure?", "Yes.")) == [
+        BEGIN,
         Token("<|User|>", False),
         read(": "),
         PICTURE,
         read("\nWhat?\n\n"),
         Token("<|Assistant|>", False),
         read(":"),
-        Text(" A cat."),
+        Text("A cat."),
         Token(),
         Token("<|User|>", False),
         read(": Sure?\n\n"),
         Token("<|Assistant|>", False),
         read(":"),
-        Text(" Yes."),
+        Text("Yes."),
         Token(),
     ]
 
@@ -80,7 +86,7 @@ def test_alignment_keeps_the_images_of_a_question_and_a_line_break():
 def test_a_system_prompt_of_its_own_takes_the_place_of_the_template_s():
     talk = [Turn("system", (Text("Be brief. "),)), *turns("Q", "A")]
     assert write("vl", talk) == [read("Be brief.\n\nUser: Q\n\nAssistant:"), Text(" A"), Token()]
-    assert write("vl2", talk)[:2] == [read("Be brief.\n\n"), Token("<|User|>", False)]
+    assert write("vl2", talk)[:3] == [BEGIN, read("Be brief."), Token("<|User|>", False)]
 
 
 @pytest.mark.parametrize("template", TEMPLATES)

@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from megavl.data.decode import stored_size
 from megavl.data.document import Document, Image, Segment, Text, Token
 from megavl.data.errors import DataError
+from megavl.data.grounding import Box, Object, converse, locate
 from megavl.data.readers.json_object import described
 from megavl.data.template import Template, Turn
 
@@ -169,6 +171,50 @@ def _said(record: Record, value: object, name: str) -> Iterator[Segment | None]:
                 )
 
 
+def _grounding(record: Record) -> tuple[Segment, ...]:
+    """{"image", "grounding": [{"query", "boxes"}, ...]}, or with "question" an answer about all images of {"text"} and
+    {"query", "boxes"}, whose boxes are in the last one. Boxes are [left, top, right, bottom] in pixels."""
+    images = _images(record)
+    if not images:
+        raise DataError('has "grounding" but no "image" in which its boxes are; name the image')
+    parts = [
+        _named(part, f"grounding {number}")
+        for number, part in enumerate(_list(record.values["grounding"], '"grounding"'))
+    ]
+    if not parts:
+        raise DataError('"grounding" is empty; give at least one object, without boxes if it is not in the image')
+    try:
+        size = stored_size(images[-1].data)
+    except DataError as error:
+        raise DataError(f"image {images[-1].name}: {error}; replace or remove the image") from error
+    if "question" in record.values:
+        return record.template.write(converse(images, size, _text(record.values["question"], '"question"'), parts))
+    objects = [part for part in parts if isinstance(part, Object)]
+    if len(images) > 1 or len(objects) < len(parts):
+        raise DataError(
+            f'has {len(images)} images and {len(parts) - len(objects)} parts of text but no "question"; without one, '
+            "the objects of one image are asked for in turn"
+        )
+    return record.template.write(locate(images[0], size, objects))
+
+
+def _named(value: object, name: str) -> str | Object:
+    """A part of a grounded answer."""
+    match _present(value, name):
+        case {"text": text, **rest} if not rest:
+            return _text(text, name)
+        case {"query": query, "boxes": boxes, **rest} if not rest:
+            return Object(_text(query, f'{name}: "query"'), tuple(_boxes(boxes, f'{name}: "boxes"')))
+    raise DataError(f'{name} is {described(value)}; it is {{"query": "...", "boxes": [...]}}, or {{"text": "..."}}')
+
+
+def _boxes(value: object, name: str) -> Iterator[Box]:
+    for number, box in enumerate(_list(value, name)):
+        if not isinstance(box, list) or [type(side) in (int, float) for side in box] != [True] * 4:
+            raise DataError(f"{name}: {number} is {described(box)}; a box is [left, top, right, bottom] in pixels")
+        yield tuple(box)
+
+
 def _mmc4(record: Record) -> Iterator[Segment]:
     """MMC4's {"text_list", "image_info": [{"image_name", "matched_text_index"}, ...]}; an image is before its text."""
     texts = _list(record.values["text_list"], '"text_list"')
@@ -231,12 +277,13 @@ LAYOUTS: dict[str, Callable[[Record], Iterator[Segment] | tuple[Segment, ...]]] 
     "segments": _segments,
     "conversations": _conversations,
     "messages": _messages,
+    "grounding": _grounding,
     "text_list": _mmc4,
     "texts": _texts,
 }
 
 # Every key that is read.
-KEYS = ("id", "key", *LAYOUTS, "image", "images", "image_info")
+KEYS = ("id", "key", *LAYOUTS, "image", "images", "image_info", "question")
 
 
 def _images(record: Record) -> list[Image]:

@@ -1,13 +1,23 @@
+import io
 from functools import partial
 
+import PIL.Image
 import pytest
 
 from megavl.data.document import Image, Text, Token
 from megavl.data.errors import DataError
+from megavl.data.grounding import Object, converse, locate
 from megavl.data.readers.record import Place, Record, to_document
 from megavl.data.template import TEMPLATES
 
-FILES = {name: name.encode() for name in ("a", "b", "c")}
+
+def png(width: int, height: int) -> bytes:
+    file = io.BytesIO()
+    PIL.Image.new("RGB", (width, height)).save(file, "PNG")
+    return file.getvalue()
+
+
+FILES = {name: name.encode() for name in ("a", "b", "c")} | {"wide": png(40, 20), "tall": png(20, 40)}
 
 
 def image(reference: str) -> bytes:
@@ -24,7 +34,7 @@ def segments(values: dict):
     return document(values).segments
 
 
-A, B, C = (Image(data, name) for name, data in FILES.items())
+A, B, C, WIDE, TALL = (Image(data, name) for name, data in FILES.items())
 read = partial(Text, supervised=False)
 
 
@@ -128,6 +138,21 @@ def test_tokens_are_written_by_parts_and_not_by_words():
     assert segments({"messages": talk}) == expected
 
 
+DOG = {"query": "dog", "boxes": [[0, 5.5, 40, 20]]}
+
+
+def test_grounding():
+    """Boxes are measured against the image that they are in, of several the last."""
+    dog, cat = Object("dog", ((0, 5.5, 40, 20),)), Object("cat", ())
+    write = TEMPLATES["vl2"].write
+    found = document({"image": "wide", "grounding": [DOG, {"query": "cat", "boxes": []}]}, "vl2")
+    assert found.segments == write(locate(WIDE, (40, 20), [dog, cat]))
+    found = document({"images": ["tall", "wide"], "question": "Which?", "grounding": [{"text": "A "}, DOG]}, "vl2")
+    assert found.segments == write(converse([TALL, WIDE], (40, 20), "Which?", ["A ", dog]))
+    with pytest.raises(DataError, match=r"box \[0, 5.5, 40, 20\] leaves the image of 20 x 40 pixels"):
+        document({"images": ["wide", "tall"], "question": "Which?", "grounding": [DOG]}, "vl2")
+
+
 @pytest.mark.parametrize(
     ("values", "key"),
     [
@@ -202,6 +227,21 @@ TURNS = [{"from": "human", "value": "<image>q"}, {"from": "gpt", "value": "a"}]
         ({"conversations": []}, "does not end with an answer"),
         ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "turn 0 has the part an object"),
         ({"messages": [{"role": "user", "content": [{"type": "image", "url": "u"}]}]}, "turn 0 has the part"),
+        ({"grounding": [DOG]}, 'has "grounding" but no "image"'),
+        ({"image": "wide", "grounding": DOG}, '"grounding" is an object'),
+        ({"image": "wide", "grounding": []}, '"grounding" is empty'),
+        ({"image": "wide", "grounding": ["dog"]}, "grounding 0 is a string"),
+        ({"image": "wide", "grounding": [DOG, {"query": "cat"}]}, "grounding 1 is an object .*; it is"),
+        ({"image": "wide", "grounding": [{"query": "", "boxes": []}]}, 'grounding 0: "query" is empty'),
+        ({"image": "wide", "grounding": [{"query": "x", "boxes": [0, 0, 1, 1]}]}, "0 is a number .*; a box is"),
+        ({"image": "wide", "grounding": [{"query": "x", "boxes": [[0, 0, 1]]}]}, '"boxes": 0 is a list'),
+        ({"image": "wide", "grounding": [{"query": "x", "boxes": [[0, 0, 1, True]]}]}, '"boxes": 0 is a list'),
+        ({"image": "wide", "grounding": [{"query": "x", "boxes": [[0, 0, 41, 1]]}]}, "leaves the image of 40 x 20"),
+        ({"image": "wide", "grounding": [{"query": "x", "boxes": [[3, 3, 3, 9]]}]}, "holds nothing"),
+        ({"image": "a", "grounding": [DOG]}, "image a: 1 bytes that cannot be decoded"),
+        ({"image": "wide", "grounding": [DOG, {"text": "x"}]}, 'has 1 images and 1 parts of text but no "question"'),
+        ({"images": ["tall", "wide"], "grounding": [DOG]}, "has 2 images and 0 parts of text"),
+        ({"image": "wide", "question": "", "grounding": [DOG]}, '"question" is empty'),
         ({"text_list": "x"}, '"text_list" is a string'),
         ({"text_list": []}, '"text_list" is empty'),
         ({"text_list": ["x"], "image_info": 3}, '"image_info" is a number'),
