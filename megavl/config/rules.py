@@ -23,7 +23,7 @@ def check(config: RunConfig, world: int) -> None:
             "otherwise",
         )
     else:
-        problems += _batch(config, world // model_ranks)
+        problems += _batch(config, world // model_ranks) + _expert_ranks(config, world // model_ranks)
     if problems:
         raise ConfigError(f"this run cannot start on {world} ranks", problems)
 
@@ -36,12 +36,19 @@ def check_files(config: RunConfig) -> None:
 
 
 def _tensor(config: RunConfig) -> list[str]:
-    tensor, decoder = config.parallel.tensor, config.model.decoder
+    parallel, decoder = config.parallel, config.model.decoder
+    cut = {"heads": decoder.heads, "mlp_width": decoder.mlp_width, "vocab_size": decoder.vocab_size}
+    if decoder.mla is None:
+        cut["kv_heads"] = decoder.kv_heads
+    if decoder.moe is not None:
+        cut["moe.shared * width"] = decoder.moe.shared_width
+        if parallel.expert_width == "cut":
+            cut["moe.width"] = decoder.moe.width
     return [
-        f"model.decoder.{field} = {size} does not divide by parallel.tensor = {tensor}, over which it is cut: choose a "
-        f"divisor of {size}"
-        for field in ("heads", "kv_heads", "mlp_width", "vocab_size")
-        if (size := getattr(decoder, field)) % tensor
+        f"model.decoder.{field} = {size} does not divide by parallel.tensor = {parallel.tensor}, over which it is cut: "
+        f"choose a divisor of {size}"
+        for field, size in cut.items()
+        if size % parallel.tensor
     ]
 
 
@@ -54,6 +61,61 @@ def _sequence(config: RunConfig) -> list[str]:
         f"* {config.data.seq_len} = {tokens}, do not divide by parallel.tensor = {parallel.tensor}; change "
         "data.seq_len, or set parallel.sequence=false"
     ]
+
+
+def _whole_experts(config: RunConfig) -> list[str]:
+    parallel, tokens = config.parallel, config.train.micro_batch * config.data.seq_len
+    whole = config.model.decoder.moe is not None and parallel.expert_width == "whole"
+    # Under sequence parallelism the tokens must divide anyway.
+    if not whole or parallel.sequence or tokens % parallel.tensor == 0:
+        return []
+    return [
+        "parallel.expert_width = whole: the tensor ranks share the tokens of a micro-batch, train.micro_batch * "
+        f"seq_len = {config.train.micro_batch} * {config.data.seq_len} = {tokens}, which do not divide by "
+        f"parallel.tensor = {parallel.tensor}; change data.seq_len, or set parallel.expert_width=cut"
+    ]
+
+
+def _experts(config: RunConfig) -> list[str]:
+    parallel, moe = config.parallel, config.model.decoder.moe
+    if parallel.expert == 1:
+        return []
+    if moe is None:
+        return [
+            f"parallel.expert = {parallel.expert}, but {config.model.name} has no routed experts to spread over ranks: "
+            "set parallel.expert=1"
+        ]
+    problems = []
+    if moe.experts % parallel.expert:
+        problems.append(
+            f"model.decoder.moe.experts = {moe.experts} does not divide by parallel.expert = {parallel.expert}, over "
+            f"which the experts are spread: choose a divisor of {moe.experts}"
+        )
+    if parallel.zero == 3:
+        problems.append(
+            f"parallel.zero = 3 with parallel.expert = {parallel.expert}: DeepSpeed's ZeRO-3 would partition every "
+            "expert over all data-parallel ranks, of which only some hold it; use parallel.zero=1 or 2, or "
+            "parallel.expert=1"
+        )
+    return problems
+
+
+def _balance(config: RunConfig) -> list[str]:
+    balance, moe = config.balance, config.model.decoder.moe
+    if moe is None:
+        return [
+            f"balance.{field} = {value:g}, but {config.model.name} has no routed experts to balance: set "
+            f"balance.{field}=0"
+            for field, value in balance
+            if value > 0
+        ]
+    if balance.bias_step > 0 and moe.router != "sigmoid":
+        return [
+            f"balance.bias_step = {balance.bias_step:g}, but the router of {config.model.name} is {moe.router} and has "
+            "no bias to move: set balance.bias_step=0 and balance by balance.auxiliary_weight, or choose "
+            "model.decoder.moe.router=sigmoid"
+        ]
+    return []
 
 
 def _stages(config: RunConfig) -> list[str]:
@@ -138,6 +200,17 @@ def _batch(config: RunConfig, dp: int) -> list[str]:
     return []
 
 
+def _expert_ranks(config: RunConfig, dp: int) -> list[str]:
+    expert = config.parallel.expert
+    if dp % expert == 0:
+        return []
+    return [
+        f"{dp} data-parallel ranks do not divide by parallel.expert = {expert}: the ranks that hold different experts "
+        f"are neighbours on the data axis; start a multiple of {expert * config.parallel.model} ranks, or choose a "
+        f"divisor of {dp}"
+    ]
+
+
 def _positions(config: RunConfig) -> list[str]:
     limit, seq_len = config.model.decoder.max_positions, config.data.seq_len
     if seq_len <= limit:
@@ -219,6 +292,9 @@ def _warmup(config: RunConfig) -> list[str]:
 _RUN_RULES = (
     _tensor,
     _sequence,
+    _whole_experts,
+    _experts,
+    _balance,
     _stages,
     _virtual_stages,
     _zero,

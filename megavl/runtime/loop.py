@@ -18,12 +18,13 @@ from megavl.data.assemble import ImageShare
 from megavl.data.loader import Loader
 from megavl.data.sampler import Sampler
 from megavl.ops.dispatch import Ops, choose
-from megavl.parallel.groups import Mesh, TensorAxis, build_mesh
+from megavl.parallel.groups import Mesh, TensorAxis
 from megavl.parallel.topology import Topology
 from megavl.runtime.bad_images import BadImages
 from megavl.runtime.engine import build_engine
 from megavl.runtime.env import Env
 from megavl.runtime.health import RunError, together, together_with_remarks
+from megavl.runtime.mesh import mesh_of
 from megavl.runtime.metrics import Metrics
 from megavl.runtime.optim import schedule_ratio, set_learning_rate
 from megavl.runtime.pipeline import Pipeline, build_stages
@@ -36,9 +37,7 @@ def train(config: RunConfig, env: Env) -> None:
 
     Raises RunError with the same message on every rank when the run cannot go on.
     """
-    parallel = config.parallel
-    topology = Topology(parallel.pipeline, env.world // parallel.model, parallel.tensor)
-    mesh = build_mesh(topology, parallel.sequence, parallel.vision == "sharded")
+    mesh = mesh_of(config.parallel, env.world)
     ops = choose(env.device)
     sampler = together(lambda: Sampler(config.data, config.model, config.train))
 
@@ -51,7 +50,7 @@ def train(config: RunConfig, env: Env) -> None:
     repacked = sampler.resume(state.get("data", {})) if first_step else []
 
     if env.rank == 0:
-        _introduce(config, topology, ops, first_step)
+        _introduce(config, mesh.topology, ops, first_step)
         announce(sampler, first_step, repacked)
     metrics = Metrics(config, env)
     bad_images = BadImages(config, state.get("bad_images", 0))
@@ -127,10 +126,11 @@ def _introduce(config: RunConfig, topology: Topology, ops: Ops, first_step: int)
     parallel, train = config.parallel, config.train
     ranks = "1 rank" if topology.world == 1 else f"{topology.world} ranks"
     micro_batches = train.global_batch // (topology.dp * train.micro_batch)
+    experts = f" (experts over {topology.ep}, {parallel.expert_width})" if config.model.decoder.moe else ""
     print(
         f"{config.model.name} on {ranks}: tensor {topology.tp}{' with sequence' * parallel.sequence}, "
-        f"pipeline {topology.pp} x {parallel.virtual_stages} stages, data {topology.dp}, ZeRO-{parallel.zero}, "
-        f"{train.precision}\n"
+        f"pipeline {topology.pp} x {parallel.virtual_stages} stages, data {topology.dp}{experts}, "
+        f"ZeRO-{parallel.zero}, {train.precision}\n"
         f"a step: {train.global_batch} packs of {config.data.seq_len} tokens, {micro_batches} micro-batches a rank\n"
         + "\n".join(ops.lines)
         + f"\nfrom step {first_step} to {train.steps}, output in {config.output_dir}"

@@ -53,7 +53,7 @@ def build_stages(config: RunConfig, mesh: Mesh, ops: Ops, device: torch.device) 
     stages = nn.ModuleList()
     for layers in split_layers(config.model.layers, config.parallel)[mesh.pp.rank :: mesh.pp.size]:
         with device:
-            vlm = VLM(config.model, mesh.tp, ops, layers.start, layers.stop)
+            vlm = VLM(config.model, mesh.tp, ops, layers.start, layers.stop, mesh.ep)
         initialise(vlm, config.model, config.train.seed)
         freeze(vlm.named_parameters(), config.optim)
         if config.train.recompute == "full":

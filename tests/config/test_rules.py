@@ -1,6 +1,7 @@
 import pytest
 
 from megavl.config.error import ConfigError
+from megavl.config.presets import PRESETS
 from megavl.config.rules import check, check_files
 from tests.config.runs import make_run
 
@@ -105,6 +106,67 @@ class TestZero:
         problem = only_problem(1, parallel={"zero": 0})
         assert "accumulates bf16 gradients in fp32 only under ZeRO-1" in problem and "use parallel.zero=1" in problem
         check(make_run(parallel={"zero": 0}, train={"precision": "fp32"}), 1)
+
+
+class TestExperts:
+    """On the debug form of DeepSeek-VL2 Base: 8 routed experts 32 wide, 2 shared ones, sigmoid router with a bias."""
+
+    VL2 = PRESETS["vl2_debug"].model_dump(mode="json")
+
+    def only_problem(self, world: int, **changes) -> str:
+        return only_problem(world, **{"model": self.VL2} | changes)
+
+    def test_tensor_ranks_cut_what_experts_share(self):
+        wide = self.VL2 | {"decoder": self.VL2["decoder"] | {"heads": 24, "kv_heads": 24}}
+        changes = {"model": wide, "parallel": {"tensor": 3, "pipeline": 2}, "train": {"global_batch": 24}}
+        assert only_problem(6, **changes) == (
+            "model.decoder.moe.shared * width = 64 does not divide by parallel.tensor = 3, over which it is cut: "
+            "choose a divisor of 64"
+        )
+        changes["parallel"] |= {"expert_width": "cut"}
+        assert any(problem.startswith("model.decoder.moe.width = 32") for problem in problems(6, **changes))
+
+    def test_key_value_heads_have_no_meaning_under_latent_attention(self):
+        assert not any("kv_heads" in problem for problem in problems(7, model=self.VL2, parallel={"tensor": 7}))
+
+    def test_tensor_ranks_share_the_tokens_of_whole_experts(self):
+        problem = self.only_problem(4, data={"seq_len": 190}, parallel={"tensor": 4})
+        assert "train.micro_batch * seq_len = 1 * 190 = 190, which do not divide by parallel.tensor = 4" in problem
+        assert problem.endswith("set parallel.expert_width=cut")
+        check(make_run(model=self.VL2, data={"seq_len": 190}, parallel={"tensor": 4, "expert_width": "cut"}), 4)
+
+    def test_expert_ranks(self):
+        assert self.only_problem(4, parallel={"tensor": 2, "expert": 4}) == (
+            "2 data-parallel ranks do not divide by parallel.expert = 4: the ranks that hold different experts are "
+            "neighbours on the data axis; start a multiple of 8 ranks, or choose a divisor of 2"
+        )
+        assert self.only_problem(3, parallel={"expert": 3}) == (
+            "model.decoder.moe.experts = 8 does not divide by parallel.expert = 3, over which the experts are spread: "
+            "choose a divisor of 8"
+        )
+        check(make_run(model=self.VL2, parallel={"tensor": 2, "expert": 4}), 8)
+
+    def test_a_model_without_experts(self):
+        assert only_problem(2, parallel={"expert": 2}) == (
+            "parallel.expert = 2, but vl_debug has no routed experts to spread over ranks: set parallel.expert=1"
+        )
+        assert problems(1, balance={"auxiliary_weight": 0.01, "bias_step": 0.001}) == [
+            "balance.auxiliary_weight = 0.01, but vl_debug has no routed experts to balance: set "
+            "balance.auxiliary_weight=0",
+            "balance.bias_step = 0.001, but vl_debug has no routed experts to balance: set balance.bias_step=0",
+        ]
+
+    def test_only_a_sigmoid_router_has_a_bias(self):
+        softmax = PRESETS["vl2_debug_mla"].model_dump(mode="json")
+        problem = only_problem(1, model=softmax, balance={"bias_step": 0.001})
+        assert "balance.bias_step = 0.001, but the router of vl2_debug_mla is softmax and has no bias" in problem
+        check(make_run(model=softmax, balance={"auxiliary_weight": 0.001}), 1)
+        check(make_run(model=self.VL2, balance={"auxiliary_weight": 0.001, "bias_step": 0.001}), 1)
+
+    def test_partitioned_weights(self):
+        problem = self.only_problem(2, parallel={"zero": 3, "expert": 2})
+        assert "parallel.zero = 3 with parallel.expert = 2" in problem and "use parallel.zero=1 or 2" in problem
+        check(make_run(model=self.VL2, parallel={"zero": 3}), 2)
 
 
 class TestBatch:

@@ -14,11 +14,11 @@ from megavl.config.run import DataConfig, OptimConfig, ParallelConfig, RunConfig
 from megavl.config.tiles import Grid
 from megavl.ops.dispatch import choose
 from megavl.parallel.cross_entropy import IGNORED
-from megavl.parallel.groups import Mesh, build_mesh
-from megavl.parallel.topology import Topology
+from megavl.parallel.groups import Mesh
 from megavl.runtime.engine import build_engine
 from megavl.runtime.env import start_deepspeed
 from megavl.runtime.loop import keep, over_the_world, resume
+from megavl.runtime.mesh import mesh_of
 from megavl.runtime.optim import set_learning_rate
 from megavl.runtime.pipeline import Pipeline, build_stages
 from megavl.runtime.state import fragments
@@ -77,7 +77,7 @@ def _pack(step: int, number: int, images: int) -> tuple[Tensor, Tensor, list[int
     tokens = torch.randint(0, 90, (SEQ_LEN,), generator=generator)
     lengths = [SEQ_LEN - 22 - number % 3, 22, number % 3] if number % 3 else [SEQ_LEN]
     # Images side by side at the start of the pack, inside its first document.
-    tokens[: MODEL.image_tokens * images] = IMAGE
+    tokens[: MODEL.tile_features * images] = IMAGE
     labels = tokens.roll(-1)
     labels[labels == IMAGE] = IGNORED
     for border in torch.tensor(lengths).cumsum(0).tolist():
@@ -136,9 +136,7 @@ def step_batch(step: int, config: RunConfig, mesh: Mesh) -> StepBatch:
 def set_up(config: RunConfig):
     """(mesh, stages, engine, pipeline) of this rank. Collective."""
     start_deepspeed("gloo")
-    parallel, world = config.parallel, dist.get_world_size()
-    topology = Topology(parallel.pipeline, world // parallel.model, parallel.tensor)
-    mesh = build_mesh(topology, parallel.sequence, parallel.vision == "sharded")
+    mesh = mesh_of(config.parallel, dist.get_world_size())
     cpu = torch.device("cpu")
     ops = choose(cpu)
     stages = build_stages(config, mesh, ops, cpu)

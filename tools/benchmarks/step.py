@@ -25,11 +25,11 @@ from megavl.config.run import RunConfig
 from megavl.config.tiles import Grid
 from megavl.ops.dispatch import choose
 from megavl.parallel.cross_entropy import IGNORED
-from megavl.parallel.groups import Mesh, build_mesh
-from megavl.parallel.topology import Topology
+from megavl.parallel.groups import Mesh
 from megavl.plan.cost import step_flops
 from megavl.runtime.engine import build_engine
 from megavl.runtime.env import Env, read_env, start_process_group
+from megavl.runtime.mesh import mesh_of
 from megavl.runtime.metrics import memory_bytes, peak
 from megavl.runtime.pipeline import Pipeline, build_stages
 
@@ -114,9 +114,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def benchmark(config: RunConfig, env: Env, args: argparse.Namespace) -> None:
-    parallel = config.parallel
-    topology = Topology(parallel.pipeline, env.world // parallel.model, parallel.tensor)
-    mesh = build_mesh(topology, parallel.sequence, parallel.vision == "sharded")
+    mesh = mesh_of(config.parallel, env.world)
     ops = choose(env.device)
     stages = build_stages(config, mesh, ops, env.device)
     engine = build_engine(stages, config, mesh)
