@@ -7,6 +7,7 @@ from megavl.config.model import DecoderConfig
 from megavl.model.attention import Attention
 from megavl.model.mla import LatentAttention
 from megavl.model.mlp import Mlp
+from megavl.model.moe import Moe
 from megavl.model.norm import RmsNorm
 from megavl.ops.dispatch import Ops
 from megavl.parallel.groups import ExpertAxis, TensorAxis
@@ -21,7 +22,10 @@ class Block(nn.Module):
         self.attn_norm = RmsNorm(config.width, config.norm_eps, tp, ops)
         self.attn = Attention(config, tp, ops) if config.mla is None else LatentAttention(config, tp, ops)
         self.mlp_norm = RmsNorm(config.width, config.norm_eps, tp, ops)
-        self.mlp = Mlp(config.width, config.mlp_width, tp, ops)
+        if config.has_experts(layer):
+            self.mlp = Moe(config.moe, config.width, tp, ep, ops)
+        else:
+            self.mlp = Mlp(config.width, config.mlp_width, tp, ops)
 
     def forward(self, h: Tensor, batch: Batch) -> Tensor:
         h = h + self.attn(self.attn_norm(h), batch)

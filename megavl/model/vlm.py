@@ -6,6 +6,7 @@ from megavl.batch import Batch
 from megavl.config.model import ModelConfig
 from megavl.model.block import Block
 from megavl.model.head import Head
+from megavl.model.moe import Moe, Router
 from megavl.model.stem import Stem
 from megavl.ops.dispatch import Ops
 from megavl.parallel.groups import ExpertAxis, TensorAxis
@@ -40,6 +41,11 @@ class VLM(nn.Module):
     def layers(self) -> list[nn.Module]:
         """The items of this slice, in order."""
         return [layer for layer in (self.stem, *self.blocks.values(), self.head) if layer is not None]
+
+    @property
+    def routers(self) -> dict[int, Router]:
+        """Of the blocks of this slice that have routed experts, by the index of the block in the whole model."""
+        return {int(index): block.mlp.router for index, block in self.blocks.items() if isinstance(block.mlp, Moe)}
 
     def forward(self, h: Tensor | None, batch: Batch) -> Tensor:
         """h: None where this slice begins with the stem, else the output [T, D] of the slice before ([T / tp, D] under

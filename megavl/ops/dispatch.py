@@ -9,10 +9,13 @@ from torch import Tensor
 
 from megavl.ops.activation import swiglu
 from megavl.ops.attention import PackedAttention, fused_attention, reference_attention
+from megavl.ops.grouped import GroupedLinear, grouped_mm_linear, reference_grouped_linear
 from megavl.ops.norm import rms_norm
 from megavl.ops.products import products
 
 _AMPERE = (8, 0)  # compute capability; FlashAttention 2 needs it
+# Major ones for which torch has a kernel of grouped products; on others its grouped_mm is a loop too.
+_HOPPER, _BLACKWELL = 9, 10
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,7 @@ class Ops:
     attention: PackedAttention
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     swiglu: Callable[[Tensor, Tensor], Tensor]
+    grouped_linear: GroupedLinear
     products: AbstractContextManager
     lines: tuple[str, ...]
 
@@ -34,16 +38,19 @@ def choose(device: torch.device) -> Ops:
     """The fastest implementation of each op that this installation has for `device`."""
     attention, attention_line = _attention(device)
     norm, norm_line = _rms_norm(device)
+    grouped, grouped_line = _grouped_linear(device)
     product_context, products_line = products(device)
     return Ops(
         attention=attention,
         rms_norm=norm,
         swiglu=swiglu,
+        grouped_linear=grouped,
         products=product_context,
         lines=(
             f"attention: {attention_line}",
             f"rms_norm: {norm_line}",
             "swiglu: torch (no other implementation)",
+            f"products of experts: {grouped_line}",
             f"matrix products: {products_line}",
         ),
     )
@@ -100,3 +107,17 @@ def _rms_norm(device: torch.device) -> tuple[Callable[[Tensor, Tensor, float], T
         return fused_rms_norm_affine(x, weight, weight.shape, eps)
 
     return fused, "apex FusedRMSNorm"
+
+
+def _grouped_linear(device: torch.device) -> tuple[GroupedLinear, str]:
+    if device.type != "cuda":
+        return reference_grouped_linear, f"torch, one expert at a time (grouped_mm needs CUDA, the device is {device})"
+    major, _ = torch.cuda.get_device_capability(device)
+    if major not in (_HOPPER, _BLACKWELL):
+        name = torch.cuda.get_device_name(device)
+        return reference_grouped_linear, f"torch, one expert at a time ({name} is neither Hopper nor Blackwell)"
+    return (
+        # On Blackwell it leaves the gradient of an expert without rows unwritten (github.com/pytorch/pytorch, 172439).
+        grouped_mm_linear(clears_empty=major == _BLACKWELL),
+        "torch grouped_mm for bf16 and widths that are multiples of 8, one expert at a time for others",
+    )

@@ -127,9 +127,29 @@ def leave_parallel(x: Tensor, tp: TensorAxis) -> Tensor:
     return _ReduceScatter.apply(x, tp) if tp.sequence else _Reduce.apply(x, tp)
 
 
+def copy(x: Tensor, axis: Axis) -> Tensor:
+    """The same on every rank, each of which does something else with it; the gradients are added up."""
+    return x if axis.size == 1 else _Copy.apply(x, axis)
+
+
 def reduce(x: Tensor, axis: Axis) -> Tensor:
     """Sum over the axis; the gradient of the sum is every rank's gradient."""
     return x if axis.size == 1 else _Reduce.apply(x, axis)
+
+
+def split(x: Tensor, axis: Axis) -> Tensor:
+    """[T, ...], equal on all ranks -> [T / size, ...], this rank's part."""
+    return x if axis.size == 1 else _Split.apply(x, axis)
+
+
+def join(x: Tensor, axis: Axis) -> Tensor:
+    """The parts [T / size, ...] of all ranks -> [T, ...], with which every rank then continues alike."""
+    return x if axis.size == 1 else _Join.apply(x, axis)
+
+
+def all_gather(x: Tensor, axis: Axis) -> Tensor:
+    """The parts [T / size, ...] of all ranks -> [T, ...], without a gradient, as for indices."""
+    return x if axis.size == 1 else _all_gather(x, axis)
 
 
 def split_tokens(x: Tensor, tp: TensorAxis) -> Tensor:

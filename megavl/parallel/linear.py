@@ -9,14 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megavl.parallel.collectives import leave_parallel, shared_weight
-from megavl.parallel.groups import TensorAxis
+from megavl.parallel.groups import Axis, TensorAxis
 from megavl.parallel.shard import mark
 
 
-def share(total: int, axis: TensorAxis, what: str) -> int:
+def share(total: int, axis: Axis, what: str, over: str = "parallel.tensor") -> int:
     """`total / axis.size`. Raises ValueError where it does not divide."""
     if total % axis.size:
-        raise ValueError(f"{what} = {total} does not divide over parallel.tensor = {axis.size}")
+        raise ValueError(f"{what} = {total} does not divide over {over} = {axis.size}")
     return total // axis.size
 
 

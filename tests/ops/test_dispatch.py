@@ -9,6 +9,7 @@ import torch
 
 from megavl.ops.attention import reference_attention
 from megavl.ops.dispatch import choose
+from megavl.ops.grouped import reference_grouped_linear
 from megavl.ops.norm import rms_norm
 
 CUDA = torch.device("cuda")
@@ -40,7 +41,14 @@ def test_cpu_is_served_by_torch():
     ops = choose(torch.device("cpu"))
     assert ops.attention is reference_attention
     assert ops.rms_norm is rms_norm
-    assert [line.split(":")[0] for line in ops.lines] == ["attention", "rms_norm", "swiglu", "matrix products"]
+    assert ops.grouped_linear is reference_grouped_linear
+    assert [line.split(":")[0] for line in ops.lines] == [
+        "attention",
+        "rms_norm",
+        "swiglu",
+        "products of experts",
+        "matrix products",
+    ]
     assert "cpu" in ops.lines[0]
 
 

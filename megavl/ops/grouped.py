@@ -1,0 +1,66 @@
+"""Products of rows with the matrix of the expert that each belongs to, of all experts at once.
+
+Every implementation has one signature, `GroupedLinear`:
+    x:      [N, d_in], sorted by expert; N may be 0
+    weight: [E, d_out, d_in]
+    counts: int64 [E] on x's device, rows of each expert, which sum to N; any may be 0
+    returns [N, d_out]; the gradient of an expert without rows is zeros
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+GroupedLinear = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+# Strides of bf16 matrices are read in units of 16 bytes.
+_WIDTH_MULTIPLE = 8
+
+
+def reference_grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """One product per expert: exact, any device and dtype. On a GPU it waits for the counts."""
+    groups = zip(x.split(counts.tolist()), weight.unbind(), strict=True)
+    return torch.cat([F.linear(rows, matrix) for rows, matrix in groups])  # [N, d_out]
+
+
+class _GroupedMm(Function):
+    """torch's kernel, which reads the counts on the device. Its own derivative would refuse gradients whose strides are
+    not in units of 16 bytes, as those of a sum are."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, counts: Tensor, clears_empty: bool) -> Tensor:
+        ends = counts.cumsum(0, dtype=torch.int32)  # [E]
+        ctx.save_for_backward(x, weight, ends)
+        ctx.clears_empty = clears_empty
+        return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)  # [N, d_out]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, weight, ends = ctx.saved_tensors
+        grad = grad.contiguous()
+        for_x = F.grouped_mm(grad, weight, offs=ends)  # [N, d_in]
+        if len(x) == 0:
+            return for_x, torch.zeros_like(weight), None, None
+        for_weight = F.grouped_mm(grad.t(), x, offs=ends)  # [E, d_out, d_in]
+        if ctx.clears_empty:
+            empty = ends.diff(prepend=ends.new_zeros(1)) == 0
+            for_weight = for_weight.masked_fill_(empty[:, None, None], 0.0)
+        return for_x, for_weight, None, None
+
+
+def grouped_mm_linear(clears_empty: bool) -> GroupedLinear:
+    """torch's grouped_mm for bf16 and widths in units of 16 bytes, the reference for all others.
+
+    clears_empty: the kernel of this device leaves arbitrary values in the gradient of an expert without rows
+    """
+
+    def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+        d_out, d_in = weight.shape[1:]
+        if x.dtype != torch.bfloat16 or d_out % _WIDTH_MULTIPLE or d_in % _WIDTH_MULTIPLE:
+            return reference_grouped_linear(x, weight, counts)
+        return _GroupedMm.apply(x.contiguous(), weight, counts, clears_empty)
+
+    return grouped_linear

@@ -1,0 +1,184 @@
+"""The way of tokens to their experts and back, over the expert axis (DeepSeek-V2, arXiv 2405.04434, section 3.1.3).
+
+A token has one row for each expert that it goes to. Rows are sorted by expert, and so by the rank that holds it; they
+change ranks, are put together by expert, and come back by the same steps. No row is dropped, and every rank enters
+every exchange, be it with no rows at all: one that stayed away would leave the others waiting.
+
+| step    | forward                              | backward                            |
+|---------|--------------------------------------|-------------------------------------|
+| start   | rows of tokens; all-to-all begins    | all-to-all back ends; sum per token |
+| finish  | all-to-all ends; rows by expert      | all-to-all back begins              |
+| combine | all-to-all back; weighted sum        | all-to-all of weighted gradients    |
+
+What is computed between start and finish runs while the rows are under way. So does its backward pass: autograd takes
+the steps in the opposite order.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd import Function
+
+from megavl.parallel.groups import Axis
+
+
+@dataclass
+class _Transfer:
+    """Rows that change ranks: of each rank in turn, how many are sent to it and how many are received from it.
+
+    work: what has to be waited for, while they are under way
+    """
+
+    sent: Sequence[int]
+    received: Sequence[int]
+    axis: Axis
+    work: dist.Work | None = None
+
+    def dual(self) -> "_Transfer":
+        """The way of the gradients."""
+        return _Transfer(self.received, self.sent, self.axis)
+
+    def start(self, x: Tensor) -> Tensor:
+        """The tensor in which the rows will have arrived."""
+        arriving = x.new_empty(sum(self.received), *x.shape[1:])  # [rows received, ...]
+        self.work = dist.all_to_all_single(
+            arriving, x.contiguous(), list(self.received), list(self.sent), group=self.axis.group, async_op=True
+        )
+        return arriving
+
+    def wait(self) -> None:
+        self.work.wait()
+        self.work = None
+
+
+class _Start(Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, there: _Transfer, back: _Transfer) -> Tensor:
+        ctx.back = back
+        return there.start(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        ctx.back.wait()
+        return grad, None, None
+
+
+class _Finish(Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, there: _Transfer, back: _Transfer) -> Tensor:
+        ctx.back = back
+        there.wait()
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        # Nothing reads it before _Start.backward has waited: it is the only user of what _Start gave.
+        return ctx.back.start(grad), None, None
+
+
+class _Spread(Function):
+    """[T, D] -> [T * k, D], the rows of each token. The gradients of a token's rows are added up in fp32, in the order
+    of its choices: the same sum in every run, which atomic additions would not give."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, places: Tensor, tokens: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        return x.index_select(0, tokens)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (places,) = ctx.saved_tensors
+        total = grad.new_zeros(
+            len(places), *grad.shape[1:], dtype=torch.promote_types(grad.dtype, torch.float32)
+        )  # [T, D]
+        for choice in places.unbind(1):
+            total += grad.index_select(0, choice)
+        return total.to(grad.dtype), None, None
+
+
+class _Combine(Function):
+    """[T * k, D] rows and [T, k] weights -> [T, D] in the dtype of the weights. Choice by choice: all of them at once
+    would be k times as large in fp32 as the rows are in bf16."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, weights: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, weights, places)
+        total = weights.new_zeros(len(places), rows.shape[1])  # [T, D]
+        for weight, choice in zip(weights.unbind(1), places.unbind(1), strict=True):
+            total.addcmul_(rows.index_select(0, choice), weight[:, None])
+        return total
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        rows, weights, places = ctx.saved_tensors
+        for_rows, for_weights = torch.empty_like(rows), torch.empty_like(weights)
+        for index, (weight, choice) in enumerate(zip(weights.unbind(1), places.unbind(1), strict=True)):
+            for_rows.index_copy_(0, choice, (grad * weight[:, None]).to(rows.dtype))
+            for_weights[:, index] = (grad * rows.index_select(0, choice)).sum(1)
+        return for_rows, for_weights, None
+
+
+def _transpose(rows: Tensor, sizes: Sequence[Sequence[int]]) -> Tensor:
+    """Blocks of rows, sizes[i][j] of each, from the order of i first to that of j first."""
+    blocks = iter(rows.split([size for line in sizes for size in line]))
+    grid = [[next(blocks) for _ in line] for line in sizes]
+    return torch.cat([block for column in zip(*grid, strict=True) for block in column])
+
+
+class Dispatch:
+    """The way of one micro-batch's tokens through one layer of experts. Collective over `ep` from its creation on.
+
+    experts: int64 [T, k], the experts of each token, all different
+    total:   experts of the layer, `total / ep.size` neighbours on each rank
+
+    counts: int64 [total / ep.size], rows of each expert of this rank
+    """
+
+    def __init__(self, experts: Tensor, total: int, ep: Axis):
+        chosen = experts.flatten()  # [T * k]
+        order = chosen.argsort(stable=True)  # [T * k]: the choice that a row is of
+        self._tokens = order // experts.shape[1]  # [T * k]
+        places = torch.empty_like(order)
+        places[order] = torch.arange(len(order), device=order.device)
+        self._places = places.view_as(experts)  # [T, k]: the row that a choice has
+        self._ep = ep
+        counts = torch.zeros(total, dtype=torch.int64, device=experts.device)
+        counts.scatter_add_(0, chosen, torch.ones_like(chosen))
+        if ep.size == 1:
+            self.counts = counts
+            return
+        sent = counts.view(ep.size, -1)  # [ep, total / ep]
+        received = torch.empty_like(sent)
+        dist.all_to_all_single(received, sent, group=ep.group)
+        self.counts = received.sum(0)  # [total / ep]
+        # The one time that a GPU is waited for: the exchange takes its sizes from the processor.
+        to_ranks, self._blocks = torch.stack((sent, received)).tolist()
+        self._there = _Transfer([sum(line) for line in to_ranks], [sum(line) for line in self._blocks], ep)
+        self._there_dual = self._there.dual()
+
+    def start(self, x: Tensor) -> Tensor:
+        """Send the tokens [T, D] off. What it returns is for `finish` alone."""
+        rows = _Spread.apply(x, self._places, self._tokens)  # [T * k, D]
+        return rows if self._ep.size == 1 else _Start.apply(rows, self._there, self._there_dual)
+
+    def finish(self, under_way: Tensor) -> Tensor:
+        """Rows of this rank's experts, sorted by expert: [counts.sum(), D]."""
+        if self._ep.size == 1:
+            return under_way
+        rows = _Finish.apply(under_way, self._there, self._there_dual)
+        return _transpose(rows, self._blocks)
+
+    def combine(self, rows: Tensor, weights: Tensor) -> Tensor:
+        """What the experts made of those rows, back at their tokens and added up: [T, D] in the dtype of the weights.
+
+        weights: float32 [T, k], of each token's experts
+        """
+        if self._ep.size > 1:
+            rows = _transpose(rows, list(zip(*self._blocks, strict=True)))
+            back = self._there.dual()
+            dual = back.dual()
+            rows = _Finish.apply(_Start.apply(rows, back, dual), back, dual)  # [T * k, D]
+        return _Combine.apply(rows, weights, self._places)
