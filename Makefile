@@ -2,7 +2,7 @@
 #
 #   make install      the environment alone
 #   make quickstart   the main job on real input, on a CPU: documents -> training -> kill -> resume -> HF checkpoint
-#   make test         the whole test suite
+#   make test         the whole test suite, two files at a time (JOBS=8: eight)
 #   make check        format, lint and the rules of the house
 #   make clean        remove the environment and what the quickstart made
 #
@@ -16,6 +16,8 @@ INSTALLED := $(VENV)/.installed
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # Several processes share the cores: one thread each.
 export OMP_NUM_THREADS ?= 1
+# Files of tests that run at the same time. A file may itself start up to eight ranks.
+JOBS ?= 2
 # Tests start up to eight ranks, over gloo; on a machine with as many GPUs, DS_ACCELERATOR=cuda runs them there.
 export DS_ACCELERATOR ?= cpu
 
@@ -27,7 +29,7 @@ quickstart: $(INSTALLED)
 	python launch/quickstart.py
 
 test: $(INSTALLED)
-	python -m pytest -q
+	python -m pytest -q --numprocesses $(JOBS) --dist loadfile
 
 check: $(INSTALLED)
 	ruff format --check .

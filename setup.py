@@ -61,6 +61,7 @@ setup(
             *CONSTRUCT,
             *RAY,
             "pytest~=9.2",
+            "pytest-xdist~=3.8",
             "hypothesis~=6.170",
             # Exact: the formatter's output differs between versions.
             "ruff==0.17.5",
