@@ -3,25 +3,39 @@
     python tools/train_tokenizer.py --input A.jsonl [B.parquet DIR ...] --output data/quickstart/tokenizer.model
 
 The same input gives the same model. Ids: 0 unknown, 1 begin, 2 end of sequence, 3 padding, then 256 bytes, then pieces.
+With --family vl2 the special tokens of DeepSeek-VL2 are the last ids, `<image>` the very last.
 """
 
 import argparse
+import io
 import os
 import re
 import sys
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
-from typing import BinaryIO
 
 import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
 
+from megavl.config.tokens import VL2
 from megavl.data.document import Text
 from megavl.data.errors import DataError
 from megavl.data.readers.reader import ReadOptions
 from megavl.data.readers.registry import input_files, reader_of
 
-# The four control pieces and the 256 bytes, which every model has.
+# Spellings of the pieces that every model has, and the special tokens behind the learned pieces.
+CONTROL = {
+    "vl": {},
+    "vl2": {
+        "bos_piece": "<｜begin▁of▁sentence｜>",
+        "eos_piece": "<｜end▁of▁sentence｜>",
+        "pad_piece": "<｜▁pad▁｜>",
+    },
+}
+SPECIAL = {"vl": (), "vl2": VL2}
+
+# The four control pieces and the 256 bytes.
 FIXED_PIECES = 4 + 256
 
 # What is read at a time.
@@ -42,15 +56,18 @@ def texts(inputs: list[str]) -> Iterator[str]:
                 yield from (segment.text for segment in document.segments if isinstance(segment, Text))
 
 
-def train(inputs: list[str], output: Path, vocab_size: int) -> None:
+def train(inputs: list[str], output: Path, vocab_size: int, family: str) -> None:
     """Write a model that encodes any text without loss: no normalisation, bytes for characters it has not seen.
+
+    `vocab_size` counts the special tokens of the family.
 
     Raises ValueError for an input, an output or a vocabulary size of which no model can be made; nothing is left then.
     """
-    if vocab_size <= FIXED_PIECES:
+    fixed = FIXED_PIECES + len(SPECIAL[family])
+    if vocab_size <= fixed:
         raise ValueError(
-            f"--vocab-size {vocab_size} leaves no piece to learn: {FIXED_PIECES} are control pieces and bytes. Nothing "
-            "was written; ask for more"
+            f"--vocab-size {vocab_size} leaves no piece to learn: {fixed} are control pieces, bytes and the family's "
+            "special tokens. Nothing was written; ask for more"
         )
     # One line per sentence is what the trainer takes; a line break itself becomes its byte.
     lines = (line for text in texts(inputs) for line in text.split("\n") if line)
@@ -73,13 +90,16 @@ def train(inputs: list[str], output: Path, vocab_size: int) -> None:
         ) from error
     try:
         with model:
-            _learn(chain([first], lines), model, vocab_size)
+            model.write(_learn(chain([first], lines), vocab_size, family))
         os.replace(partial, output)
     finally:
         partial.unlink(missing_ok=True)
 
 
-def _learn(lines: Iterator[str], model: BinaryIO, vocab_size: int) -> None:
+def _learn(lines: Iterator[str], vocab_size: int, family: str) -> bytes:
+    """The bytes of the model."""
+    special = SPECIAL[family]
+    model = io.BytesIO()
     failures: list[DataError] = []
 
     def watched() -> Iterator[str]:
@@ -95,7 +115,7 @@ def _learn(lines: Iterator[str], model: BinaryIO, vocab_size: int) -> None:
             sentence_iterator=watched(),
             model_writer=model,
             model_type="bpe",
-            vocab_size=vocab_size,
+            vocab_size=vocab_size - len(special),
             byte_fallback=True,
             character_coverage=0.9995,
             normalization_rule_name="identity",
@@ -110,21 +130,35 @@ def _learn(lines: Iterator[str], model: BinaryIO, vocab_size: int) -> None:
             eos_id=2,
             pad_id=3,
             minloglevel=2,
+            **CONTROL[family],
         )
     except RuntimeError as error:  # the trainer's failed checks, as text
         if failures:
             raise failures[0] from None
         if most := re.search(r"too high .* <= (\d+)", str(error)):
             reason = (
-                f"the corpus is too small for {vocab_size} pieces: it gives {most[1]}. Lower --vocab-size or add text"
+                f"the corpus is too small for {vocab_size} pieces: it gives {int(most[1]) + len(special)}. Lower "
+                "--vocab-size or add text"
             )
         elif least := re.search(r"required_chars.* vs (\d+)", str(error)):
             reason = (
-                f"{vocab_size} pieces are too few for the corpus's characters. Raise --vocab-size to {least[1]} or more"
+                f"{vocab_size} pieces are too few for the corpus's characters. Raise --vocab-size to "
+                f"{int(least[1]) + len(special)} or more"
             )
         else:
             reason = f"sentencepiece cannot train on this input: {error}"
         raise ValueError(f"{reason}; nothing was written") from error
+    return _with_special(model.getvalue(), special) if special else model.getvalue()
+
+
+def _with_special(model: bytes, special: tuple[str, ...]) -> bytes:
+    """The model with control pieces of these spellings behind its own. The trainer would put them in front of the
+    learned ones."""
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model)
+    for spelling in special:
+        proto.pieces.add(piece=spelling, score=0.0, type=proto.SentencePiece.CONTROL)
+    proto.trainer_spec.vocab_size = len(proto.pieces)
+    return proto.SerializeToString(deterministic=True)
 
 
 def main() -> None:
@@ -134,9 +168,10 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, required=True, metavar="T.model", help="replaced if it is there")
     parser.add_argument("--vocab-size", type=int, default=2048, metavar="N", help="pieces; default 2048")
+    parser.add_argument("--family", choices=SPECIAL, default="vl", help="whose special tokens it has; default vl: none")
     arguments = parser.parse_args()
     try:
-        train(arguments.input, arguments.output, arguments.vocab_size)
+        train(arguments.input, arguments.output, arguments.vocab_size, arguments.family)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(arguments.output))

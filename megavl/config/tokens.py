@@ -1,4 +1,17 @@
-"""Spellings of the end-of-sequence token, in the order in which a vocabulary is searched for them: DeepSeek's, Llama's,
-GPT-2's."""
+"""Spellings of special tokens.
+
+END_OF_SEQUENCE: in the order in which a vocabulary is searched for them: DeepSeek's, Llama's, GPT-2's
+VL2:             what a DeepSeek-VL2 model is trained with besides (processing_deepseek_vl_v2.py of the released code)
+"""
 
 END_OF_SEQUENCE = ("<｜end▁of▁sentence｜>", "</s>", "<|endoftext|>")
+VL2 = (
+    "<|ref|>",
+    "<|/ref|>",
+    "<|det|>",
+    "<|/det|>",
+    "<|grounding|>",
+    "<|User|>",
+    "<|Assistant|>",
+    "<image>",
+)

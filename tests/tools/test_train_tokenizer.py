@@ -10,6 +10,13 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
+from megavl.config.tokens import VL2
+from megavl.data.document import Document, Image
+from megavl.data.encode import encode
+from megavl.data.grounding import Object, locate
+from megavl.data.template import TEMPLATES
+from megavl.data.tokenizer import load_tokenizer
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -48,6 +55,26 @@ def test_model(documents, tmp_path):
         assert tokenizer.decode(tokens) == text and not set(ids) & set(tokens)
     # Learned pieces, not single bytes: the words of the corpus are few tokens.
     assert len(tokenizer.encode("return from while")) <= 6
+
+
+def test_special_tokens_of_vl2(documents, tmp_path):
+    """Behind the learned pieces, `<image>` last; in text none of them is found."""
+    output = tmp_path / "t.model"
+    done = train([documents], output, "--vocab-size", "400", "--family", "vl2")
+    assert done.returncode == 0, done.stderr
+    tokenizer = load_tokenizer(str(output))
+    assert tokenizer.vocab_size == 400 and tokenizer.eos == tokenizer.token("<｜end▁of▁sentence｜>") == 2
+    assert [tokenizer.token(name) for name in VL2] == list(range(392, 400)) and VL2[-1] == "<image>"
+    assert (tokenizer.token("<｜begin▁of▁sentence｜>"), tokenizer.token("<｜▁pad▁｜>")) == (1, 3)
+    fast, text = load_tokenizer(str(output)), "<|User|>: <image> <|ref|> return\n"
+    fast.accelerate()
+    for tokens in (tokenizer.encode(text), fast.encode_batch([text])[0].tolist()):
+        assert tokenizer.decode(tokens) == text and not {1, 2, 3, *range(392, 400)} & set(tokens)
+    segments = TEMPLATES["vl2"].write(locate(Image(b"", "a.png"), (9, 9), [Object("return", ((0, 0, 9, 9),))]))
+    (document,) = encode([Document("key", "file", segments[:3] + segments[4:])], tokenizer)
+    read, learned = document.sequences
+    assert [token for token in learned.tokens if token > 390] == [392, 393, 394, 395]
+    assert tokenizer.decode([*map(int, read.tokens)]) == ": \nLocate return in the given image.\n\n:"
 
 
 def refused(done) -> str:
