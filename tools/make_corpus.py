@@ -8,6 +8,10 @@ writes, in the record format of tools/preprocess_data.py,
     multimodal.jsonl, heldout_multimodal.jsonl  pages of it with their transcripts, charts with their table or code
     images/*.png                                what the multimodal documents show
 
+and with --family vl2
+
+    grounding.jsonl, heldout_grounding.jsonl    where coloured shapes are in drawn scenes, in the paper's three forms
+
 The held-out documents come from chapters and modules of which nothing is in the other files. The same seed and the same
 Python give the same corpus.
 """
@@ -27,6 +31,7 @@ from pathlib import Path
 from corpus.chart import chartable, draw_bars, measure, plot_code, run_plot
 from corpus.library import Block, Source, markdown, module_files, module_source, topic_sources
 from corpus.page import draw_page, passages
+from corpus.scene import record
 from PIL import Image
 from rich.progress import track
 
@@ -43,13 +48,14 @@ Document = list[str | Image.Image]
 
 @dataclass(frozen=True)
 class Size:
-    """How many multimodal documents of each kind."""
+    """How many multimodal documents of each kind, and how many drawn scenes."""
 
     pages: int
     page_pairs: int
     code_charts: int
     table_charts: int
     chart_pairs: int
+    scenes: int
 
     @property
     def documents(self) -> int:
@@ -61,8 +67,8 @@ class Size:
 
 
 SIZES = {
-    "small": Size(pages=1100, page_pairs=150, code_charts=140, table_charts=110, chart_pairs=25),
-    "tiny": Size(pages=20, page_pairs=4, code_charts=4, table_charts=4, chart_pairs=2),
+    "small": Size(pages=1100, page_pairs=150, code_charts=140, table_charts=110, chart_pairs=25, scenes=1600),
+    "tiny": Size(pages=20, page_pairs=4, code_charts=4, table_charts=4, chart_pairs=2, scenes=40),
 }
 
 
@@ -170,11 +176,26 @@ def write_multimodal(path: Path, sources: list[Source], size: Size, rng: random.
     print(f"  {path}: {len(records)} documents, {images} images")
 
 
+def write_grounding(path: Path, scenes: int, rng: random.Random) -> None:
+    """As `write_multimodal`."""
+    records, images = [], 0
+    for number in range(scenes):
+        pictures, rest = record(rng)
+        names = [f"images/{path.stem}_{images + index:05d}.png" for index in range(len(pictures))]
+        for name, picture in zip(names, pictures, strict=True):
+            picture.save(path.parent / name, compress_level=1)
+        images += len(pictures)
+        records.append({"id": f"{path.stem}/{number}", "images": names, **rest})
+    write_lines(path, records)
+    print(f"  {path}: {len(records)} documents, {images} images")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="directory; an earlier corpus in it is replaced")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--size", choices=SIZES, default="small", help="tiny is for tests")
+    parser.add_argument("--family", choices=("vl", "vl2"), default="vl", help="for whose models; default vl")
     arguments = parser.parse_args()
 
     start = time.perf_counter()
@@ -192,6 +213,9 @@ def main() -> None:
     write_text(output / "heldout_text.jsonl", heldout, rng)
     write_multimodal(output / "multimodal.jsonl", train, size, rng)
     write_multimodal(output / "heldout_multimodal.jsonl", heldout, size.part(20), rng)
+    if arguments.family == "vl2":
+        write_grounding(output / "grounding.jsonl", size.scenes, rng)
+        write_grounding(output / "heldout_grounding.jsonl", size.part(20).scenes, rng)
     print(f"  {time.perf_counter() - start:.0f} s")
 
 

@@ -4,24 +4,35 @@ import json
 import random
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
+
+from megavl.config.presets import PRESETS
+from megavl.config.tiles import Tiling
+from megavl.data.document import Token
+from megavl.data.readers.record import Place, Record, to_document
+from megavl.data.template import TEMPLATES
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def corpora(tmp_path_factory):
-    """Two corpora of one seed, made at the same time; the second over the remains of an earlier one."""
+    """Two corpora of one seed, made at the same time: one for VL2 models, and one for VL models over the remains of an
+    earlier one."""
     first, second = tmp_path_factory.mktemp("corpus"), tmp_path_factory.mktemp("again")
     (second / "images").mkdir()
     (second / "images" / "old.png").write_bytes(b"old")
     (second / "old.jsonl").write_text("old")
     running = [
-        subprocess.Popen([sys.executable, "tools/make_corpus.py", "--output", path, "--size", "tiny"], cwd=ROOT)
-        for path in (first, second)
+        subprocess.Popen(
+            [sys.executable, "tools/make_corpus.py", "--output", path, "--size", "tiny", *family], cwd=ROOT
+        )
+        for path, family in ((first, ["--family", "vl2"]), (second, []))
     ]
     assert [process.wait() for process in running] == [0, 0]
     return first, second
@@ -32,12 +43,13 @@ def records(path):
 
 
 def images(record):
-    return [segment["image"] for segment in record["segments"] if "image" in segment]
+    return record.get("images") or [segment["image"] for segment in record["segments"] if "image" in segment]
 
 
 def test_the_same_seed_gives_the_same_corpus(corpora):
-    first, second = ({p.relative_to(c): p.read_bytes() for c in [c] for p in c.rglob("*.*")} for c in corpora)
-    assert first == second
+    """What only VL2 models read is besides."""
+    first, second = ({str(p.relative_to(c)): p.read_bytes() for p in c.rglob("*.*")} for c in corpora)
+    assert {name: data for name, data in first.items() if "grounding" not in name} == second != first
 
 
 def test_every_record_is_a_document(corpora):
@@ -55,7 +67,7 @@ def test_every_record_is_a_document(corpora):
 def test_every_image_belongs_to_one_document_and_shows_something(corpora):
     named = [
         name
-        for part in ("multimodal", "heldout_multimodal")
+        for part in ("multimodal", "heldout_multimodal", "grounding", "heldout_grounding")
         for r in records(corpora[0] / f"{part}.jsonl")
         for name in images(r)
     ]
@@ -63,8 +75,7 @@ def test_every_image_belongs_to_one_document_and_shows_something(corpora):
     for name in named:
         with Image.open(corpora[0] / name) as image:
             assert image.mode == "RGB" and max(image.size) < 400
-            darkest, brightest = image.convert("L").getextrema()
-            assert brightest - darkest > 100
+            assert max(brightest - darkest for darkest, brightest in image.getextrema()) > 100
 
 
 def test_the_size_is_what_was_asked_for(corpora):
@@ -72,6 +83,7 @@ def test_the_size_is_what_was_asked_for(corpora):
     assert len(train) == 34  # 20 pages, 4 pairs of pages, 4 charts with code, 4 with a table, 2 pairs of charts
     assert sum(len(images(record)) for record in train) == 40
     assert len(records(corpora[0] / "heldout_multimodal.jsonl")) == 10
+    assert [len(records(corpora[0] / f"{part}grounding.jsonl")) for part in ("", "heldout_")] == [40, 2]
 
 
 def test_no_source_is_on_both_sides(corpora):
@@ -89,6 +101,7 @@ def corpus(monkeypatch):
     import corpus.chart
     import corpus.library
     import corpus.page
+    import corpus.scene
 
     return corpus
 
@@ -162,3 +175,35 @@ def test_code_of_a_chart_draws_that_chart(corpus):
 def test_the_table_of_a_chart(corpus):
     table = corpus.chart.Measurement("lines", ("os", "re"), (10, 20)).table()
     assert table == "| module | lines |\n| --- | --- |\n| os | 10 |\n| re | 20 |\n"
+
+
+def test_boxes_of_a_scene_are_those_of_its_pixels(corpus):
+    """Shapes of one name together: the box around the pixels of each is the one that is told."""
+    scene, rng = corpus.scene, random.Random(0)
+    for _ in range(60):
+        drawn = scene.draw_scene(rng)
+        pixels = np.asarray(drawn.image)
+        for shape in drawn.shapes:
+            left, top, right, bottom = shape.box
+            rows, columns = np.nonzero((pixels[top - 1 : bottom + 1, left - 1 : right + 1] != pixels[0, 0]).any(-1))
+            assert (rows.min(), rows.max(), columns.min(), columns.max()) == (1, bottom - top, 1, right - left)
+            assert tuple(pixels[bottom - 2, (left + right) // 2]) == scene.COLOURS[shape.colour]
+        covered = np.zeros(pixels.shape[:2], dtype=bool)
+        for left, top, right, bottom in (shape.box for shape in drawn.shapes):
+            covered[top:bottom, left:right] = True
+        assert (pixels[~covered] == pixels[0, 0]).all()  # nothing is drawn that no box tells of
+
+
+def test_records_of_scenes_are_documents_of_every_form(corpora):
+    """They are read as they are written, and the sizes of the images cut into several grids."""
+    template, folder = TEMPLATES["vl2"], corpora[0]
+    tiling, forms, grids, absent = Tiling(PRESETS["vl2_debug"]), Counter(), set(), 0
+    for number, values in enumerate(records(folder / "grounding.jsonl")):
+        record = Record(values, lambda name: (folder / name).read_bytes(), template)
+        document = to_document(record, Place("grounding.jsonl", number))
+        forms[len(values["images"]), "question" in values] += 1
+        absent += any(part.get("boxes") == [] for part in values["grounding"])
+        sizes = [Image.open(folder / name).size for name in values["images"]]
+        grids |= {tiling.grid(*size, len(sizes)) for size in sizes}
+        assert document.segments[-1] == Token()
+    assert forms.keys() == {(1, False), (1, True), (2, True)} and absent and len(grids) >= 4

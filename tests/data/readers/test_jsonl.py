@@ -1,8 +1,10 @@
 import gzip
 import tracemalloc
 
+import PIL.Image
 import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
 from megavl.data.document import Document, Image, Text
 from megavl.data.errors import DataError
@@ -49,6 +51,23 @@ def test_a_malformed_line_is_named_and_the_rest_goes_on(tmp_path, line, message)
     with pytest.raises(DataError, match=message):
         raise error
     assert str(error).startswith(f"{path}:2: ")
+
+
+def test_a_box_outside_its_image_is_named_and_the_rest_goes_on(tmp_path):
+    """Also in a table, whose rows have all keys."""
+    PIL.Image.new("RGB", (40, 20)).save(tmp_path / "a.png")
+    rows = [
+        {"image": "a.png", "grounding": [{"query": "dog", "boxes": boxes}]}
+        for boxes in ([[0, 0, 40, 20]], [[0, 0, 40, 21]], [])
+    ]
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    for path in (write_jsonl(tmp_path / "a.jsonl", *rows), tmp_path / "a.parquet"):
+        first, error, last = read(path, template="vl2")
+        assert str(error).startswith(f"{path}:2: box [0, 0, 40, 21] leaves the image of 40 x 20 pixels")
+        assert [segments[-3] for segments in (first.segments, last.segments)] == [
+            Text("[[0, 0, 999, 999]]"),
+            Text("[]"),
+        ]
 
 
 @pytest.mark.parametrize("ending", [b"", b"\n", b"\n\n"])
