@@ -42,6 +42,9 @@ class SiglipConfig(Section):
     layers: PositiveInt = 24
     heads: PositiveInt = 16
     mlp_width: PositiveInt = 4096
+    gelu_approximation: Literal["none", "tanh"] = Field(
+        "none", description="of the activation; the code of DeepSeek-VL has none, that of DeepSeek-VL2 tanh"
+    )
     norm_eps: PositiveFloat = 1e-6
     pixel_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     pixel_std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.5, 0.5, 0.5)

@@ -11,10 +11,14 @@ from megavl.config.model import (
 )
 
 _IMAGE_PLACEHOLDER = 100015
-_VL2_IMAGE = 128815  # <image> of the tokenizer with 129,280 entries
-_VL2_SMALL_IMAGE = 100003  # of the one with 102,400
+# <image>, as the released processor prints it when it loads each tokenizer: the one with 129,280 entries (quoted in
+# deepseek-ai/DeepSeek-VL2, issue 17) and Small's with 102,400 (issue 64).
+_VL2_IMAGE = 128815
+_VL2_SMALL_IMAGE = 100003
 
-_SO400M = SiglipConfig(image_size=384, patch_size=14, width=1152, layers=27, heads=16, mlp_width=4304)
+_SO400M = SiglipConfig(
+    image_size=384, patch_size=14, width=1152, layers=27, heads=16, mlp_width=4304, gelu_approximation="tanh"
+)
 
 _DEBUG_SIGLIP = SiglipConfig(image_size=32, patch_size=8, width=48, layers=2, heads=4, mlp_width=96)
 _DEBUG_SAM = SamConfig(
@@ -33,7 +37,9 @@ _DEBUG_DECODER = DecoderConfig(
     layers=22, width=96, heads=24, kv_heads=24, mlp_width=240, vocab_size=2400, max_positions=512
 )
 # As in SO400M, 2 pixels of each side are not read, and 7 x 7 patches are padded to become 4 x 4 features.
-_DEBUG_SO400M = SiglipConfig(image_size=30, patch_size=4, width=48, layers=2, heads=4, mlp_width=96)
+_DEBUG_SO400M = SiglipConfig(
+    image_size=30, patch_size=4, width=48, layers=2, heads=4, mlp_width=96, gelu_approximation="tanh"
+)
 _DEBUG_TILING = TilingConfig(max_tiles=4)
 _DEBUG_MOE = MoeConfig(experts=8, per_token=3, shared=2, width=32)
 _DEBUG_MLA = MlaConfig(kv_rank=32, nope_width=16, rope_width=8, value_width=16)

@@ -35,9 +35,10 @@ class SiglipMlp(nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(config.width, config.mlp_width)
         self.fc2 = nn.Linear(config.mlp_width, config.width)
+        self.approximation = config.gelu_approximation
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.fc2(F.gelu(self.fc1(x), approximate=self.approximation))
 
 
 class SiglipBlock(nn.Module):

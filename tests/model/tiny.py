@@ -4,8 +4,16 @@ import torch
 from torch import Tensor, nn
 
 from megavl.batch import Batch
-from megavl.config.model import DecoderConfig, ModelConfig, SamConfig, SiglipConfig
-from megavl.config.tiles import Grid
+from megavl.config.model import (
+    DecoderConfig,
+    MlaConfig,
+    ModelConfig,
+    MoeConfig,
+    SamConfig,
+    SiglipConfig,
+    TilingConfig,
+)
+from megavl.config.tiles import Grid, Tiling
 from megavl.model.vlm import VLM
 from megavl.ops.dispatch import choose
 from megavl.parallel.groups import TensorAxis
@@ -40,10 +48,43 @@ GROUPED = SIGLIP_ONLY.model_copy(
     update={"name": "grouped_queries", "decoder": HYBRID.decoder.model_copy(update={"kv_heads": 2})}
 )
 
+# Tiles of 15 pixels, of which 3 are not read, with heads of 18 channels; 3 x 3 patches are padded to become 2 x 2
+# features. A dense block and two with experts.
+MHA_SOFTMAX = ModelConfig(
+    name="mha_softmax",
+    siglip=SiglipConfig(
+        image_size=15, patch_size=4, width=36, layers=2, heads=2, mlp_width=40, gelu_approximation="tanh"
+    ),
+    sam=None,
+    tiling=TilingConfig(max_tiles=4),
+    decoder=DecoderConfig(
+        layers=3,
+        width=32,
+        heads=4,
+        kv_heads=4,
+        mlp_width=56,
+        vocab_size=64,
+        max_positions=256,
+        moe=MoeConfig(experts=6, per_token=2, shared=2, width=20),
+    ),
+    image_token_id=61,
+    init_std=0.02,
+)
+_MLA = MHA_SOFTMAX.decoder.model_copy(update={"mla": MlaConfig(kv_rank=24, nope_width=10, rope_width=6, value_width=8)})
+MLA_SOFTMAX = MHA_SOFTMAX.model_copy(update={"name": "mla_softmax", "decoder": _MLA})
+_SIGMOID = _MLA.moe.model_copy(update={"router": "sigmoid", "normalise": True, "scale": 2.0})
+MLA_SIGMOID = MHA_SOFTMAX.model_copy(
+    update={"name": "mla_sigmoid", "decoder": _MLA.model_copy(update={"moe": _SIGMOID})}
+)
+VL2 = (MHA_SOFTMAX, MLA_SOFTMAX, MLA_SIGMOID)
+
 
 def model(config: ModelConfig) -> VLM:
     """The whole model in this process, without values."""
     return VLM(config, ONE, OPS, 0, config.layers)
+
+
+_ROUTER_BIASES = ("router.bias", "e_score_correction_bias")
 
 
 @torch.no_grad()
@@ -51,7 +92,8 @@ def randomise(model: nn.Module, seed: int) -> None:
     """Values with which every part speaks, for megavl's models and for transformers'. What training starts at zero
     (hd_alpha, relative positions, biases) or at one (norms) would hide errors."""
     generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
+    biases = [(name, each) for name, each in model.named_buffers() if name.endswith(_ROUTER_BIASES)]
+    for name, parameter in [*model.named_parameters(), *biases]:
         noise = torch.randn(parameter.shape, generator=generator)
         if "alpha" in name:
             parameter.fill_(0.7)
@@ -59,6 +101,8 @@ def randomise(model: nn.Module, seed: int) -> None:
             parameter.copy_(1 + 0.2 * noise)
         elif parameter.dim() == 1 or "rel_pos" in name or "pos_embed" in name or "position_embedding" in name:
             parameter.copy_(0.3 * noise)
+        elif "experts" in name:
+            parameter.copy_(noise / parameter.shape[-1] ** 0.5)
         else:
             parameter.copy_(noise / parameter[0].numel() ** 0.5)
 
@@ -71,7 +115,7 @@ def random_model(config: ModelConfig, seed: int = 0) -> VLM:
 
 
 def pixels(config: ModelConfig, images: int, seed: int) -> dict[str, Tensor]:
-    """Random images for each tower: float32 [images, 3, S, S]."""
+    """Random images, or tiles of images, for each tower: float32 [images, 3, S, S]."""
     generator = torch.Generator().manual_seed(seed)
     towers = {"siglip": config.siglip} | ({"sam": config.sam} if config.sam else {})
     return {
@@ -80,16 +124,22 @@ def pixels(config: ModelConfig, images: int, seed: int) -> dict[str, Tensor]:
     }
 
 
-def document(config: ModelConfig, text: tuple[int, ...], seed: int) -> Tensor:
-    """Tokens int64 [T]: runs of random text of the given lengths with one image between any two of them."""
+def document(config: ModelConfig, text: tuple[int, ...], seed: int, grids: tuple[Grid, ...] | None = None) -> Tensor:
+    """Tokens int64 [T]: runs of random text of the given lengths with one image between any two of them. `grids` of the
+    images are those of DeepSeek-VL where none are given."""
     generator = torch.Generator().manual_seed(seed)
-    image = torch.full((config.tile_features,), config.image_token_id)
+    layout = Tiling(config).layout
+    sizes = [0] + [len(layout(grid)) for grid in grids or (Grid(0, 0),) * (len(text) - 1)]
     runs = [torch.randint(config.image_token_id, (length,), generator=generator) for length in text]
-    return torch.cat([part for run in runs for part in (image, run)][1:])
+    images = [torch.full((size,), config.image_token_id) for size in sizes]
+    return torch.cat([part for both in zip(images, runs, strict=True) for part in both])
 
 
-def pack(documents: list[Tensor], images: dict[str, Tensor], image_token_id: int) -> Batch:
-    """Documents end to end. Each token's label is the next one, except before an image and at a document's end."""
+def pack(
+    documents: list[Tensor], images: dict[str, Tensor], image_token_id: int, grids: tuple[Grid, ...] | None = None
+) -> Batch:
+    """Documents end to end. Each token's label is the next one, except before an image and at a document's end. `grids`
+    of the images are those of DeepSeek-VL where none are given."""
     labels = [torch.cat((tokens[1:], torch.tensor([-100]))) for tokens in documents]
     lengths = torch.tensor([0] + [len(tokens) for tokens in documents])
     flat = torch.cat(labels)
@@ -99,6 +149,6 @@ def pack(documents: list[Tensor], images: dict[str, Tensor], image_token_id: int
         positions=torch.cat([torch.arange(len(tokens)) for tokens in documents]),
         cu_seqlens=lengths.cumsum(0).int(),
         packs=1,
-        grids=(Grid(0, 0),) * len(images["siglip"]),
+        grids=(Grid(0, 0),) * len(images["siglip"]) if grids is None else grids,
         pixels=images,
     )
