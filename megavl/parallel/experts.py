@@ -29,29 +29,32 @@ from megavl.parallel.groups import Axis
 class _Transfer:
     """Rows that change ranks: of each rank in turn, how many are sent to it and how many are received from it.
 
-    work: what has to be waited for, while they are under way
+    work, arriving: while they are under way, what has to be waited for, and the tensor that they then are in
     """
 
-    sent: Sequence[int]
-    received: Sequence[int]
+    sent: list[int]
+    received: list[int]
     axis: Axis
     work: dist.Work | None = None
+    arriving: Tensor | None = None
 
     def dual(self) -> "_Transfer":
         """The way of the gradients."""
         return _Transfer(self.received, self.sent, self.axis)
 
     def start(self, x: Tensor) -> Tensor:
-        """The tensor in which the rows will have arrived."""
-        arriving = x.new_empty(sum(self.received), *x.shape[1:])  # [rows received, ...]
+        """The rows that are received, once they have been waited for."""
+        self.arriving = x.new_empty(sum(self.received), *x.shape[1:])  # [rows received, ...]
         self.work = dist.all_to_all_single(
-            arriving, x.contiguous(), list(self.received), list(self.sent), group=self.axis.group, async_op=True
+            self.arriving, x.contiguous(), self.received, self.sent, group=self.axis.group, async_op=True
         )
-        return arriving
+        return self.arriving
 
-    def wait(self) -> None:
+    def wait(self) -> Tensor:
+        """The rows that are received."""
         self.work.wait()
-        self.work = None
+        arrived, self.work, self.arriving = self.arriving, None, None
+        return arrived
 
 
 class _Start(Function):
@@ -62,8 +65,7 @@ class _Start(Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        ctx.back.wait()
-        return grad, None, None
+        return ctx.back.wait(), None, None
 
 
 class _Finish(Function):
@@ -75,8 +77,9 @@ class _Finish(Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        # Nothing reads it before _Start.backward has waited: it is the only user of what _Start gave.
-        return ctx.back.start(grad), None, None
+        # What autograd hands on has the shape of the rows here; _Start.backward has those that arrive.
+        ctx.back.start(grad)
+        return grad, None, None
 
 
 class _Spread(Function):
