@@ -49,6 +49,12 @@ def read_attempts(path: Path) -> list[list[dict]]:
     return attempts
 
 
+def counted_steps(attempts: list[list[dict]]) -> list[dict]:
+    """The steps in order, each as the last attempt at it did it."""
+    final = {row["step"]: row for attempt in attempts for row in attempt}
+    return [final[step] for step in sorted(final)]
+
+
 def lost_steps(attempts: list[list[dict]]) -> list[dict]:
     """The steps of every attempt that a later attempt did again."""
     return [
@@ -61,8 +67,7 @@ def lost_steps(attempts: list[list[dict]]) -> list[dict]:
 
 def draw(attempts: list[list[dict]], title: str) -> plt.Figure:
     """The figure: curves of the steps that count, circles for those that were lost, marks between attempts."""
-    final = {row["step"]: row for attempt in attempts for row in attempt}
-    rows, lost = [final[step] for step in sorted(final)], lost_steps(attempts)
+    rows, lost = counted_steps(attempts), lost_steps(attempts)
     figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
     for kind, colour in _COLOURS.items():
         mine = [row for row in rows if row["kind"] == kind]

@@ -24,7 +24,8 @@ class Work:
     """FLOPs of one item of the model list over a step, whatever the number of ranks that share them.
 
     `overhead` is what the method does not ask for but the implementation computes: blocks again in the backward pass,
-    and the channels beside each head in which SAM's attention carries relative positions. `repeated` is the part of all
+    the channels beside each head in which SAM's attention carries relative positions, and the sums over packs that the
+    auxiliary loss is made of, which are products too. `repeated` is the part of all
     this that every tensor rank computes for itself instead of sharing it with the others: vision, unless they share the
     tiles; and, without sequence parallelism, the latent of keys and values and the router's scores.
     """
@@ -54,7 +55,8 @@ class Work:
 class StepFlops:
     """FLOPs of one optimizer step over all ranks. `model` is what MFU is made of; `hardware` is what the devices
     compute: with the overhead, and on every tensor rank what each repeats. (A pipeline also sends gradients into stages
-    with nothing trainable before them; those are in neither.)"""
+    with nothing trainable before them, and fused attention fills the values of latent attention up to the width of its
+    keys; those are in neither.)"""
 
     model: int
     hardware: int
@@ -145,7 +147,7 @@ class _Walk:
         self.trains = trains
         self.live = live
         self.forward = self.input_grad = self.weight_grad = self.overhead = 0
-        self.repeated = self.repeated_forward = 0
+        self.spare_forward = self.repeated = self.repeated_forward = 0
         self.last = 0
 
     def work(self) -> Work:
@@ -153,11 +155,11 @@ class _Walk:
 
     def repeat(self) -> None:
         """Every tensor rank walks the whole path."""
-        self.repeated, self.repeated_forward = self.work().hardware, self.forward
+        self.repeated, self.repeated_forward = self.work().hardware, self.forward + self.spare_forward
 
     def recompute(self) -> None:
         """The path is walked again in the backward pass, up to the last product: no gradient needs its result."""
-        self.overhead += self.forward - self.last
+        self.overhead += self.forward + self.spare_forward - self.last
         self.repeated += self.repeated_forward
 
     def add(self, *names: str) -> None:
@@ -188,7 +190,12 @@ class _Walk:
         forward = 2 * pairs * (key_width + value_width)
         self.forward += forward
         self.input_grad += 2 * forward if self.live else 0
-        self.overhead += (12 if self.live else 4) * pairs * carried
+        self.spare(4 * pairs * carried, 8 * pairs * carried)
+
+    def spare(self, forward: int, backward: int) -> None:
+        """Overhead at this point."""
+        self.spare_forward += forward
+        self.overhead += forward + (backward if self.live else 0)
 
     def fork(self) -> "_Walk":
         return _Walk(self.trains, self.live)
@@ -199,6 +206,7 @@ class _Walk:
         self.input_grad += other.input_grad
         self.weight_grad += other.weight_grad
         self.overhead += other.overhead
+        self.spare_forward += other.spare_forward
         self.repeated += other.repeated
         self.repeated_forward += other.repeated_forward
 
@@ -286,7 +294,7 @@ def _block(walk: _Walk, index: int, config: RunConfig, tokens: int, pairs: int) 
         _mla(walk, f"{name}.attn", decoder, decoder.mla, tokens, pairs, config.parallel.sequence)
     walk.add(f"{name}.mlp_norm.weight")
     if decoder.has_experts(index):
-        _moe(walk, f"{name}.mlp", decoder.moe, decoder.width, tokens, config.parallel.sequence)
+        _moe(walk, f"{name}.mlp", decoder.moe, config, tokens)
     else:
         _mlp(walk, f"{name}.mlp", decoder.width, decoder.mlp_width, tokens)
 
@@ -320,17 +328,19 @@ def _mlp(walk: _Walk, name: str, width: int, mlp_width: int, tokens: int) -> Non
     walk.linear(tokens, mlp_width, {f"{name}.down_proj": width})
 
 
-def _moe(walk: _Walk, name: str, moe: MoeConfig, width: int, tokens: int, sequence: bool) -> None:
+def _moe(walk: _Walk, name: str, moe: MoeConfig, config: RunConfig, tokens: int) -> None:
     """Shared experts, and `per_token` routed ones for each token, none of which is dropped."""
-    router, shared = walk.fork(), walk.fork()
+    width, router, shared = config.model.decoder.width, walk.fork(), walk.fork()
     router.linear(tokens, width, {f"{name}.router": moe.experts})
-    if not sequence:
+    # How often each expert was chosen and its scores, summed over each pack of a micro-batch; the scores learn of it.
+    sums = 2 * tokens * config.train.micro_batch * moe.experts
+    router.spare(2 * sums, sums)
+    if not config.parallel.sequence:
         router.repeat()
     _mlp(shared, f"{name}.shared", width, moe.shared_width, tokens)
     product = 2 * tokens * moe.per_token * width * moe.width
     walk.multiply({f"{name}.experts.gate_proj": product, f"{name}.experts.up_proj": product})
     walk.multiply({f"{name}.experts.down_proj": product})
-    if router.live:
-        walk.last = 0  # the gradients of the routing weights need what the experts gave
+    walk.last = 0  # what the experts give is kept, for the gradients of its weights
     walk.join(shared)
     walk.join(router)

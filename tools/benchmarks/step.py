@@ -1,8 +1,9 @@
 """Training steps of a recipe on made-up packs: tokens/s, MFU, memory.
 
-No data is read: a text step has packs of four documents each, a multimodal step also images in each pack. MFU is the
-ratio to what the devices can do (megavl/plan/hardware.py; measured at start where it is not known). Times are the
-median of the timed steps, with the fastest and the slowest beside it.
+No data is read: a text step has packs of four documents each, a multimodal step also images in each pack, all of one
+grid of tiles. TFLOP/s are the model's on each device, a token going through its own experts alone; MFU is their ratio
+to what the devices can do (megavl/plan/hardware.py; measured at start where it is not known). Times are the median of
+the timed steps, with the fastest and the slowest beside it.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from megavl.config.error import ConfigError
 from megavl.config.load import load_run
 from megavl.config.rules import check
 from megavl.config.run import RunConfig
-from megavl.config.tiles import Grid
+from megavl.config.tiles import Grid, Tiling
 from megavl.ops.dispatch import choose
 from megavl.parallel.cross_entropy import IGNORED
 from megavl.parallel.groups import Mesh
@@ -36,24 +37,30 @@ from megavl.runtime.pipeline import Pipeline, build_stages
 DOCUMENTS = 4
 
 
-def made_up_pack(config: RunConfig, images: int, mesh: Mesh) -> Batch:
+def made_up_pack(config: RunConfig, images: int, grid: Grid, mesh: Mesh) -> Batch:
     """Random tokens in documents of equal length; the images begin the first documents, as many as each can hold."""
     model, seq_len = config.model, config.data.seq_len
+    tiling = Tiling(model)
+    placeholders = int(tiling.tokens[tiling.grids.index(grid)])
     length = seq_len // DOCUMENTS
     lengths = [length] * (DOCUMENTS - 1) + [seq_len - (DOCUMENTS - 1) * length]
-    in_each = length // model.tile_features
+    in_each = length // placeholders
     if images > in_each * DOCUMENTS:
-        sys.exit(f"error: {images} images of {model.tile_features} tokens do not fit {DOCUMENTS} documents of {length}")
+        sys.exit(
+            f"error: {images} images of {placeholders} tokens do not fit {DOCUMENTS} documents of {length}; take fewer "
+            "--images, a smaller --grid or a longer data.seq_len"
+        )
     tokens = torch.randint(0, min(model.image_token_id, model.decoder.vocab_size), (seq_len,))
     for image in range(images):
-        start = image // in_each * length + image % in_each * model.tile_features
-        tokens[start : start + model.tile_features] = model.image_token_id
+        start = image // in_each * length + image % in_each * placeholders
+        tokens[start : start + placeholders] = model.image_token_id
     labels = tokens.roll(-1)
     labels[labels == model.image_token_id] = IGNORED
     cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     labels[cu_seqlens[1:].long() - 1] = IGNORED
     towers = {"siglip": model.siglip} | ({"sam": model.sam} if model.sam else {})
-    mine = len(tile_share(images, mesh.tp.rank, mesh.tp.size)) if mesh.tp.shares_images else images
+    tiles = images * grid.tiles
+    mine = len(tile_share(tiles, mesh.tp.rank, mesh.tp.size)) if mesh.tp.shares_images else tiles
     pixels = {name: torch.randn(mine, 3, tower.image_size, tower.image_size) for name, tower in towers.items()}
     return Batch(
         tokens=tokens,
@@ -61,16 +68,16 @@ def made_up_pack(config: RunConfig, images: int, mesh: Mesh) -> Batch:
         positions=torch.cat([torch.arange(each) for each in lengths]),
         cu_seqlens=cu_seqlens,
         packs=1,
-        grids=(Grid(0, 0),) * images,
+        grids=(grid,) * images,
         pixels=pixels if mesh.pp.rank == 0 else None,
     )
 
 
-def made_up_step(config: RunConfig, mesh: Mesh, kind: Kind, images: int) -> StepBatch:
+def made_up_step(config: RunConfig, mesh: Mesh, kind: Kind, images: int, grid: Grid) -> StepBatch:
     """A step whose micro-batches are one pack each, all alike."""
     images = images if kind == "multimodal" else 0
     torch.manual_seed(0)
-    pack = made_up_pack(config, images, mesh)
+    pack = made_up_pack(config, images, grid, mesh)
     packs = config.train.global_batch
     lengths = pack.cu_seqlens.diff().long()
     return StepBatch(
@@ -80,9 +87,22 @@ def made_up_step(config: RunConfig, mesh: Mesh, kind: Kind, images: int) -> Step
         supervised_tokens=packs * int((pack.labels != IGNORED).sum()),
         tokens=packs * config.data.seq_len,
         images=packs * images,
-        tiles=packs * images,
+        tiles=packs * pack.tiles,
         squared_tokens=packs * int((lengths**2).sum()),
     )
+
+
+def grid_of(config: RunConfig, asked: str | None) -> Grid:
+    """The grid of local tiles that the command line asks for as ROWSxCOLUMNS, or the smallest that the model has.
+
+    Raises ConfigError for one that its images cannot have.
+    """
+    grids = {f"{grid.rows}x{grid.columns}": grid for grid in Tiling(config.model).grids}
+    if asked is None:
+        return next(iter(grids.values()))
+    if asked not in grids:
+        raise ConfigError("this benchmark", [f"--grid {asked} is none of {config.model.name}'s: {', '.join(grids)}"])
+    return grids[asked]
 
 
 def step_times(pipeline: Pipeline, engine, batch: StepBatch, warmup: int, steps: int) -> list[float]:
@@ -107,13 +127,14 @@ def run(args: argparse.Namespace) -> None:
         check(config, env.world)
         if config.train.micro_batch != 1:
             raise ConfigError("this benchmark", ["train.micro_batch must be 1: a longer one is a longer data.seq_len"])
+        grid = grid_of(config, args.grid)
     except ConfigError as error:
         sys.exit(f"error: {error}" if env.rank == 0 else 1)
     start_process_group(env, timeout=timedelta(minutes=10))
-    benchmark(config, env, args)
+    benchmark(config, env, args, grid)
 
 
-def benchmark(config: RunConfig, env: Env, args: argparse.Namespace) -> None:
+def benchmark(config: RunConfig, env: Env, args: argparse.Namespace, grid: Grid) -> None:
     mesh = mesh_of(config.parallel, env.world)
     ops = choose(env.device)
     stages = build_stages(config, mesh, ops, env.device)
@@ -122,14 +143,15 @@ def benchmark(config: RunConfig, env: Env, args: argparse.Namespace) -> None:
     peak_flops, origin = peak(env)
     rows = []
     for kind in ("text", "multimodal"):
-        batch = made_up_step(config, mesh, kind, args.images)
+        batch = made_up_step(config, mesh, kind, args.images, grid)
         times = step_times(pipeline, engine, batch, args.warmup, args.steps)
         flops = step_flops(config, tokens=batch.tokens, squared_tokens=batch.squared_tokens, tiles=batch.tiles)
         median = statistics.median(times)
         capacity = peak_flops * env.world * median
         rows.append(
-            f"| {kind} | {batch.images} | {batch.tokens / median:,.0f} | {median:.3f} ({min(times):.3f} to "
-            f"{max(times):.3f}) | {flops.model / capacity:.1%} | {flops.hardware / capacity:.1%} | "
+            f"| {kind} | {batch.images} | {batch.tiles} | {batch.tokens / median:,.0f} | {median:.3f} "
+            f"({min(times):.3f} to {max(times):.3f}) | {flops.model / env.world / median / 1e12:.3g} | "
+            f"{flops.model / capacity:.1%} | {flops.hardware / capacity:.1%} | "
             f"{memory_bytes(env.device) / 2**30:.1f} |"
         )
     if env.rank == 0:
@@ -140,5 +162,8 @@ def benchmark(config: RunConfig, env: Env, args: argparse.Namespace) -> None:
         )
         print(f"peak {peak_flops * env.world / 1e12:.3g} TFLOP/s: {origin}")
         print(*ops.lines, sep="\n")
-        print("\n| step | images | tokens/s | s (fastest to slowest) | MFU | with recomputation | memory, GiB |")
-        print("|---|---|---|---|---|---|---|", *rows, sep="\n")
+        print(
+            "\n| step | images | tiles | tokens/s | s (fastest to slowest) | TFLOP/s a device | MFU "
+            "| with recomputation | memory, GiB |"
+        )
+        print("|---|---|---|---|---|---|---|---|---|", *rows, sep="\n")
