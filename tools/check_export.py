@@ -21,6 +21,7 @@ from megavl.checkpoint.hf import describe
 from megavl.checkpoint.layout import locate
 from megavl.checkpoint.reader import Checkpoint
 from megavl.config.model import ModelConfig
+from megavl.config.tiles import Tiling
 from megavl.data.assemble import Assembler, ImageShare
 from megavl.data.decode import decode
 from megavl.data.errors import DataError
@@ -42,9 +43,9 @@ def read_batch(store: Store, model: ModelConfig, tokens: int) -> Batch:
         DataError: one of its images does not decode, so that training would put a blank one in its place.
     """
     kind = "multimodal" if store.multimodal else "text"
-    pack = Stream((store,), (1.0,), tokens, model.tile_features, key=(0,)).packs(0, 1)[0]
+    pack = Stream((store,), (1.0,), tokens, Tiling(model), key=(0,)).packs(0, 1)[0]
     assembler = Assembler({kind: (store,)}, model, tokens, pad=0, images=ImageShare())
-    assembled = assembler(kind, 0, [pack], lambda images: room(model, images, torch.empty(numbers(model, images))))
+    assembled = assembler(kind, 0, [pack], lambda tiles: room(model, tiles, torch.empty(numbers(model, tiles))))
     if assembled.bad_images:
         bad = assembled.bad_images[0]
         raise DataError(

@@ -1,22 +1,27 @@
 """How full a run's packs are, what they cut, and how fast they are found.
 
     python tools/measure_packing.py --config launch/recipes/quickstart.yaml --seq-len 192 1024 4096
-    python tools/measure_packing.py --made-up obelics captions --seq-len 4096 --image-tokens 576 --max-tiles 4
+    python tools/measure_packing.py --made-up obelics captions --model vl2_tiny --seq-len 4096 --max-tiles 14
 
 measures the blend of a recipe's text and multimodal sources, or of made-up ones. Beside it stands what laying the
-documents end to end and cutting at every pack would do. Only lengths are read. The result is a table in Markdown.
+documents end to end and cutting at every pack would do. Only lengths and the sizes of images are read. The result is a
+table in Markdown.
 """
 
 import argparse
 import sys
 import time
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
 
 from megavl.config.error import ConfigError
 from megavl.config.load import load_run
+from megavl.config.presets import PRESETS
+from megavl.config.tiles import Tiling
 from megavl.data.concatenation import cuts
 from megavl.data.errors import DataError
 from megavl.data.format import IMAGE, TEXT
@@ -28,8 +33,8 @@ DOCUMENTS = 200_000
 
 
 class MadeUp:
-    """Documents of which only the lengths exist: images spread among texts of lognormal length, with the means that a
-    dataset's paper gives."""
+    """Documents of which only the lengths and the sizes of images exist: images spread among texts of lognormal length,
+    with the means that a dataset's paper gives."""
 
     def __init__(self, name: str, mean_tokens: float, mean_images: float) -> None:
         random, number = np.random.default_rng(0), 50_000
@@ -42,10 +47,27 @@ class MadeUp:
         # The texts of a document share one lognormal length; sigma 1 is about that of web text.
         whole = random.lognormal(np.log(mean_tokens) - 0.5, 1.0, number)
         self.lengths = np.maximum(2, np.repeat(whole, segments) / texts).astype(np.int32)
-        self.meta = SimpleNamespace(idx_sha256=name)
+        self.prefix, self.meta = name, SimpleNamespace(idx_sha256=name)
+        borders = np.concatenate(([0], np.cumsum(images)))
+        sides = pa.StructArray.from_arrays(_sides(random, int(borders[-1])), ["width", "height"])
+        self._rows = pa.ListArray.from_arrays(pa.array(borders, pa.int32()), sides)
 
     def __len__(self) -> int:
         return len(self.documents) - 1
+
+    def spans(self, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return self.documents[documents], self.documents[documents + 1]
+
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        yield pa.record_batch({"images": self._rows})
+
+
+def _sides(random: np.random.Generator, number: int) -> tuple[np.ndarray, np.ndarray]:
+    """Widths and heights as images of the web have them: an area of about 640 x 480 pixels, most of them landscapes,
+    and OBELICS' limits (no side below 150 pixels, none more than twice the other)."""
+    area = random.lognormal(np.log(640 * 480), 1.2, number)
+    ratio = np.exp(np.clip(random.normal(np.log(1.2), 0.35, number), -np.log(2), np.log(2)))
+    return tuple(np.maximum(150, side).astype(np.int32) for side in (np.sqrt(area * ratio), np.sqrt(area / ratio)))
 
 
 # Tokens of text and images of a document on average. C4: 156 B tokens, 365 M documents (arXiv 1910.10683, 2104.08758);
@@ -71,33 +93,38 @@ def arguments() -> argparse.Namespace:
     source.add_argument("--made-up", nargs="+", choices=MADE_UP, help="measure a blend of these, with equal weights")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="of the recipe")
     parser.add_argument("--seq-len", type=int, nargs="+", help="tokens of a pack (default: the recipe's, or 4096)")
-    parser.add_argument("--image-tokens", type=int, help="of one image (default: the recipe's, or 576)")
-    parser.add_argument("--max-tiles", type=int, help="images of a pack at most (default: the recipe's, or no budget)")
+    parser.add_argument(
+        "--model", default="vl_7b", choices=PRESETS, help="with --made-up: the model, whose images take room (vl_7b)"
+    )
+    parser.add_argument("--max-tiles", type=int, help="tiles of a pack at most (default: the recipe's, or no budget)")
     parser.add_argument("--packs", type=int, default=10_000, help="packs to look at (default 10000)")
     return parser.parse_intermixed_args()
 
 
-def measure(blend: Blend, seq_len: int, image_tokens: int, max_tiles: int | None, packs: int) -> str:
+def measure(blend: Blend, seq_len: int, tiling: Tiling, max_tiles: int | None, packs: int) -> str:
     """A row of the table."""
+    stream = Stream(blend.stores, blend.weights, seq_len, tiling, (0,), max_tiles)
     started = time.perf_counter()
-    stream = Stream(blend.stores, blend.weights, seq_len, image_tokens, (0,), max_tiles)
-    tokens = images = 0
+    tokens = images = tiles = most_tiles = 0
     for first in range(0, packs, 100):
         for pack in stream.packs(first, min(first + 100, packs)):
             tokens += sum(piece.tokens for piece in pack)
-            images = max(images, sum(piece.images for piece in pack))
+            images += sum(piece.images for piece in pack)
+            tiles += (held := sum(piece.tiles for piece in pack))
+            most_tiles = max(most_tiles, held)
     elapsed_s = time.perf_counter() - started
     documents = long = images_seen = cut_documents = cut_images = 0
     for source, store in zip(stream.sources, blend.stores, strict=True):
         number = min(len(store), DOCUMENTS)
         draws = source.draws(0, number)
         documents += number
-        long += int(((draws["tokens"] > seq_len) | (draws["images"] > (max_tiles or seq_len))).sum())
+        long += int(((draws["tokens"] > seq_len) | (draws["tiles"] > (max_tiles or seq_len))).sum())
         images_seen += int(draws["images"].sum())
         found = cuts(source, number, seq_len)
         cut_documents, cut_images = cut_documents + found[0], cut_images + found[1]
     return (
-        f"| {blend.name} | {seq_len} | {tokens / (packs * seq_len):.2%} | {images} | {packs / elapsed_s:,.0f} | "
+        f"| {blend.name} | {seq_len} | {tokens / (packs * seq_len):.2%} | {tiles / max(1, images):.1f} | "
+        f"{tiles / packs:.1f} | {most_tiles} | {packs / elapsed_s:,.0f} | "
         f"{long / documents:.1%} | {cut_documents / documents:.1%} | {cut_images / max(1, images_seen):.1%} |"
     )
 
@@ -113,18 +140,21 @@ def main() -> None:
                 for kind, sources in (("text", data.text), ("multimodal", data.multimodal))
                 if sources
             ]
-            defaults = (data.seq_len, model.tile_features, data.max_tiles)
+            defaults = (data.seq_len, data.max_tiles)
         else:
             stores = tuple(MadeUp(name, *MADE_UP[name]) for name in args.made_up)
-            blends, defaults = [Blend(" + ".join(args.made_up), stores, (1.0,) * len(stores))], (4096, 576, None)
+            blends, defaults = [Blend(" + ".join(args.made_up), stores, (1.0,) * len(stores))], (4096, None)
+            model = PRESETS[args.model]
     except (ConfigError, DataError) as error:
         sys.exit(f"error: {error}")
-    image_tokens, max_tiles = args.image_tokens or defaults[1], args.max_tiles or defaults[2]
-    print("| blend | seq_len | filled | most images of a pack | packs/s | cut | laid end to end: cut | images cut |")
-    print("|---|---|---|---|---|---|---|---|")
+    print(
+        "| blend | seq_len | filled | tiles of an image | of a pack | at most | packs/s | cut | laid end to end: cut | "
+        "images cut |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|")
     for blend in blends:
         for seq_len in args.seq_len or defaults[:1]:
-            print(measure(blend, seq_len, image_tokens, max_tiles, args.packs), flush=True)
+            print(measure(blend, seq_len, Tiling(model), args.max_tiles or defaults[1], args.packs), flush=True)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ selection (least padding); the released models were trained with the code's: the
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -41,6 +42,13 @@ class Tiling:
         self.grids = (Grid(0, 0),) if self._tiling is None else _candidates(self._tiling.max_tiles)
         self.tiles = np.array([grid.tiles for grid in self.grids])
         self.tokens = np.array([len(self.layout(grid)) for grid in self.grids])
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """All that tokens and tiles of an image depend on, in JSON types."""
+        if self._tiling is None:
+            return {"tokens": self.tokens.tolist()}
+        return self._tiling.model_dump() | {"side": self._side, "size": self._size}
 
     def choose(self, widths: np.ndarray, heights: np.ndarray, images: np.ndarray) -> np.ndarray:
         """Index of the grid of each image: uint8 [N].

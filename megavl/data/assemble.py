@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megavl.batch import BadImage, Batch, Kind, tile_share
 from megavl.config.model import ModelConfig
-from megavl.config.tiles import Grid
+from megavl.config.tiles import Grid, Tiling
 from megavl.data import image
 from megavl.data.decode import decode
 from megavl.data.errors import DataError
@@ -19,16 +19,29 @@ from megavl.data.store import Store
 
 _IGNORE = -100
 
-# Memory for the pixels of some images: tower name -> float32 [images, 3, S, S].
+# Memory for the pixels of some tiles: tower name -> float32 [tiles, 3, S, S].
 Room = Callable[[int], Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
 class ImageShare:
-    """The images that this rank decodes: all, or its share (`megavl.batch.tile_share`) among the tensor ranks."""
+    """The tiles that this rank makes: all, or its share (`megavl.batch.tile_share`) among the tensor ranks. It decodes
+    the images that have one of them."""
 
     rank: int = 0
     size: int = 1
+
+
+@dataclass(frozen=True)
+class _Place:
+    """An image of a micro-batch: in which pack, as which image of it, and where it is stored."""
+
+    pack: int
+    image: int
+    store: Store
+    document: int
+    sequence: int
+    grid: Grid
 
 
 @dataclass(frozen=True)
@@ -78,12 +91,13 @@ class Assembler:
             pad: token id that fills a pack up; it is never supervised.
             images: which to decode; with None, `pixels` of every batch is None.
         """
-        self._stores, self._model = stores, model
+        self._stores, self._model, self._tiling = stores, model, Tiling(model)
         self._seq_len, self._pad, self._images = seq_len, pad, images
 
     def __call__(self, kind: Kind, first: int, packs: Sequence[Pack], room: Room | None = None) -> Assembled:
         """The packs laid end to end: T = len(packs) * seq_len tokens. Padding counts as a document of its own.
 
+        The pieces say which grids their images have, which a worker process could not know without reading all sizes.
         An image that cannot be decoded becomes a blank one; the text around it stays.
 
         Args:
@@ -106,15 +120,15 @@ class Assembler:
                 borders.append((number + 1) * self._seq_len)
         lengths = np.diff(borders)
         positions = np.arange(size) - np.repeat(borders[:-1], lengths)
-        pixels, bad_images = (None, ()) if self._images is None else self._decode(kind, first, packs, room)
-        grids = (Grid(0, 0),) * sum(piece.images for pack in packs for piece in pack)
+        places = list(self._places(kind, packs))
+        pixels, bad_images = (None, ()) if self._images is None else self._decode(first, places, room)
         batch = Batch(
             tokens=torch.from_numpy(tokens),
             labels=torch.from_numpy(labels),
             positions=torch.from_numpy(positions),
             cu_seqlens=torch.tensor(borders, dtype=torch.int32),
             packs=len(packs),
-            grids=grids,
+            grids=tuple(place.grid for place in places),
             pixels=pixels,
         )
         return Assembled(batch, bad_images)
@@ -125,8 +139,8 @@ class Assembler:
         # One token more than the piece has: the target of its last position. Outside a text it stays unset.
         tokens = np.full(piece.tokens + 1, self._model.image_token_id, dtype=np.int64)
         targets = np.full(piece.tokens + 1, _IGNORE, dtype=np.int64)
-        for sequence, offset, length in self._segments(store, piece.document):
-            if store.modes[sequence] == IMAGE:
+        for sequence, offset, length, grid in self._segments(store, piece):
+            if grid is not None:
                 continue
             first, last = max(offset, piece.start), min(offset + length, piece.stop + 1)
             if first < last:
@@ -138,47 +152,54 @@ class Assembler:
         return tokens[:-1], targets[1:]
 
     def _decode(
-        self, kind: Kind, first: int, packs: Sequence[Pack], room: Room
+        self, first: int, places: Sequence[_Place], room: Room
     ) -> tuple[Mapping[str, Tensor], tuple[BadImage, ...]]:
-        """Pixels of this rank's share of the images, in order, and what had to be replaced."""
-        places = list(self._places(kind, packs))
-        mine = tile_share(len(places), self._images.rank, self._images.size)
+        """Pixels of this rank's share of the tiles, in order, and what had to be replaced."""
+        borders = np.cumsum([0, *(place.grid.tiles for place in places)]).tolist()
+        mine = tile_share(borders[-1], self._images.rank, self._images.size)
         pixels, bad_images = room(len(mine)), []
-        for index, (pack, number, store, document, sequence) in enumerate(places[mine.start : mine.stop]):
-            data = store.image(sequence)
+        for place, start, stop in zip(places, borders, borders[1:], strict=False):
+            here = range(max(start, mine.start), min(stop, mine.stop))
+            if not here:
+                continue
             try:
-                picture = decode(data)
+                picture = decode(place.store.image(place.sequence))
             except DataError as error:
+                key = place.store.key(place.document)
                 bad_images.append(
-                    BadImage(first + pack, number, store.prefix, store.key(document), sequence, str(error))
+                    BadImage(first + place.pack, place.image, place.store.prefix, key, place.sequence, str(error))
                 )
                 picture = image.blank(self._model)
-            image.preprocess(picture, self._model, {tower: stack[index] for tower, stack in pixels.items()})
+            into = {tower: stack[here.start - mine.start : here.stop - mine.start] for tower, stack in pixels.items()}
+            image.preprocess(picture, self._model, place.grid, range(here.start - start, here.stop - start), into)
         return pixels, tuple(bad_images)
 
-    def _places(self, kind: Kind, packs: Sequence[Pack]) -> Iterator[tuple[int, int, Store, int, int]]:
-        """(pack, number in the pack, store, document, sequence) of every image, in order. An image is in the piece that
-        holds its first token: it is never cut."""
+    def _places(self, kind: Kind, packs: Sequence[Pack]) -> Iterator[_Place]:
+        """Every image, in order. An image is in the piece that holds its first token: it is never cut."""
         for number, pack in enumerate(packs):
             images = 0
             for piece in pack:
                 if not piece.images:
                     continue
                 store = self._stores[kind][piece.source]
-                for sequence, offset, _ in self._segments(store, piece.document):
-                    if store.modes[sequence] == IMAGE and piece.start <= offset < piece.stop:
-                        yield number, images, store, piece.document, sequence
+                for sequence, offset, _, grid in self._segments(store, piece):
+                    if grid is not None and piece.start <= offset < piece.stop:
+                        yield _Place(number, images, store, piece.document, sequence, grid)
                         images += 1
 
-    def _segments(self, store: Store, document: int) -> list[tuple[int, int, int]]:
-        """(sequence, offset, length) of a document's segments, the last two in tokens of the document."""
-        offset, segments = 0, []
-        for sequence in store.sequences(document):
-            is_image = store.modes[sequence] == IMAGE
-            length = self._model.tile_features if is_image else int(store.lengths[sequence])
-            segments.append((sequence, offset, length))
+    def _segments(self, store: Store, piece: Piece) -> Iterator[tuple[int, int, int, Grid | None]]:
+        """(sequence, offset, length, grid of an image) of the segments of a piece's document, offset and length in
+        tokens of the document."""
+        offset, of_images = 0, iter(piece.grids)
+        for sequence in store.sequences(piece.document):
+            grid = None
+            if store.modes[sequence] == IMAGE:
+                number = next(of_images)
+                grid, length = self._tiling.grids[number], int(self._tiling.tokens[number])
+            else:
+                length = int(store.lengths[sequence])
+            yield sequence, offset, length, grid
             offset += length
-        return segments
 
     def _check(self, store: Store, piece: Piece, text: np.ndarray) -> None:
         vocab_size, placeholder = self._model.decoder.vocab_size, self._model.image_token_id

@@ -11,10 +11,10 @@ from megavl.data.source import Source
 
 def cuts(source: Source, number: int, seq_len: int) -> tuple[int, int]:
     """(documents, images) that a cut after every `seq_len` tokens goes through, among the first draws of a source."""
-    lengths, modes, offsets = source.segments(source.draws(0, number)["document"])
-    borders = np.concatenate(([0], np.cumsum(lengths)))
-    images = _crossed(borders[:-1][modes == IMAGE], borders[1:][modes == IMAGE], seq_len)
-    return _crossed(borders[offsets[:-1]], borders[offsets[1:]], seq_len), images
+    segments = source.segments(source.draws(0, number)["document"])
+    borders, is_image = np.concatenate(([0], np.cumsum(segments.tokens))), segments.modes == IMAGE
+    images = _crossed(borders[:-1][is_image], borders[1:][is_image], seq_len)
+    return _crossed(borders[segments.offsets[:-1]], borders[segments.offsets[1:]], seq_len), images
 
 
 def _crossed(starts: np.ndarray, stops: np.ndarray, seq_len: int) -> int:

@@ -98,7 +98,7 @@ class Loader:
                 supervised_tokens=plan.supervised_tokens,
                 tokens=plan.tokens,
                 images=plan.images,
-                tiles=plan.images,
+                tiles=plan.tiles,
                 squared_tokens=plan.squared_tokens,
                 bad_images=tuple(bad for one in arrived for bad in one.bad_images),
             )
@@ -199,8 +199,8 @@ class _Assembly(Dataset):
             # Returned, not raised: the DataLoader would bury the message under a worker's traceback.
             return error
 
-    def _fresh(self, images: int) -> dict[str, torch.Tensor]:
-        return image.room(self._model, images, torch.empty(image.numbers(self._model, images)))
+    def _fresh(self, tiles: int) -> dict[str, torch.Tensor]:
+        return image.room(self._model, tiles, torch.empty(image.numbers(self._model, tiles)))
 
 
 def _start_worker(_: int) -> None:

@@ -11,6 +11,9 @@ class Piece(NamedTuple):
 
     start, stop: in tokens of the document as the model sees it, image tokens included
     supervised:  targets among them; the first text token after `stop` is one, the prediction of the last position
+    tiles:       of its images, the overview of each included
+    grids:       of all images of the document, also of those that other pieces hold: an index into
+                 `megavl.config.tiles.Tiling.grids` each
     """
 
     source: int
@@ -19,6 +22,8 @@ class Piece(NamedTuple):
     stop: int
     supervised: int
     images: int
+    tiles: int
+    grids: bytes
 
     @property
     def tokens(self) -> int:
@@ -43,10 +48,10 @@ def best_fit(tokens: np.ndarray, tiles: np.ndarray, budget: int, max_tiles: int)
     order = np.argsort(-(tokens / budget + tiles / max(1, max_tiles)), kind="stable").tolist()
     # Of the packs with so many tiles left: room * count + number of the pack, ascending.
     rooms_by_tiles: list[list[int]] = [[] for _ in range(max_tiles + 1)]
-    lengths, images = tokens.tolist(), tiles.tolist()
+    lengths, sizes = tokens.tolist(), tiles.tolist()
     for index in order:
         least, best, left = lengths[index] * count, None, max_tiles
-        for tiles_left in range(images[index], max_tiles + 1):
+        for tiles_left in range(sizes[index], max_tiles + 1):
             rooms = rooms_by_tiles[tiles_left]
             place = bisect_left(rooms, least)
             if place < len(rooms) and (best is None or rooms[place] < best):
@@ -59,5 +64,5 @@ def best_fit(tokens: np.ndarray, tiles: np.ndarray, budget: int, max_tiles: int)
             del rooms[bisect_left(rooms, best)]
         packs[best % count].append(index)
         if best - least >= count:  # a full pack takes nothing more
-            insort(rooms_by_tiles[left - images[index]], best - least)
+            insort(rooms_by_tiles[left - sizes[index]], best - least)
     return packs

@@ -52,17 +52,17 @@ class Places:
 
 
 class PlaceMemory:
-    """In a worker process: the memory of its places. It grows with the number of images in a place."""
+    """In a worker process: the memory of its places. It grows with the number of tiles in a place."""
 
     def __init__(self, model: ModelConfig) -> None:
         self._model = model
         self._memory: dict[int, Tensor] = {}
 
-    def room(self, place: int, images: int) -> dict[str, Tensor]:
-        """Room for the pixels of some images in a place: tower -> float32 [images, 3, S, S]."""
-        if not images:
+    def room(self, place: int, tiles: int) -> dict[str, Tensor]:
+        """Room for the pixels of some tiles in a place: tower -> float32 [tiles, 3, S, S]."""
+        if not tiles:
             return image.room(self._model, 0, torch.empty(0))
-        numbers = image.numbers(self._model, images)
+        numbers = image.numbers(self._model, tiles)
         if place not in self._memory or len(self._memory[place]) < numbers:
             self._memory[place] = torch.empty(numbers).share_memory_()
-        return image.room(self._model, images, self._memory[place])
+        return image.room(self._model, tiles, self._memory[place])

@@ -15,6 +15,7 @@ import numpy as np
 
 from megavl.config.model import ModelConfig
 from megavl.config.run import DataConfig, SourceConfig, TrainConfig
+from megavl.config.tiles import Tiling
 from megavl.data.errors import DataError
 from megavl.data.kinds import text_steps
 from megavl.data.ledger import Entry, Ledger
@@ -42,6 +43,7 @@ class StepPlan:
     supervised_tokens: int
     tokens: int
     images: int
+    tiles: int
     squared_tokens: int
 
 
@@ -57,11 +59,8 @@ class Sampler:
                 modality that has no source; a source would be read more often than its `max_epochs`.
         """
         _check_ratio(data)
-        if data.multimodal and model.tile_features > data.seq_len:
-            raise DataError(
-                f"one image takes {model.tile_features} tokens, but data.seq_len is {data.seq_len}; an image is never "
-                "split; raise data.seq_len"
-            )
+        self.tiling = Tiling(model)
+        _check_budgets(data, self.tiling)
         tokenizer = load_tokenizer(data.tokenizer)
         if tokenizer.vocab_size > model.decoder.vocab_size:
             raise DataError(
@@ -106,6 +105,7 @@ class Sampler:
             supervised_tokens=supervised,
             tokens=sum(piece.tokens for piece in pieces),
             images=sum(piece.images for piece in pieces),
+            tiles=sum(piece.tiles for piece in pieces),
             squared_tokens=sum(piece.tokens**2 for piece in pieces),
         )
 
@@ -175,7 +175,7 @@ class Sampler:
             self.stores[kind],
             weights,
             self.data.seq_len,
-            self.model.tile_features,
+            self.tiling,
             key=(self.train.seed, modality),
             max_tiles=self.data.max_tiles,
         )
@@ -192,6 +192,20 @@ def _check_ratio(data: DataConfig) -> None:
                 f"data.text_ratio is {ratio:g}, so some steps are {kind}, but data.{kind} lists no source; add one or "
                 f"set data.text_ratio to {0 if kind == 'text' else 1}"
             )
+
+
+def _check_budgets(data: DataConfig, tiling: Tiling) -> None:
+    tokens, tiles = int(tiling.tokens.max()), int(tiling.tiles.max())
+    if data.multimodal and tokens > data.seq_len:
+        raise DataError(
+            f"one image takes up to {tokens} tokens, but data.seq_len is {data.seq_len}; an image is never split; "
+            "raise data.seq_len"
+        )
+    if data.multimodal and data.max_tiles is not None and tiles > data.max_tiles:
+        raise DataError(
+            f"one image takes up to {tiles} tiles, but data.max_tiles is {data.max_tiles}; an image is never split; "
+            "raise data.max_tiles"
+        )
 
 
 def _open(source: SourceConfig, multimodal: bool, data: DataConfig, tokenizer: Tokenizer) -> Store:

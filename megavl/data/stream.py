@@ -15,6 +15,7 @@ from operator import attrgetter
 
 import numpy as np
 
+from megavl.config.tiles import Tiling
 from megavl.data import blend
 from megavl.data.cut import pieces
 from megavl.data.pack import Pack, Piece, best_fit
@@ -57,7 +58,7 @@ class Stream:
         stores: tuple[Store, ...],
         weights: tuple[float, ...],
         seq_len: int,
-        image_tokens: int,
+        tiling: Tiling,
         key: tuple[int, ...],
         max_tiles: int | None = None,
     ) -> None:
@@ -66,20 +67,23 @@ class Stream:
         Args:
             weights: of each store, its share of the tokens on any positive scale.
             seq_len: tokens of a pack.
-            image_tokens: tokens of one image, at most `seq_len`.
+            tiling: of the model; an image with any of its grids keeps both budgets of a pack.
             key: what the random orders derive from.
-            max_tiles: images of a pack at most; None leaves the tokens to bound them.
+            max_tiles: tiles of a pack at most; None leaves the tokens to bound them.
+
+        Raises:
+            DataError: the sizes of the images in a store are not those of its files.
         """
         self.sources = tuple(
-            Source(store, number, image_tokens, (*key, _DOCUMENTS, number)) for number, store in enumerate(stores)
+            Source(store, number, tiling, (*key, _DOCUMENTS, number)) for number, store in enumerate(stores)
         )
         self._weights, self._key, self._seq_len = weights, key, seq_len
-        fits = seq_len // image_tokens
+        fits = int((seq_len * tiling.tiles // tiling.tokens).max())
         self._max_tiles = fits if max_tiles is None else min(max_tiles, fits)
-        # Where the tokens bound the images anyway, they need not be counted.
+        # Where the tokens bound the tiles anyway, they need not be counted.
         self._counts_tiles = self._max_tiles < fits
         datasets = [[store.meta.idx_sha256, weight] for store, weight in zip(stores, weights, strict=True)]
-        facts = [_VERSION, _WINDOW, key, seq_len, image_tokens, self._max_tiles, datasets]
+        facts = [_VERSION, _WINDOW, key, seq_len, tiling.facts, self._max_tiles, datasets]
         self._identity = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
         self._origin = Start(0, 0, (0,) * len(stores), (0,) * len(stores))
         # Of consecutive windows; all but the last one have been packed.
@@ -159,13 +163,22 @@ class Stream:
         """The packs of a window, and the start of the next one."""
         draws, documents_drawn, tokens_drawn = self._draws(start)
         drawn = pieces(draws, self.sources, self._seq_len, self._max_tiles)
-        tokens, tiles = drawn["stop"] - drawn["start"], drawn["images"] * self._counts_tiles
+        tokens, tiles = drawn["stop"] - drawn["start"], drawn["tiles"] * self._counts_tiles
         chosen = best_fit(tokens, tiles, self._seq_len, self._max_tiles * self._counts_tiles)
-        as_pieces = list(map(Piece._make, drawn.tolist()))
+        as_pieces = [Piece(*numbers, grids) for numbers, grids in zip(drawn.tolist(), self._grids(drawn), strict=True)]
         # Best-fit makes packs of one long document first, and packs of many short ones last.
         order = permute(np.arange(len(chosen)), len(chosen), (*self._key, _PACKS, start.window)).tolist()
         packs = [tuple(as_pieces[index] for index in sorted(chosen[number])) for number in order]
         return packs, Start(start.window + 1, start.pack + len(packs), documents_drawn, tokens_drawn)
+
+    def _grids(self, drawn: np.ndarray) -> list[bytes]:
+        """Of the whole document of each piece, the grids of its images."""
+        grids = np.full(len(drawn), b"", dtype=object)
+        for number, source in enumerate(self.sources):
+            if source.has_images:
+                mine = drawn["source"] == number
+                grids[mine] = source.grids(drawn["document"][mine])
+        return grids.tolist()
 
     def _draws(self, start: Start) -> tuple[np.ndarray, tuple[int, ...], tuple[int, ...]]:
         """The documents of a window in the order of the draws, DRAW [any]; documents and tokens drawn with them."""

@@ -12,13 +12,15 @@ import sentencepiece
 import torch
 from PIL import Image
 
-from megavl.config.model import DecoderConfig, ModelConfig, SamConfig, SiglipConfig
+from megavl.config.model import DecoderConfig, ModelConfig, SamConfig, SiglipConfig, TilingConfig
 from megavl.config.run import DataConfig, SourceConfig, TrainConfig
+from megavl.config.tiles import Grid
 from megavl.data.build import build
 from megavl.data.encoded import EncodedText
 from megavl.data.image import numbers, preprocess
 from megavl.data.image import room as image_room
 
+OVERVIEW = Grid(0, 0)
 IMAGE_SIZES = [(40, 90), (90, 40), (64, 64), (7, 120), (33, 21)]
 
 
@@ -55,11 +57,13 @@ def image_bytes(seed: int, size: tuple[int, int], form: str = "PNG") -> bytes:
     return file.getvalue()
 
 
-def pixels_of(image: Image.Image, model: ModelConfig) -> dict[str, torch.Tensor]:
-    """What `preprocess` writes for one image: tower -> float32 [3, S, S]."""
-    room = image_room(model, 1, torch.full((numbers(model, 1),), torch.nan))
-    pixels = {tower: stack[0] for tower, stack in room.items()}
-    preprocess(image, model, pixels)
+def pixels_of(
+    image: Image.Image, model: ModelConfig, grid: Grid = OVERVIEW, tiles: range | None = None
+) -> dict[str, torch.Tensor]:
+    """What `preprocess` writes for one image, by default all of its tiles: tower -> float32 [tiles, 3, S, S]."""
+    tiles = range(grid.tiles) if tiles is None else tiles
+    pixels = image_room(model, len(tiles), torch.full((numbers(model, len(tiles)),), torch.nan))
+    preprocess(image, model, grid, tiles, pixels)
     return pixels
 
 
@@ -124,6 +128,12 @@ def model() -> ModelConfig:
         decoder=DecoderConfig(layers=1, width=8, heads=1, kv_heads=1, mlp_width=8, vocab_size=400),
         image_token_id=399,
     )
+
+
+@pytest.fixture(scope="session")
+def tiled_model(model) -> ModelConfig:
+    """One tower and up to four local tiles; an image takes 13 to 31 tokens."""
+    return model.model_copy(update={"sam": None, "tiling": TilingConfig(max_tiles=4)})
 
 
 @pytest.fixture(scope="session")

@@ -4,22 +4,18 @@ import pytest
 from megavl.data.concatenation import cuts
 from megavl.data.format import IMAGE, TEXT
 from megavl.data.source import Source
-from tests.data.shapes import Shape, interleaved, texts
-
-IMAGE_TOKENS = 16
+from tests.data.shapes import TILED, WHOLE, Shape, interleaved, texts
 
 
 @pytest.mark.parametrize("seq_len", [20, 96, 1000])
 @pytest.mark.parametrize("shape", [texts(40, 3), interleaved(40, 4)], ids=["text", "interleaved"])
-def test_cuts_against_every_border_looked_at(shape, seq_len):
-    source = Source(shape, 0, IMAGE_TOKENS, (0,))
+@pytest.mark.parametrize("tiling", [WHOLE, TILED], ids=["whole", "tiled"])
+def test_cuts_against_every_border_looked_at(shape, tiling, seq_len):
+    source = Source(shape, 0, tiling, (0,))
     documents = source.draws(0, 100)["document"]
     owners, images = [], []  # of each token: which draw, which image
     for draw, document in enumerate(documents):
-        modes = shape.modes[slice(*shape.documents[document : document + 2])]
-        lengths = shape.lengths[slice(*shape.documents[document : document + 2])]
-        for segment, (mode, length) in enumerate(zip(modes, lengths, strict=True)):
-            size = IMAGE_TOKENS if mode == IMAGE else length
+        for segment, (size, _, mode) in enumerate(shape.segments(tiling, document)):
             owners += [draw] * size
             images += [(draw, segment) if mode == IMAGE else None] * size
     borders = range(seq_len, len(owners), seq_len)
@@ -30,6 +26,6 @@ def test_cuts_against_every_border_looked_at(shape, seq_len):
 
 
 def test_a_cut_between_two_documents_is_none():
-    source = Source(Shape([[(10, TEXT)], [(10, TEXT)]]), 0, IMAGE_TOKENS, (0,))
+    source = Source(Shape([[(10, TEXT)], [(10, TEXT)]]), 0, WHOLE, (0,))
     assert [cuts(source, 2, seq_len) for seq_len in (10, 20, 5, 7)] == [(0, 0), (0, 0), (2, 0), (2, 0)]
-    assert np.diff(source.segments(np.array([0, 1]))[2]).tolist() == [1, 1]
+    assert np.diff(source.segments(np.array([0, 1])).offsets).tolist() == [1, 1]

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 from megavl.config.run import SourceConfig
+from megavl.config.tiles import Tiling
 from megavl.data import image
 from megavl.data.assemble import Assembled, ImageShare
 from megavl.data.decode import decode
@@ -28,7 +30,13 @@ from megavl.data.tokenizer import load_tokenizer
 from megavl.data.writer import StoreWriter
 from tests.data.conftest import encoded_text, image_bytes, pixels_of
 
-SEQ_LEN, IMAGE_TOKENS, PLACEHOLDER = 96, 16, 399
+SEQ_LEN, PLACEHOLDER = 96, 399
+
+
+@pytest.fixture(scope="module", params=["vl", "vl2"])
+def any_model(request, model, tiled_model):
+    """A model of each family."""
+    return {one.family: one for one in (model, tiled_model)}[request.param]
 
 
 def steps(corpus, model, train, dp=1, micro_batch=1, workers=0, first_step=0, stop=None, **changes):
@@ -45,7 +53,7 @@ def steps(corpus, model, train, dp=1, micro_batch=1, workers=0, first_step=0, st
 
 def packs(ranks):
     """Everything in a step as one list of packs: (tokens, labels, positions, document lengths), and all its pixels."""
-    rows, pixels = [], {"siglip": [], "sam": []}
+    rows, pixels = [], defaultdict(list)
     for batch in (batch for rank in ranks for batch in rank.micro_batches):
         lengths = np.diff(batch.cu_seqlens.numpy())
         ends = np.cumsum(lengths)
@@ -55,8 +63,8 @@ def packs(ranks):
             part = slice(start, start + SEQ_LEN)
             fields = (batch.tokens[part], batch.labels[part], batch.positions[part])
             rows.append((*(field.tolist() for field in fields), inside.tolist()))
-        for tower in pixels:
-            pixels[tower].append(batch.pixels[tower])
+        for tower, stack in batch.pixels.items():
+            pixels[tower].append(stack)
     return rows, {tower: torch.cat(parts) for tower, parts in pixels.items()}
 
 
@@ -65,26 +73,27 @@ def assert_same(left, right):
         (rows, pixels), (other_rows, other_pixels) = packs(one), packs(other)
         assert rows == other_rows
         assert all(torch.equal(pixels[tower], other_pixels[tower]) for tower in pixels)
-        facts = ("step", "kind", "supervised_tokens", "tokens", "images", "squared_tokens")
+        facts = ("step", "kind", "supervised_tokens", "tokens", "images", "tiles", "squared_tokens")
         assert all(getattr(one[0], fact) == getattr(rank, fact) for rank in other for fact in facts)
 
 
 @pytest.fixture(scope="module")
-def reference(corpus, model, train):
-    return steps(corpus, model, train)
+def reference(corpus, any_model, train):
+    return steps(corpus, any_model, train)
 
 
 @pytest.mark.parametrize(("dp", "micro_batch"), [(1, 12), (2, 1), (3, 2), (4, 3), (12, 1)])
-def test_samples_do_not_depend_on_ranks_and_micro_batches(corpus, model, train, reference, dp, micro_batch):
-    assert_same(reference, steps(corpus, model, train, dp, micro_batch))
+def test_samples_do_not_depend_on_ranks_and_micro_batches(corpus, any_model, train, reference, dp, micro_batch):
+    assert_same(reference, steps(corpus, any_model, train, dp, micro_batch))
 
 
-def test_samples_do_not_depend_on_worker_processes_nor_on_a_resume(corpus, model, train, reference):
-    assert_same(reference[3:6], steps(corpus, model, train, dp=1, micro_batch=3, workers=2, first_step=3, stop=3))
-    assert_same(reference[5:], steps(corpus, model, train, dp=3, micro_batch=2, first_step=5))
+def test_samples_do_not_depend_on_worker_processes_nor_on_a_resume(corpus, any_model, train, reference):
+    assert_same(reference[3:6], steps(corpus, any_model, train, dp=1, micro_batch=3, workers=2, first_step=3, stop=3))
+    assert_same(reference[5:], steps(corpus, any_model, train, dp=3, micro_batch=2, first_step=5))
 
 
-def test_batches_have_the_declared_shapes_and_types(reference, train):
+def test_batches_have_the_declared_shapes_and_types(any_model, reference, train):
+    tiling = Tiling(any_model)
     assert [ranks[0].step for ranks in reference] == list(range(train.steps))
     assert {ranks[0].kind for ranks in reference} == {"text", "multimodal"}
     for (step,) in reference:
@@ -94,20 +103,21 @@ def test_batches_have_the_declared_shapes_and_types(reference, train):
                 assert (field.dtype, field.shape) == (torch.int64, (SEQ_LEN,))
             assert batch.cu_seqlens.dtype == torch.int32
             assert batch.cu_seqlens[0] == 0 and batch.cu_seqlens[-1] == SEQ_LEN and (batch.cu_seqlens.diff() > 0).all()
-            images = int((batch.tokens == PLACEHOLDER).sum()) // IMAGE_TOKENS
+            assert int((batch.tokens == PLACEHOLDER).sum()) == sum(len(tiling.layout(grid)) for grid in batch.grids)
             assert {tower: (pixels.dtype, tuple(pixels.shape)) for tower, pixels in batch.pixels.items()} == {
-                "siglip": (torch.float32, (images, 3, 32, 32)),
-                "sam": (torch.float32, (images, 3, 64, 64)),
+                tower: (torch.float32, (batch.tiles, 3, size, size))
+                for tower, size in image.tower_sizes(any_model).items()
             }
 
 
 def test_step_facts_are_those_of_the_actual_batch(corpus, reference):
     eos = load_tokenizer(corpus.tokenizer).eos
     for (step,) in reference:
-        supervised = tokens = images = squared = 0
+        supervised = tokens = images = tiles = squared = 0
         for batch in step.micro_batches:
             supervised += int((batch.labels != -100).sum())
-            images += len(batch.pixels["siglip"])
+            images += len(batch.grids)
+            tiles += len(batch.pixels["siglip"])
             for start, stop in itertools.pairwise(batch.cu_seqlens.tolist()):
                 assert batch.positions[start:stop].tolist() == list(range(stop - start))
                 document, labels = batch.tokens[start:stop], batch.labels[start:stop]
@@ -115,17 +125,19 @@ def test_step_facts_are_those_of_the_actual_batch(corpus, reference):
                 tokens += 0 if padding else stop - start
                 squared += 0 if padding else (stop - start) ** 2
         assert (supervised, tokens) == (step.supervised_tokens, step.tokens)
-        assert (images, squared) == (step.images, step.squared_tokens)
+        assert (images, tiles, squared) == (step.images, step.tiles, step.squared_tokens)
 
 
-@pytest.mark.parametrize("seq_len", [SEQ_LEN, 20])
-def test_an_epoch_supervises_every_text_token_but_the_first_exactly_once(corpus, model, train, seq_len, monkeypatch):
+@pytest.mark.parametrize("seq_len", [SEQ_LEN, 31])
+def test_an_epoch_supervises_every_text_token_but_the_first_exactly_once(
+    corpus, any_model, train, seq_len, monkeypatch
+):
     """Token by token against the documents themselves, with documents that are cut where packs are short."""
     monkeypatch.setattr("megavl.data.stream._WINDOW", 24)  # packs; far less than an epoch
     store = Store(corpus.prefix("multimodal"))
     train = train.model_copy(update={"steps": 40})
     data = corpus.data(text=(), text_ratio=0, seq_len=seq_len)
-    sampler = Sampler(data, model, train)
+    sampler = Sampler(data, any_model, train)
     seen: dict[int, dict[int, int]] = {}
     for step, batches in enumerate(Loader(sampler, 0, 1, None, 0)):
         for pack, batch in zip(sampler.plan(step).packs, batches.micro_batches, strict=True):
@@ -135,7 +147,7 @@ def test_an_epoch_supervises_every_text_token_but_the_first_exactly_once(corpus,
                     batch.tokens[offset : offset + piece.tokens],
                     batch.labels[offset : offset + piece.tokens],
                 )
-                expected_tokens, expected_labels = _document(store, piece.document)
+                expected_tokens, expected_labels = _document(store, piece.document, sampler.tiling)
                 assert tokens.tolist() == expected_tokens[piece.start : piece.stop]
                 assert labels.tolist() == expected_labels[piece.start : piece.stop]
                 offset += piece.tokens
@@ -145,19 +157,26 @@ def test_an_epoch_supervises_every_text_token_but_the_first_exactly_once(corpus,
             assert (batch.labels[offset:] == -100).all()
     assert set(seen) == set(range(len(store)))
     for document, targets in seen.items():
-        expected = _document(store, document)[1]
+        expected = _document(store, document, sampler.tiling)[1]
         assert set(targets) == {position for position, label in enumerate(expected) if label != -100}
         # The run ends within a window, perhaps between the parts of a document that it holds of two epochs.
         assert max(targets.values()) - min(targets.values()) <= 2
 
 
-def _document(store, document):
+def _grids(store, document, tiling):
+    """Of the images of a document, by their pixels."""
+    sequences = [index for index in store.sequences(document) if store.modes[index] == IMAGE]
+    return [tiling.grid(*decode(store.image(index)).size, len(sequences)) for index in sequences]
+
+
+def _document(store, document, tiling):
     """(tokens, labels) of a whole document, written out."""
-    tokens, is_text = [], []
+    tokens, is_text, grids = [], [], iter(_grids(store, document, tiling))
     for index in range(*store.documents[document : document + 2]):
         if store.modes[index] == IMAGE:
-            tokens += [PLACEHOLDER] * IMAGE_TOKENS
-            is_text += [False] * IMAGE_TOKENS
+            size = len(tiling.layout(next(grids)))
+            tokens += [PLACEHOLDER] * size
+            is_text += [False] * size
         else:
             tokens += store.text(index, 0, int(store.lengths[index])).tolist()
             is_text += [True] * int(store.lengths[index])
@@ -165,22 +184,29 @@ def _document(store, document):
     return tokens, labels
 
 
-def test_pixels_are_those_of_the_images_in_the_order_of_their_placeholders(corpus, model, train):
+def test_pixels_are_those_of_the_images_in_the_order_of_their_placeholders(corpus, any_model, train):
     store = Store(corpus.prefix("multimodal"))
-    sampler = Sampler(corpus.data(text_ratio=0), model, train.model_copy(update={"steps": 1}))
+    sampler = Sampler(corpus.data(text_ratio=0), any_model, train.model_copy(update={"steps": 1}))
+    tiling = sampler.tiling
     (step,) = Loader(sampler, 0, 1, ImageShare(), 0)
     for pack, batch in zip(sampler.plan(0).packs, step.micro_batches, strict=True):
-        expected = []
+        expected, grids = [], []
         for piece in pack:
-            offset = 0
+            offset, of_document = 0, iter(_grids(store, piece.document, tiling))
             for index in range(*store.documents[piece.document : piece.document + 2]):
-                is_image = store.modes[index] == IMAGE
-                if is_image and piece.start <= offset < piece.stop:
-                    expected.append(pixels_of(decode(store.image(index)), model))
-                offset += IMAGE_TOKENS if is_image else int(store.lengths[index])
-        assert len(expected) == len(batch.pixels["sam"])
-        for index, pixels in enumerate(expected):
-            assert all(torch.equal(batch.pixels[tower][index], pixels[tower]) for tower in pixels)
+                if store.modes[index] != IMAGE:
+                    offset += int(store.lengths[index])
+                    continue
+                grid = next(of_document)
+                if piece.start <= offset < piece.stop:
+                    expected.append(pixels_of(decode(store.image(index)), any_model, grid))
+                    grids.append(grid)
+                offset += len(tiling.layout(grid))
+        assert batch.grids == tuple(grids)
+        for tower, pixels in batch.pixels.items():
+            assert torch.equal(
+                pixels, torch.cat([torch.empty(0, *pixels.shape[1:]), *(one[tower] for one in expected)])
+            )
 
 
 def test_a_siglip_model_gets_no_sam_pixels(corpus, model, train):
@@ -189,12 +215,12 @@ def test_a_siglip_model_gets_no_sam_pixels(corpus, model, train):
     assert all(set(batch.pixels) == {"siglip"} for batch in step.micro_batches)
 
 
-def test_without_pixels_nothing_is_decoded(corpus, model, train, reference, monkeypatch):
+def test_without_pixels_nothing_is_decoded(corpus, any_model, train, reference, monkeypatch):
     monkeypatch.setattr("megavl.data.assemble.decode", None)
-    sampler = Sampler(corpus.data(workers=2), model, train)
+    sampler = Sampler(corpus.data(workers=2), any_model, train)
     for (expected,), step in zip(reference, Loader(sampler, 0, 1, None, 0), strict=True):
         for one, other in zip(expected.micro_batches, step.micro_batches, strict=True):
-            assert other.pixels is None
+            assert other.pixels is None and other.grids == one.grids
             assert torch.equal(one.tokens, other.tokens) and torch.equal(one.labels, other.labels)
 
 
@@ -202,16 +228,14 @@ def test_all_of_a_batch_is_pinned(reference, monkeypatch):
     """Page-locked memory needs a GPU; here each tensor says that it was asked."""
     pinned = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor.clone())
-    batch = next(one for (step,) in reference for one in step.micro_batches if len(one.pixels["sam"]))
+    batch = next(one for (step,) in reference for one in step.micro_batches if one.tiles)
     copy = Assembled(batch, ()).pin_memory().batch
-    assert len(pinned) == 6
+    assert len(pinned) == 4 + len(batch.pixels) and (copy.packs, copy.grids) == (batch.packs, batch.grids)
     for name, field in vars(copy).items():
-        fields = (
-            zip(field.values(), batch.pixels.values(), strict=True)
-            if name == "pixels"
-            else [(field, vars(batch)[name])]
-        )
-        assert all(torch.equal(ours, theirs) and ours is not theirs for ours, theirs in fields)
+        if isinstance(field, torch.Tensor):
+            assert torch.equal(field, vars(batch)[name]) and field is not vars(batch)[name]
+    for tower, pixels in copy.pixels.items():
+        assert torch.equal(pixels, batch.pixels[tower]) and pixels is not batch.pixels[tower]
     assert dataclasses.replace(batch, pixels=None).pin_memory().pixels is None
 
 
@@ -223,22 +247,27 @@ def multimodal_store(corpus, tmp_path, sequences) -> SourceConfig:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_broken_image_becomes_a_blank_one_and_is_reported(corpus, model, train, tmp_path, workers):
-    """The pack holds a good image, a broken one and a good one; the text around them stays."""
-    good = EncodedImage(image_bytes(0, (50, 50)), 50, 50)
-    broken = EncodedImage(good.data[:-500], 50, 50)
-    source = multimodal_store(corpus, tmp_path, (good, encoded_text(1, 2), broken, good, encoded_text(2)))
+def test_a_broken_image_becomes_a_blank_one_and_is_reported(corpus, any_model, train, tmp_path, workers):
+    """A pack holds one document, of a good image and a broken one; the text stays, and so does the number of tiles."""
+    model, tiling = any_model, Tiling(any_model)
+    good, broken = EncodedImage(image_bytes(0, (50, 30)), 50, 30), EncodedImage(image_bytes(0, (30, 70))[:-500], 30, 70)
+    source = multimodal_store(corpus, tmp_path, (good, encoded_text(1, 2), broken, encoded_text(*range(30))))
     changes = {"workers": workers, "multimodal": (source,), "text": (), "text_ratio": 0, "seq_len": 96}
     ((step,),) = steps(corpus, model, train, stop=1, **changes)
     found = step.bad_images
     assert [(bad.pack, bad.image) for bad in found] == [(pack, 1) for pack in range(train.global_batch)]
     assert {(bad.dataset, bad.document, bad.sequence) for bad in found} == {(source.prefix, "the-key", 2)}
     assert "bytes that cannot be decoded as an image" in found[0].reason
-    expected = [pixels_of(picture, model) for picture in (decode(good.data), image.blank(model), decode(good.data))]
+    grids = tiling.grid(50, 30, 2), tiling.grid(30, 70, 2)
+    expected = [
+        pixels_of(picture, model, grid)
+        for picture, grid in zip((decode(good.data), image.blank(model)), grids, strict=True)
+    ]
+    first = len(tiling.layout(grids[0]))
     for batch in step.micro_batches:
-        assert batch.tokens[16:18].tolist() == [1, 2]
+        assert batch.grids == grids and batch.tokens[first : first + 2].tolist() == [1, 2]
         for tower, pixels in batch.pixels.items():
-            assert torch.equal(pixels, torch.stack([one[tower] for one in expected]))
+            assert torch.equal(pixels, torch.cat([one[tower] for one in expected]))
 
 
 def test_prompts_are_read_but_not_learned(corpus, model, train, tmp_path):
@@ -253,8 +282,8 @@ def test_prompts_are_read_but_not_learned(corpus, model, train, tmp_path):
         assert labels == [-100] * 21 + [8, 9] + [-100] * 3 + [8, 9, -100]
 
 
-@pytest.mark.parametrize("seq_len", [96, 20])
-def test_supervised_tokens_are_the_labels_of_the_global_batch(corpus, model, train, tmp_path, seq_len):
+@pytest.mark.parametrize("seq_len", [96, 31])
+def test_supervised_tokens_are_the_labels_of_the_global_batch(corpus, any_model, train, tmp_path, seq_len):
     """Documents of prompts, answers and images in any order, whole and cut; the count is known before they are read."""
     random_ = random.Random(0)
     picture = EncodedImage(image_bytes(0, (50, 50)), 50, 50)
@@ -270,17 +299,17 @@ def test_supervised_tokens_are_the_labels_of_the_global_batch(corpus, model, tra
             writer.add(EncodedDocument(str(key), "file.jsonl", sequences))
     source = SourceConfig(prefix=str(tmp_path / "p"))
     changes = {"multimodal": (source,), "text": (), "text_ratio": 0, "seq_len": seq_len}
-    both = steps(corpus, model, train, dp=2, micro_batch=3, **changes)
+    both = steps(corpus, any_model, train, dp=2, micro_batch=3, **changes)
     for ranks in both:
         batches = [batch for rank in ranks for batch in rank.micro_batches]
         assert sum(int((batch.labels != -100).sum()) for batch in batches) == ranks[0].supervised_tokens
-        assert sum(len(batch.pixels["siglip"]) for batch in batches) == ranks[0].images
+        assert sum(len(batch.pixels["siglip"]) for batch in batches) == ranks[0].tiles
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 7])
-def test_tensor_ranks_may_share_the_images(corpus, model, train, ranks):
-    """Each decodes a run of a micro-batch's images; together, in order, they have all of them."""
-    sampler = Sampler(corpus.data(text_ratio=0), model, train.model_copy(update={"steps": 2, "micro_batch": 4}))
+def test_tensor_ranks_may_share_the_tiles(corpus, any_model, train, ranks):
+    """Each makes a run of a micro-batch's tiles; together, in order, they have all of them."""
+    sampler = Sampler(corpus.data(text_ratio=0), any_model, train.model_copy(update={"steps": 2, "micro_batch": 4}))
     whole = list(Loader(sampler, 0, 1, ImageShare(), 0))
     parts = [list(Loader(sampler, 0, 1, ImageShare(rank, ranks), 0)) for rank in range(ranks)]
     for step, shares in zip(whole, zip(*parts, strict=True), strict=True):

@@ -66,7 +66,7 @@ def test_one_modality_alone_is_enough_where_the_ratio_says_so(corpus, model, tra
         ({"text": ()}, "text_ratio is 0.5, so some steps are text, but data.text lists no source; .* to 0"),
         ({"multimodal": ()}, "some steps are multimodal, but data.multimodal lists no source; .* to 1"),
         ({"text": (), "multimodal": (), "text_ratio": 1}, "data.text lists no source"),
-        ({"seq_len": 15}, "one image takes 16 tokens, but data.seq_len is 15"),
+        ({"seq_len": 15}, "one image takes up to 16 tokens, but data.seq_len is 15"),
         ({"tokenizer": "absent.model"}, "absent.model: no such file"),
         ({"text": (SourceConfig(prefix="absent/prefix"),)}, "dataset absent/prefix: .* not found"),
     ],

@@ -3,12 +3,13 @@ from collections import Counter
 
 import pytest
 
+from megavl.config.model import TilingConfig
 from megavl.data import stream as stream_module
 from megavl.data.format import IMAGE
 from megavl.data.stream import Stream
-from tests.data.shapes import interleaved, texts
+from tests.data.shapes import TILED, WHOLE, interleaved, texts, tiling
 
-SEQ_LEN, IMAGE_TOKENS, WINDOW = 96, 16, 20
+SEQ_LEN, WINDOW = 96, 20
 
 
 @pytest.fixture(autouse=True)
@@ -17,18 +18,20 @@ def small_windows(monkeypatch):
     monkeypatch.setattr(stream_module, "_WINDOW", WINDOW)
 
 
-def make(*stores, weights=None, seed=0, seq_len=SEQ_LEN, max_tiles=None):
-    return Stream(stores, weights or (1.0,) * len(stores), seq_len, IMAGE_TOKENS, (seed, 0), max_tiles)
+def make(*stores, weights=None, seed=0, seq_len=SEQ_LEN, tiling=WHOLE, max_tiles=None):
+    return Stream(stores, weights or (1.0,) * len(stores), seq_len, tiling, (seed, 0), max_tiles)
 
 
 TEXTS, MORE, IMAGES = texts(150, 0), texts(70, 1, scale=15), interleaved(60, 2)
 BLEND = (TEXTS, MORE), (3.0, 1.0)
 
 
-@pytest.mark.parametrize("shape", [TEXTS, IMAGES], ids=["text", "multimodal"])
-def test_every_document_is_read_whole_and_once_per_epoch(shape):
+@pytest.mark.parametrize(
+    ("shape", "tiling"), [(TEXTS, WHOLE), (IMAGES, WHOLE), (IMAGES, TILED)], ids=["text", "whole", "tiled"]
+)
+def test_every_document_is_read_whole_and_once_per_epoch(shape, tiling):
     """After any number of packs no document has begun two more epochs than another, but for those of one window."""
-    one, seen, lengths = make(shape), Counter(), [len(modes) for modes in shape.tokens(IMAGE_TOKENS)]
+    one, seen, lengths = make(shape, tiling=tiling), Counter(), [len(modes) for modes in shape.tokens(tiling)]
     whole_windows = 0
     for number in range(400):
         begun = Counter(piece.document for piece in one.packs(number, number + 1)[0] if piece.start == 0)
@@ -42,17 +45,25 @@ def test_every_document_is_read_whole_and_once_per_epoch(shape):
     assert whole_windows >= 15 and min(seen.values()) >= 3
 
 
-def test_the_pieces_of_a_window_are_its_documents():
-    one = make(IMAGES, seq_len=40, max_tiles=1)
+@pytest.mark.parametrize(("tiling", "max_tiles"), [(WHOLE, 1), (TILED, 5)], ids=["whole", "tiled"])
+def test_the_pieces_of_a_window_are_its_documents(tiling, max_tiles):
+    one = make(IMAGES, seq_len=40, tiling=tiling, max_tiles=max_tiles)
     one.packs(300, 301)
-    modes = IMAGES.tokens(IMAGE_TOKENS)
+    modes = IMAGES.tokens(tiling)
     for start, following in zip(one._starts[:8], one._starts[1:9], strict=True):
         pieces = sorted(piece for pack in one.packs(start.pack, following.pack) for piece in pack)
         assert sum(piece.tokens for piece in pieces) == following.tokens[0] - start.tokens[0]
         assert sum(piece.start == 0 for piece in pieces) == following.documents[0] - start.documents[0]
         for piece in pieces:
-            assert piece.images * IMAGE_TOKENS == (modes[piece.document][piece.start : piece.stop] == IMAGE).sum()
-            assert piece.images <= 1
+            grids, sizes = [tiling.grids[number] for number in piece.grids], IMAGES.sizes[piece.document]
+            assert grids == [tiling.grid(*size, len(sizes)) for size in sizes]
+            # Its images are a run of the document's.
+            runs = [grids[first : first + piece.images] for first in range(len(grids) + 1)]
+            held = (modes[piece.document][piece.start : piece.stop] == IMAGE).sum()
+            assert (held, piece.tiles) in [
+                (sum(len(tiling.layout(grid)) for grid in run), sum(grid.tiles for grid in run)) for run in runs
+            ]
+            assert piece.tiles <= max_tiles
     assert sum(piece.start > 0 for piece in pieces) > len(pieces) // 4
 
 
@@ -70,9 +81,9 @@ def test_packs_keep_both_budgets_and_leave_little_room():
     sizes = [sum(piece.tokens for piece in pack) for pack in packs]
     assert max(sizes) <= SEQ_LEN
     assert sum(sizes) / (SEQ_LEN * len(sizes)) > 0.96  # measured 0.968: windows of only 20 packs
-    for max_tiles in (1, 2, 4):
-        packs = make(IMAGES, max_tiles=max_tiles).packs(0, 200)
-        assert max(sum(piece.images for piece in pack) for pack in packs) == max_tiles
+    for one, max_tiles in ((WHOLE, 1), (WHOLE, 2), (WHOLE, 4), (TILED, 5), (TILED, 8)):
+        packs = make(IMAGES, tiling=one, max_tiles=max_tiles).packs(0, 200)
+        assert max(sum(piece.tiles for piece in pack) for pack in packs) == max_tiles
         assert max(sum(piece.tokens for piece in pack) for pack in packs) <= SEQ_LEN
 
 
@@ -137,7 +148,8 @@ CHANGES = {
     "seed": {"seed": 1},
     "seq_len": {"seq_len": SEQ_LEN + 1},
     "weights": {"weights": (1.0, 3.0)},
-    "tiles": {"max_tiles": 2},
+    "budget of tiles": {"max_tiles": 2},
+    "tiles": {"tiling": TILED},
     "datasets": {"stores": (texts(150, 5), MORE)},
     "order of the datasets": {"stores": (MORE, TEXTS)},
 }
@@ -154,4 +166,11 @@ def test_a_position_of_a_stream_with_other_packs_is_not_taken_over(change):
 
 def test_a_budget_of_tiles_that_never_binds_is_no_other_stream():
     position = make(*BLEND[0], weights=BLEND[1]).position(500)
-    assert make(*BLEND[0], weights=BLEND[1], max_tiles=SEQ_LEN // IMAGE_TOKENS).resume(position)
+    assert make(*BLEND[0], weights=BLEND[1], max_tiles=SEQ_LEN // 16).resume(position)
+
+
+@pytest.mark.parametrize("change", [{"max_tiles": 3}, {"max_images": 1}, {"shuffle": 1}], ids=lambda one: str(*one))
+def test_a_position_of_images_that_were_tiled_otherwise_is_not_taken_over(change):
+    position = make(IMAGES, tiling=TILED).position(500)
+    assert make(IMAGES, tiling=tiling(TilingConfig(max_tiles=4))).resume(position)
+    assert not make(IMAGES, tiling=tiling(TilingConfig(**{"max_tiles": 4} | change))).resume(position)

@@ -27,10 +27,10 @@ def test_made_up_sources():
     text = measure("--made-up", "c4", "--seq-len", "1024", "2048", "--packs", "1500")
     assert [row[:2] for row in text] == [["c4", "1024"], ["c4", "2048"]]
     assert all(float(row[2].rstrip("%")) > 99.8 for row in text)  # measured 99.93 and 99.94
-    ((name, _, filled, images, _, cut, cut_naively, cut_images),) = measure(
+    ((name, _, filled, of_image, of_pack, most, _, cut, cut_naively, cut_images),) = measure(
         "--made-up", "obelics", "captions", "--max-tiles", "5", "--packs", "300"
     )
-    assert name == "obelics + captions" and images == "5"
+    assert name == "obelics + captions" and (of_image, most) == ("1.0", "5") and 4 < float(of_pack) <= 5
     assert 60 < float(filled.rstrip("%")) < 90 and float(cut.rstrip("%")) < float(cut_naively.rstrip("%")) / 2
     assert 10 < float(cut_images.rstrip("%")) < 20  # 576 of 4096 tokens, near enough
 
@@ -45,8 +45,16 @@ def test_the_sources_of_a_recipe(corpus, tmp_path):
     path.write_text(yaml.safe_dump(recipe))
     rows = measure("--config", str(path), "data.max_tiles=2", "--packs", "200")
     assert [row[:2] for row in rows] == [["text", "192"], ["multimodal", "192"]]
-    assert (rows[0][3], rows[0][7]) == ("0", "0.0%") and rows[1][3] == "2"
-    assert rows[0][5] == "0.0%" != rows[0][6]
+    assert (rows[0][5], rows[0][9]) == ("0", "0.0%") and rows[1][5] == "2"
+    assert rows[0][7] == "0.0%" != rows[0][8]
+
+
+def test_made_up_sources_in_tiles():
+    ((_, seq_len, filled, of_image, of_pack, most, *_),) = measure(
+        "--made-up", "obelics", "captions", "--model", "vl2_tiny", "--packs", "300"
+    )
+    assert seq_len == "4096" and float(filled.rstrip("%")) > 90
+    assert 2 < float(of_image) < 10 and 10 < float(of_pack) < int(most) <= 20
 
 
 @pytest.mark.parametrize(

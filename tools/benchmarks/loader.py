@@ -13,6 +13,7 @@ from benchmarks.pictures import write_captions, write_pictures
 
 from megavl.config.presets import PRESETS
 from megavl.config.run import DataConfig, SourceConfig, TextRatioConfig, TrainConfig
+from megavl.config.tiles import Grid
 from megavl.data.assemble import ImageShare
 from megavl.data.decode import decode
 from megavl.data.image import numbers, room
@@ -61,11 +62,11 @@ def pixels_loop(name: str, pictures: list[Path]) -> Callable[[], None]:
     model = PRESETS[name]
     files = [path.read_bytes() for path in pictures]
     pixels = room(model, 1, torch.empty(numbers(model, 1)))
-    into = {tower: of_all[0] for tower, of_all in pixels.items()}
+    overview = Grid(0, 0)
 
     def work() -> None:
         for data in files:
-            write_pixels(decode(data), model, into)
+            write_pixels(decode(data), model, overview, range(1), pixels)
 
     return work
 

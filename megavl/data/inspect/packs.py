@@ -7,6 +7,7 @@ import numpy as np
 from megavl.batch import Kind
 from megavl.config.model import ModelConfig
 from megavl.config.run import DataConfig, SourceConfig, TrainConfig
+from megavl.config.tiles import Tiling
 from megavl.data.assemble import Assembler
 from megavl.data.format import PROMPT
 from megavl.data.inspect.sample import images_of, spell
@@ -67,19 +68,19 @@ def _read(sampler: Sampler, tokenizer: Tokenizer, step: int, kind: Kind, number:
     for piece in pack:
         store = sampler.stores[kind][piece.source]
         mine = labels[start : start + piece.tokens]
-        pieces.append(_piece(store, piece, mine, sampler.model.tile_features, tokenizer))
+        pieces.append(_piece(store, piece, mine, sampler.tiling, tokenizer))
         start += piece.tokens
     return PackSample(step, kind, number, seq_len, int((labels != _IGNORE).sum()), tuple(pieces))
 
 
-def _piece(store: Store, piece: Piece, labels: np.ndarray, image_tokens: int, tokenizer: Tokenizer) -> PackedPiece:
+def _piece(store: Store, piece: Piece, labels: np.ndarray, tiling: Tiling, tokenizer: Tokenizer) -> PackedPiece:
     # Label t is token t + 1: a token is learned where the position before it has a label.
     learned = np.concatenate(([False], labels[:-1] != _IGNORE))
-    images = images_of(store, piece.document)
+    images = images_of(store, piece.document, tiling)
     parts: list[tuple[int, Part]] = []
     offset = 0
     for sequence in store.sequences(piece.document):
-        length = image_tokens if sequence in images else int(store.lengths[sequence])
+        length = images[sequence].tokens if sequence in images else int(store.lengths[sequence])
         first, last = max(offset, piece.start), min(offset + length, piece.stop)
         if first < last:
             part = images.get(sequence) or _text(

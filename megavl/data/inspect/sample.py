@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow.compute
 from PIL import Image
 
+from megavl.config.tiles import Tiling
 from megavl.data.decode import FORMATS
 from megavl.data.errors import DataError
 from megavl.data.format import IMAGE, PROMPT
@@ -34,11 +35,14 @@ def choose(store: Store, number: int, seed: int) -> list[int]:
     return sorted(np.random.default_rng(seed).choice(len(store), min(number, len(store)), replace=False).tolist())
 
 
-def read(store: Store, document: int, tokenizer: Tokenizer | None, most_tokens: int) -> Sample:
+def read(
+    store: Store, document: int, tokenizer: Tokenizer | None, most_tokens: int, tiling: Tiling | None = None
+) -> Sample:
     """A document of a store, up to its first `most_tokens` tokens.
 
     Args:
         tokenizer: the one that made the store; without one, the pieces of a text are its token ids.
+        tiling: of the model that is to read it, if there is one.
 
     Raises:
         DataError: there is no such document, or it is damaged.
@@ -47,7 +51,7 @@ def read(store: Store, document: int, tokenizer: Tokenizer | None, most_tokens: 
         raise DataError(f"{store.prefix} has no document {document}; it has the documents 0 to {len(store) - 1}")
     sequences = store.sequences(document)
     lengths = {sequence: int(store.lengths[sequence]) for sequence in sequences if store.modes[sequence] != IMAGE}
-    images = images_of(store, document)
+    images = images_of(store, document, tiling)
     parts: list[Part] = []
     left = most_tokens
     for sequence in sequences:
@@ -69,7 +73,7 @@ def read(store: Store, document: int, tokenizer: Tokenizer | None, most_tokens: 
     return Sample(store, document, store.key(document), store.source(document), tokens, left_tokens, tuple(parts))
 
 
-def images_of(store: Store, document: int) -> dict[int, ImagePart]:
+def images_of(store: Store, document: int, tiling: Tiling | None) -> dict[int, ImagePart]:
     """Sequence -> image, in the order of the document.
 
     Raises:
@@ -82,10 +86,15 @@ def images_of(store: Store, document: int) -> dict[int, ImagePart]:
             f"{store.where(document)}: it holds {len(sequences)} images, but {store.prefix}.meta lists {len(rows)}; "
             "the files do not belong together; make the dataset again"
         )
-    return {
-        sequence: ImagePart(sequence, row["width"], row["height"], row["bytes"], _form(store.image(sequence)))
-        for sequence, row in zip(sequences, rows, strict=True)
-    }
+    parts = {}
+    for sequence, row in zip(sequences, rows, strict=True):
+        width, height, grid, tokens = row["width"], row["height"], None, None
+        if tiling is not None:
+            grid = tiling.grid(width, height, len(rows))
+            tokens = int(tiling.tokens[tiling.grids.index(grid)])
+        form = _form(store.image(sequence))
+        parts[sequence] = ImagePart(sequence, width, height, row["bytes"], form, grid, tokens)
+    return parts
 
 
 def spell(store: Store, document: int, ids: list[int], tokenizer: Tokenizer | None) -> tuple[str, ...]:

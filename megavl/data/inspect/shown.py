@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from enum import StrEnum
 
+from megavl.config.tiles import Grid
 from megavl.data.store import Store
 
 
@@ -25,13 +26,20 @@ class TextPart:
 
 @dataclass(frozen=True)
 class ImagePart:
-    """One image. `sequence`: where the store keeps it; `form`: PNG, JPEG, ..., or "unknown" for bytes of no image."""
+    """One image.
+
+    sequence:     where the store keeps it
+    form:         PNG, JPEG, ..., or "unknown" for bytes of no image
+    grid, tokens: how the model takes it; None where no model is known
+    """
 
     sequence: int
     width: int
     height: int
     size_bytes: int
     form: str
+    grid: Grid | None
+    tokens: int | None
 
 
 Part = TextPart | ImagePart
