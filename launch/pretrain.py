@@ -33,7 +33,7 @@ def arguments() -> argparse.Namespace:
         "--world",
         type=int,
         metavar="N",
-        help="with --dry-run: ranks to plan for (default: one replica, parallel.tensor * parallel.pipeline)",
+        help="with --dry-run: ranks to plan for (default: the fewest, tensor * pipeline * expert)",
     )
     # The deepspeed launcher passes it; LOCAL_RANK says the same.
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
@@ -64,7 +64,7 @@ def main() -> None:
     if args.dry_run:
         try:
             config = load_run(args.config, args.overrides)
-            world = args.world or config.parallel.model
+            world = args.world or config.parallel.model * config.parallel.expert
             check(config, world)
         except ConfigError as error:
             sys.exit(f"error: {error}")

@@ -313,7 +313,7 @@ def _tokenizer(config: RunConfig) -> list[str]:
     path = config.data.tokenizer
     if Path(path).is_file():
         return []
-    remedy = _QUICKSTART_REMEDY if _from_quickstart(path) else "give a sentencepiece .model or a tokenizer.json"
+    remedy = _quickstart(path) or "give a sentencepiece .model or a tokenizer.json"
     return [f"data.tokenizer: no file {path}; {remedy}"]
 
 
@@ -323,7 +323,7 @@ def _datasets(config: RunConfig) -> list[str]:
         for index, source in enumerate(getattr(config.data, kind)):
             files = [source.prefix + suffix for suffix in (".bin", ".idx", ".meta")]
             if missing := [file for file in files if not Path(file).is_file()]:
-                remedy = _QUICKSTART_REMEDY if _from_quickstart(source.prefix) else _preprocess(source.prefix, config)
+                remedy = _quickstart(source.prefix) or _preprocess(source.prefix, config)
                 problems.append(f"data.{kind}[{index}].prefix: no file {', '.join(missing)}; {remedy}")
     return problems
 
@@ -349,11 +349,15 @@ def _output_dir(config: RunConfig) -> list[str]:
 
 
 _FILE_RULES = (_tokenizer, _datasets, _init_from, _output_dir)
-_QUICKSTART_REMEDY = "`make quickstart` makes it"
+_QUICKSTARTS = {"quickstart": "make quickstart", "quickstart_vl2": "make quickstart MODEL=vl2"}
 
 
-def _from_quickstart(path: str) -> bool:
-    return Path(path).parts[:2] == ("data", "quickstart")
+def _quickstart(path: str) -> str | None:
+    """What makes a file of a quickstart."""
+    match Path(path).parts:
+        case ("data", folder, *_) if folder in _QUICKSTARTS:
+            return f"`{_QUICKSTARTS[folder]}` makes it"
+    return None
 
 
 def _preprocess(prefix: str, config: RunConfig) -> str:

@@ -16,7 +16,7 @@ RECIPES = sorted((ROOT / "launch" / "recipes").glob("*.yaml"))
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_recipe_loads(recipe):
     config = load_run(recipe)
-    check(config, config.parallel.model)
+    check(config, config.parallel.model * config.parallel.expert)
     assert config.output_dir == f"runs/{recipe.stem}"
 
 
