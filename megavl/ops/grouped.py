@@ -42,8 +42,6 @@ class _GroupedMm(Function):
         x, weight, ends = ctx.saved_tensors
         grad = grad.contiguous()
         for_x = F.grouped_mm(grad, weight, offs=ends)  # [N, d_in]
-        if len(x) == 0:
-            return for_x, torch.zeros_like(weight), None, None
         for_weight = F.grouped_mm(grad.t(), x, offs=ends)  # [E, d_out, d_in]
         if ctx.clears_empty:
             empty = ends.diff(prepend=ends.new_zeros(1)) == 0
@@ -52,14 +50,15 @@ class _GroupedMm(Function):
 
 
 def grouped_mm_linear(clears_empty: bool) -> GroupedLinear:
-    """torch's grouped_mm for bf16 and widths in units of 16 bytes, the reference for all others.
+    """torch's grouped_mm for bf16 and widths in units of 16 bytes, the reference for all others, and where there is no
+    row at all: the strides of an empty matrix are none that the kernel takes.
 
     clears_empty: the kernel of this device leaves arbitrary values in the gradient of an expert without rows
     """
 
     def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
         d_out, d_in = weight.shape[1:]
-        if x.dtype != torch.bfloat16 or d_out % _WIDTH_MULTIPLE or d_in % _WIDTH_MULTIPLE:
+        if x.dtype != torch.bfloat16 or d_out % _WIDTH_MULTIPLE or d_in % _WIDTH_MULTIPLE or len(x) == 0:
             return reference_grouped_linear(x, weight, counts)
         return _GroupedMm.apply(x.contiguous(), weight, counts, clears_empty)
 

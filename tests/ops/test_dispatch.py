@@ -6,6 +6,7 @@ from types import ModuleType
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from megavl.ops.attention import reference_attention
 from megavl.ops.dispatch import choose
@@ -115,3 +116,18 @@ def test_apex_serves_the_norm_only_with_its_extension(bare_gpu, monkeypatch):
     assert torch.equal(ops.rms_norm(x, weight, 1e-6), rms_norm(x, weight, 1e-6))
     assert calls == [((8,), 1e-6)]
     assert "apex" in ops.lines[1]
+
+
+@pytest.mark.parametrize(
+    ("capability", "words"),
+    [((8, 0), "Stand-in is neither Hopper nor Blackwell"), ((9, 0), "grouped_mm"), ((10, 0), "grouped_mm")],
+)
+def test_grouped_products_are_torchs_where_it_has_a_kernel(bare_gpu, monkeypatch, capability, words):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    calls = []
+    monkeypatch.setattr(F, "grouped_mm", lambda x, weight, offs: calls.append(offs.tolist()) or x @ weight[0])
+    ops = choose(CUDA)
+    assert words in next(line for line in ops.lines if line.startswith("products of experts"))
+    x, weight, counts = torch.randn(3, 8).bfloat16(), torch.randn(2, 16, 8).bfloat16(), torch.tensor([3, 0])
+    assert torch.equal(ops.grouped_linear(x, weight, counts), reference_grouped_linear(x, weight, counts))
+    assert calls == ([] if capability == (8, 0) else [[3, 3]])
