@@ -1,4 +1,4 @@
-"""Draw docs/architecture.svg: the model list, how a pipeline cuts it, how tensor parallelism cuts one block.
+"""Draw docs/architecture.svg: the stems of both families, how ranks share a block and its experts, the model list.
 
 python docs/draw_architecture.py --output docs/architecture.svg
 """
@@ -11,7 +11,7 @@ import matplotlib
 matplotlib.use("svg")
 
 import matplotlib.pyplot as plt
-from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
 VISION, TEXT, ADAPTOR, WIRE = "#cfe3f5", "#d8efd3", "#f7dfc3", "#444444"
 STAGES = ("#f3f6fa", "#fbf6ee")
@@ -31,10 +31,22 @@ def arrow(axes, start, end, bend=0.0):
     )
 
 
+def panel(axes, x, y, width, height, title):
+    """A frame with a title, in which a part is explained."""
+    frame = FancyBboxPatch((x, y), width, height, "round,pad=0,rounding_size=0.2", fc="white", ec=WIRE, lw=1.6)
+    axes.add_patch(frame)
+    axes.text(x + 0.25, y + height - 0.35, title, weight="bold", size=10.5, va="center")
+
+
+def exchange(axes, x, y, height, text):
+    """A collective between the ranks that lie on top of each other."""
+    axes.add_patch(FancyBboxPatch((x, y), 0.32, height, "round,pad=0,rounding_size=0.08", fc=ADAPTOR, ec=WIRE, lw=1))
+    axes.text(x + 0.16, y + height / 2, text, rotation=90, ha="center", va="center", size=8)
+
+
 def stem(axes):
     """The fused first pipeline block: both towers, the adaptor, the token embedding, the splice."""
-    axes.add_patch(FancyBboxPatch((0.2, 3.75), 9.0, 4.75, "round,pad=0,rounding_size=0.2", fc="white", ec=WIRE, lw=1.6))
-    axes.text(0.45, 8.15, "Stem: the fused first pipeline block", weight="bold", size=10.5, va="center")
+    panel(axes, 0.2, 3.75, 9.0, 4.75, "Stem, the fused first pipeline block: DeepSeek-VL")
     _, image = box(axes, 0.45, 6.2, 1.25, 0.9, "image", "white")
     sam_in, sam = box(
         axes, 2.3, 6.9, 2.6, 1.0, "SAM-B, 1024 px\nwindowed + global attention\nneck, 2 strided convs", VISION, 8
@@ -55,8 +67,7 @@ def stem(axes):
 
 def tensor_parallel(axes):
     """One block on two tensor ranks."""
-    axes.add_patch(FancyBboxPatch((9.6, 3.75), 6.2, 4.75, "round,pad=0,rounding_size=0.2", fc="white", ec=WIRE, lw=1.6))
-    axes.text(9.85, 8.15, "Block on TP 2, with sequence parallelism", weight="bold", size=10.5, va="center")
+    panel(axes, 9.6, 3.75, 6.2, 4.75, "Block on TP 2, with sequence parallelism")
     for y, rank in ((6.35, 0), (4.65, 1)):
         axes.text(9.85, y + 0.95, f"tensor rank {rank}", size=8, color="#666666", va="bottom")
         box(axes, 9.85, y, 0.95, 0.85, "norm\n[T/2, D]", "white", 7.5)
@@ -67,34 +78,70 @@ def tensor_parallel(axes):
         arrow(axes, (11.42, y + 0.42), (11.65, y + 0.42))
         arrow(axes, (13.0, y + 0.42), (13.2, y + 0.42))
         arrow(axes, (14.2, y + 0.42), (14.42, y + 0.42))
-    for x, text in ((11.1, "all-gather"), (14.42, "reduce-scatter")):
-        axes.add_patch(
-            FancyBboxPatch((x, 4.55), 0.32, 2.75, "round,pad=0,rounding_size=0.08", fc=ADAPTOR, ec=WIRE, lw=1)
-        )
-        axes.text(x + 0.16, 5.92, text, rotation=90, ha="center", va="center", size=8)
+    exchange(axes, 11.1, 4.55, 2.75, "all-gather")
+    exchange(axes, 14.42, 4.55, 2.75, "reduce-scatter")
     axes.text(9.85, 4.15, "Activations outside the region are cut along the tokens,", size=8, va="center")
     axes.text(9.85, 3.93, "weights inside it over heads and channels.", size=8, va="center")
+
+
+def tiles(axes):
+    """What the stem of VL2 has in place of two towers."""
+    panel(axes, 0.2, -0.75, 9.0, 4.2, "Stem: DeepSeek-VL2")
+    _, image = box(axes, 0.45, 0.75, 1.25, 0.9, "image", "white")
+    axes.add_patch(Rectangle((2.4, 1.65), 0.8, 0.8, fc="white", ec=WIRE, lw=1))
+    axes.text(2.8, 2.62, "overview", size=8, ha="center")
+    for row in range(2):
+        for column in range(3):
+            axes.add_patch(Rectangle((2.2 + 0.42 * column, 0.0 + 0.42 * row), 0.38, 0.38, fc="white", ec=WIRE, lw=1))
+    axes.text(2.8, -0.35, "1 to 9 local tiles", size=8, ha="center")
+    tower_in, tower = box(axes, 4.1, 0.6, 1.6, 1.2, "SigLIP-SO400M\nof each tile,\n384 px", VISION, 8)
+    ada_in, ada = box(axes, 6.15, 0.6, 1.5, 1.2, "adaptor\n(2 x 2 patches\nare one; linear,\nGELU, linear)", ADAPTOR, 8)
+    line = "tokens:\n\n14 rows of\nthe overview,\na separator,\nrows across\nlocal tiles;\nbehind each\na newline"
+    splice, _ = box(axes, 8.0, -0.35, 1.0, 3.1, line, "white", 7.5)
+    arrow(axes, image, (2.35, 2.05))
+    arrow(axes, image, (2.15, 0.42))
+    arrow(axes, (3.25, 2.05), tower_in)
+    arrow(axes, (3.5, 0.42), tower_in)
+    arrow(axes, tower, ada_in)
+    arrow(axes, ada, splice)
+
+
+def experts(axes):
+    """The routed experts of one layer on two expert ranks."""
+    panel(axes, 9.6, -0.75, 6.2, 4.2, "Experts on EP 2")
+    for y, rank, held in ((1.6, 0, "0 to E/2 - 1"), (0.1, 1, "E/2 to E - 1")):
+        axes.text(9.85, y + 0.85, f"expert rank {rank}", size=8, color="#666666", va="bottom")
+        box(axes, 9.85, y, 0.95, 0.75, "router:\nk of E", "white", 7.5)
+        box(axes, 11.75, y, 1.4, 0.75, f"experts\n{held}", TEXT, 7.5)
+        box(axes, 14.2, y, 0.95, 0.75, "weighted\nsum", "white", 7.5)
+        for start, stop in ((10.8, 11.1), (11.42, 11.75), (13.15, 13.5), (13.82, 14.2)):
+            arrow(axes, (start, y + 0.37), (stop, y + 0.37))
+    exchange(axes, 11.1, 0.0, 2.45, "all-to-all")
+    exchange(axes, 13.5, 0.0, 2.45, "all-to-all")
+    axes.text(9.85, -0.22, "Shared experts are computed while rows are under way.", size=8, va="center")
+    axes.text(9.85, -0.46, "No token is dropped.", size=8, va="center")
 
 
 def model_list(axes):
     """The list of layers, cut into pipeline stages."""
     names = ["Stem", *(f"Block {i}" for i in range(6)), "Head + loss"]
     colours = [VISION, *[TEXT] * 6, ADAPTOR]
-    axes.text(0.2, 3.2, "The model is a list; a pipeline stage is a slice of it", weight="bold", size=10.5, va="center")
+    title = "The model is a list; a pipeline stage is a slice of it"
+    axes.text(0.2, -1.3, title, weight="bold", size=10.5, va="center")
     for stage in range(2):
         x = 0.2 + stage * 7.9
         axes.add_patch(
-            FancyBboxPatch((x, 1.0), 7.7, 1.9, "round,pad=0,rounding_size=0.2", fc=STAGES[stage], ec=WIRE, ls="--")
+            FancyBboxPatch((x, -3.5), 7.7, 1.9, "round,pad=0,rounding_size=0.2", fc=STAGES[stage], ec=WIRE, ls="--")
         )
-        axes.text(x + 0.2, 2.65, f"stage {stage}", size=9, va="center", color="#666666")
+        axes.text(x + 0.2, -1.85, f"stage {stage}", size=9, va="center", color="#666666")
     for index, (name, colour) in enumerate(zip(names, colours, strict=True)):
         x = 0.45 + index * 1.87 + (0.35 if index >= 4 else 0)
-        box(axes, x, 1.3, 1.5, 0.95, name, colour, 9, "bold" if index == 0 else "normal")
+        box(axes, x, -3.2, 1.5, 0.95, name, colour, 9, "bold" if index == 0 else "normal")
         if index < len(names) - 1:
-            arrow(axes, (x + 1.5, 1.77), (x + 1.87 + (0.35 if index == 3 else 0), 1.77))
+            arrow(axes, (x + 1.5, -2.73), (x + 1.87 + (0.35 if index == 3 else 0), -2.73))
     axes.text(
         0.2,
-        0.55,
+        -3.95,
         "Only hidden states [T, D] cross a stage border: images, token ids and document borders stay with the rank "
         "and are looked up by micro-batch.",
         size=8.5,
@@ -104,12 +151,14 @@ def model_list(axes):
 
 def draw() -> plt.Figure:
     with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": "megavl", "font.family": "sans-serif"}):
-        figure, axes = plt.subplots(figsize=(13.2, 7.1))
-        axes.set(xlim=(0, 16), ylim=(0.2, 8.7))
+        figure, axes = plt.subplots(figsize=(13.2, 10.8))
+        axes.set(xlim=(0, 16), ylim=(-4.25, 8.7))
         axes.axis("off")
         figure.subplots_adjust(0, 0, 1, 1)
         stem(axes)
         tensor_parallel(axes)
+        tiles(axes)
+        experts(axes)
         model_list(axes)
     return figure
 
