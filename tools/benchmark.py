@@ -1,4 +1,4 @@
-"""Measure: the steps of a recipe, or the data path.
+"""Measure: the steps of a recipe, the data path, or the products of routed experts.
 
     python tools/benchmark.py step --config launch/recipes/vl_7b_stage2.yaml model.decoder.layers=4 \\
         parallel.tensor=1 parallel.pipeline=1 train.global_batch=4 train.micro_batch=1
@@ -7,8 +7,12 @@ times training steps on made-up packs, under the same launchers as launch/pretra
 
     python tools/benchmark.py data [--subjects text images loader packed] [--megatron PATH]
 
-measures each part of the data path against the least that its work can cost. The results are tables in Markdown, for
-docs/benchmarks/.
+measures each part of the data path against the least that its work can cost.
+
+    python tools/benchmark.py grouped [--presets vl2_tiny vl2_small vl2_base] [--tokens 4096]
+
+times the products of routed experts by each implementation that the machine has, beside one product of all rows. The
+results are tables in Markdown, for docs/benchmarks/.
 """
 
 import argparse
@@ -17,6 +21,7 @@ import sys
 from pathlib import Path
 
 SUBJECTS = ("text", "images", "loader", "packed")
+EXPERTS = ("vl2_tiny", "vl2_small", "vl2_base")
 
 
 def step_parser() -> argparse.ArgumentParser:
@@ -43,6 +48,14 @@ def data_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def grouped_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="benchmark.py grouped", description="products of routed experts, TFLOP/s")
+    parser.add_argument("--presets", nargs="+", default=EXPERTS, help="models whose shapes to take (default: VL2's)")
+    parser.add_argument("--tokens", type=int, default=4096, help="of a micro-batch (default 4096)")
+    parser.add_argument("--repetitions", type=int, default=3, help="of everything, in turn (default 3)")
+    return parser
+
+
 def main() -> None:
     # The deepspeed launcher puts its own argument before all others.
     match [word for word in sys.argv[1:] if not word.startswith("--local_rank")]:
@@ -54,6 +67,10 @@ def main() -> None:
             from benchmarks import data
 
             data.run(data_parser().parse_args(words))
+        case ["grouped", *words]:
+            from benchmarks import grouped
+
+            grouped.run(grouped_parser().parse_args(words))
         case words:
             print(__doc__)
             sys.exit(0 if words in (["-h"], ["--help"]) else 2)

@@ -1,4 +1,5 @@
-"""tools/benchmark.py: the tables have a row for each kind of step, and for each part of the data path."""
+"""tools/benchmark.py: the tables have a row for each kind of step, for each part of the data path, and for each
+implementation of experts' products."""
 
 import os
 import re
@@ -69,4 +70,22 @@ def test_each_part_of_the_data_path_is_measured(tmp_path):
         "first batch",
         "resume at step 150",
         "resume at step 150",
+    ], done.stdout
+
+
+def test_products_of_experts_are_measured():
+    done = subprocess.run(
+        [sys.executable, "tools/benchmark.py", "grouped", "--presets", "vl2_debug", "--tokens=64", "--repetitions=1"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = re.findall(r"^\| ([^|]+) \| [\d.e-]+ \| one product of all rows \| [\d.e-]+ \|", done.stdout, re.MULTILINE)
+    assert rows == [
+        f"{load}, {what}: one expert at a time"
+        for load in ("even load", "half of the experts idle")
+        for what in ("forward", "forward and backward")
     ], done.stdout

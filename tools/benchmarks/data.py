@@ -1,14 +1,13 @@
 """The data path, subject by subject."""
 
 import argparse
-import platform
 import tempfile
 from contextlib import nullcontext
 from datetime import date
 from importlib import import_module
 from pathlib import Path
 
-from benchmarks.measure import Setting, command_line
+from benchmarks.measure import Setting, command_line, processor
 
 from megavl import __version__
 
@@ -27,16 +26,7 @@ def run(args: argparse.Namespace) -> None:
             resume_at=args.resume_at,
             megatron=args.megatron,
         )
-        print(f"{date.today()}, {_processor()}, megavl {__version__}: `{command_line()}`")
+        print(f"{date.today()}, {processor()}, megavl {__version__}: `{command_line()}`")
         for subject in args.subjects:
             for section in import_module(f"benchmarks.{subject}").run(setting):
                 print(f"\n{section}", flush=True)
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
-    except OSError:
-        names = []
-    return f"{len(names)} x {names[0]}" if names else platform.processor() or platform.machine()

@@ -1,6 +1,7 @@
 """Measuring one thing against another on the same machine, in the same run."""
 
 import multiprocessing
+import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -133,3 +134,13 @@ def _racer(barrier: Barrier, prepare: Callable[..., Callable[[], object]], share
 def command_line() -> str:
     """The command as it was typed, without what the deepspeed launcher adds."""
     return " ".join(["python", *(word for word in sys.argv if not word.startswith("--local_rank"))])
+
+
+def processor() -> str:
+    """How many, and of what kind."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return f"{len(names)} x {names[0]}" if names else platform.processor() or platform.machine()
