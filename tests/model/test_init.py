@@ -3,18 +3,27 @@
 import pytest
 import torch
 
+from megavl.config.model import ModelConfig
 from megavl.model.init import initialise
 from megavl.model.vlm import VLM
-from megavl.parallel.groups import TensorAxis
+from megavl.parallel.groups import ExpertAxis, TensorAxis
 from megavl.parallel.shard import shard_of
 from tests.model import tiny
 
 CONFIG = tiny.HYBRID
+ONE_EXPERT_AXIS = ExpertAxis()
 
 
-def weights(axis: TensorAxis = tiny.ONE, first: int = 0, stop: int = 4, seed: int = 7) -> dict[str, torch.nn.Parameter]:
-    model = VLM(CONFIG, axis, tiny.OPS, first, stop)
-    initialise(model, CONFIG, seed)
+def weights(
+    axis: TensorAxis = tiny.ONE,
+    first: int = 0,
+    stop: int = 4,
+    seed: int = 7,
+    config: ModelConfig = CONFIG,
+    ep: ExpertAxis = ONE_EXPERT_AXIS,
+) -> dict[str, torch.nn.Parameter]:
+    model = VLM(config, axis, tiny.OPS, first, stop, ep)
+    initialise(model, config, seed)
     return dict(model.named_parameters())
 
 
@@ -52,6 +61,42 @@ def test_shards_are_slices_of_the_whole(size, first, stop):
             cut += 1
             assert torch.equal(torch.cat([other[name] for other in parts], cuts[0].dim), whole[name]), name
     assert cut > 7
+
+
+@pytest.mark.parametrize("cut_width", [False, True])
+def test_experts_are_slices_of_the_whole(cut_width):
+    """Three expert ranks, each on two tensor ranks."""
+    config = tiny.MLA_SIGMOID
+    whole = weights(stop=5, config=config)
+    for name, full in whole.items():
+        if ".experts." in name:
+            assert not any(torch.equal(full[0], other) for other in full[1:]), name
+    for tensor in range(2):
+        for expert in range(3):
+            ep = ExpertAxis(expert, 3, cut_width=cut_width)
+            for name, part in weights(TensorAxis(tensor, 2), 0, 5, config=config, ep=ep).items():
+                assert torch.equal(part, shard_of(part).slice(whole[name])), name
+
+
+def test_distributions_of_vl2():
+    wider = {"width": 128, "vocab_size": 512}
+    config = tiny.MLA_SIGMOID.model_copy(update={"decoder": tiny.MLA_SIGMOID.decoder.model_copy(update=wider)})
+    model = VLM(config, tiny.ONE, tiny.OPS, 0, 5)
+    model.routers[1].bias.fill_(1)
+    initialise(model, config, seed=0)
+    block = model.blocks["1"]
+    weights = (
+        block.attn.kv_down_proj.weight,
+        block.mlp.router.weight,
+        block.mlp.shared.up_proj.weight,
+        block.mlp.experts.down_proj,
+    )
+    for weight in weights:
+        assert weight.std().item() == pytest.approx(config.init_std, rel=0.05)
+    assert (block.attn.kv_norm.weight == 1).all()
+    assert not model.routers[1].bias.any()
+    for vector in (model.stem.newline, model.stem.separator):
+        assert vector.std().item() == pytest.approx(128**-0.5, rel=0.15)
 
 
 def test_distributions():
