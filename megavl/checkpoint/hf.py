@@ -18,7 +18,7 @@ from megavl.checkpoint.agree import CheckpointError, some
 from megavl.checkpoint.fragments import Boxes
 from megavl.checkpoint.hf_tokenizer import write_tokenizer
 from megavl.checkpoint.layout import locate
-from megavl.checkpoint.maps import deepseek, transformers
+from megavl.checkpoint.maps import deepseek_vl_v2, multi_modality, transformers
 from megavl.checkpoint.maps.fields import Fields
 from megavl.checkpoint.maps.rule import Rule
 from megavl.checkpoint.reader import Checkpoint
@@ -27,7 +27,11 @@ from megavl.checkpoint.shards import Piece, Shards, write_shards
 from megavl.config.model import ModelConfig
 from megavl.config.presets import PRESETS
 
-LAYOUTS: dict[str, ModuleType] = {"transformers": transformers, "deepseek": deepseek}
+# Of each family of models, by its name.
+LAYOUTS: dict[str, dict[str, ModuleType]] = {
+    "transformers": {"vl": transformers},
+    "deepseek": {"vl": multi_modality, "vl2": deepseek_vl_v2},
+}
 Report = Callable[[str], None]
 
 
@@ -42,7 +46,7 @@ def to_hf(
     """Write the weights of a checkpoint as `output`, a directory that appears when it is complete.
 
     checkpoint: a checkpoint, or a directory of checkpoints, of which the latest is taken
-    layout:     "transformers" or "deepseek"
+    layout:     "transformers", or "deepseek": the released code's own
     tokenizer:  file that replaces the run's own; a checkpoint that was itself converted has none
     report:     called with a line for every file
 
@@ -51,26 +55,29 @@ def to_hf(
     """
     source = Checkpoint(locate(checkpoint))
     model = ModelConfig(**source.state["config"]["model"])
-    rules = LAYOUTS[layout].tensor_rules(model)
+    form = _form(model, layout)
+    rules = form.tensor_rules(model)
     _check_parameters(source, rules)
     dtype = source.dtype("param.stem.embedding.weight")
     tokenizer = tokenizer or source.state["config"].get("data", {}).get("tokenizer")
     with _new_directory(Path(output)) as directory:
-        tokens = write_tokenizer(Path(tokenizer), directory, model.image_token_id) if tokenizer else {}
-        if not tokenizer:
+        image_token, tokens = form.PLACEHOLDER, {}
+        if tokenizer:
+            image_token, tokens = write_tokenizer(Path(tokenizer), directory, model.image_token_id, image_token)
+        else:
             report("no tokenizer files: the checkpoint names no tokenizer, and none was given")
-        files = LAYOUTS[layout].processor_json(model)
-        files["config.json"] = LAYOUTS[layout].config_json(model, str(dtype).removeprefix("torch."), tokens)
+        files = form.processor_json(model, image_token)
+        files["config.json"] = form.config_json(model, str(dtype).removeprefix("torch."), tokens)
         files["generation_config.json"] = {f"{name}_token_id": id for name, id in tokens.items()}
         for name, content in files.items():
             (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         pieces = [_parameter_piece(source, rule) for rule in rules]
-        pieces += [_unused_piece(name, shape, dtype) for name, shape in LAYOUTS[layout].unused_shapes(model).items()]
+        pieces += [_unused_piece(name, shape, dtype) for name, shape in form.unused_shapes(model).items()]
         write_shards(directory, pieces, max_shard_bytes, report)
 
 
 def from_hf(source: str | Path, output: str | Path) -> Path:
-    """Write the weights in the directory `source`, of either layout, as `output`/step_00000000, and return that path.
+    """Write the weights in the directory `source`, of any layout, as `output`/step_00000000, and return that path.
 
     The checkpoint has parameters alone, in the dtypes in which they were: the start of a run (checkpoint.init_from).
 
@@ -88,7 +95,7 @@ def from_hf(source: str | Path, output: str | Path) -> Path:
 
 
 def describe(source: Path) -> tuple[ModelConfig, ModuleType]:
-    """The model in a directory of either layout, and the layout. Reads no tensor.
+    """The model in a directory of any layout, and the layout. Reads no tensor.
 
     Raises:
         CheckpointError: it is no such directory, or config.json describes a model that megavl does not compute.
@@ -100,14 +107,26 @@ def describe(source: Path) -> tuple[ModelConfig, ModuleType]:
             "preprocessor_config.json; check the path"
         )
     config = _read_json(source / "config.json")
-    layout = next((part for part in LAYOUTS.values() if config.get("model_type") in part.MODEL_TYPES), None)
+    layouts = {name: form for family in LAYOUTS.values() for form in family.values() for name in form.MODEL_TYPES}
+    layout = layouts.get(config.get("model_type"))
     if layout is None:
-        known = ", ".join(name for part in LAYOUTS.values() for name in part.MODEL_TYPES)
-        raise CheckpointError(f"{source}: model_type {config.get('model_type')!r} is none of {known}")
+        raise CheckpointError(f"{source}: model_type {config.get('model_type')!r} is none of {', '.join(layouts)}")
     return _model_config(source, config, layout), layout
 
 
 # -- megavl -> HF
+
+
+def _form(model: ModelConfig, layout: str) -> ModuleType:
+    """The layout as it is for the model's family."""
+    family = LAYOUTS[layout]
+    if model.family not in family:
+        others = " or ".join(other for other, family in LAYOUTS.items() if model.family in family)
+        raise CheckpointError(
+            f"{layout} has no model of the family of {model.name}, DeepSeek-VL2. Nothing was written; use --layout "
+            f"{others}, which is that of the released code"
+        )
+    return family[model.family]
 
 
 def _check_parameters(source: Checkpoint, rules: list[Rule]) -> None:
@@ -182,8 +201,9 @@ def _model_config(source: Path, config: dict, layout: ModuleType) -> ModelConfig
     image = {}
     if (source / "preprocessor_config.json").is_file():
         image = _read_json(source / "preprocessor_config.json")
-    elif (source / "processor_config.json").is_file():  # where newer versions of transformers put it
-        image = _read_json(source / "processor_config.json").get("image_processor", {})
+    elif (source / "processor_config.json").is_file():  # where VL2 and newer versions of transformers put it
+        processor = _read_json(source / "processor_config.json")
+        image = processor.get("image_processor", processor)
     where = str(source / "config.json")
     try:
         model = layout.model_config(Fields(config, where), Fields(image, where), source.name)

@@ -8,7 +8,6 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from megavl.checkpoint.agree import CheckpointError
 from megavl.config.tokens import END_OF_SEQUENCE
 
-PLACEHOLDER = "<image_placeholder>"
 _SPACE = "\u2581"  # sentencepiece's mark for a space
 # Where a tokenizer.json has no tokenizer_config.json beside it that says so: DeepSeek's and Llama's.
 _BOS = ("<｜begin▁of▁sentence｜>", "<s>")
@@ -27,13 +26,13 @@ _PROBES = (
 )
 
 
-def write_tokenizer(source: Path, output: Path, image_token_id: int) -> dict[str, int]:
+def write_tokenizer(source: Path, output: Path, image_token_id: int, placeholder: str) -> tuple[str, dict[str, int]]:
     """Write the tokenizer in `source` into the directory `output`, so that transformers gives the ids of the training.
 
     A sentencepiece model becomes a tokenizer.json. The token with id `image_token_id` becomes `image_token`: the one
-    that the tokenizer has there, else a new one, `<image_placeholder>`.
+    that the tokenizer has there, else a new one, `placeholder`.
 
-    Returns the ids of "bos", "eos" and "pad", as far as there are such tokens.
+    Returns the image token, and the ids of "bos", "eos" and "pad", as far as there are such tokens.
 
     Raises:
         CheckpointError: no such file, not a tokenizer, or one whose ids cannot be reproduced.
@@ -47,7 +46,7 @@ def write_tokenizer(source: Path, output: Path, image_token_id: int) -> dict[str
     else:
         spec, settings = _from_json(source)
     known = _known_ids(spec)
-    image_token = next((token for token, id in known.items() if id == image_token_id), PLACEHOLDER)
+    image_token = next((token for token, id in known.items() if id == image_token_id), placeholder)
     _place(spec, known, image_token, image_token_id)
     tokenizer = Tokenizer.from_str(json.dumps(spec))
     moved = [
@@ -67,7 +66,7 @@ def write_tokenizer(source: Path, output: Path, image_token_id: int) -> dict[str
     tokenizer.save(str(output / "tokenizer.json"))
     (output / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False), encoding="utf-8")
     named = {name: _content(settings.get(f"{name}_token")) for name in ("bos", "eos", "pad")}
-    return {name: tokenizer.token_to_id(token) for name, token in named.items() if token is not None}
+    return image_token, {name: tokenizer.token_to_id(token) for name, token in named.items() if token is not None}
 
 
 def _content(token: str | dict | None) -> str | None:

@@ -19,6 +19,17 @@ _UPDATE = {"name": "tiny", "decoder": _DECODER, "image_token_id": 630}
 HYBRID: ModelConfig = PRESETS["vl_debug"].model_copy(update=_UPDATE)
 SIGLIP_ONLY: ModelConfig = PRESETS["vl_debug_siglip"].model_copy(update=_UPDATE)
 
+
+def _vl2(preset: str) -> ModelConfig:
+    """A dense block and one with experts."""
+    model = PRESETS[preset]
+    decoder = model.decoder.model_copy(update={"layers": 2, "vocab_size": 640, "max_positions": 256})
+    return model.model_copy(update=_UPDATE | {"decoder": decoder})
+
+
+# Of the decoders of Tiny, Small and Base.
+MHA_SOFTMAX, MLA_SOFTMAX, MLA_SIGMOID = map(_vl2, ("vl2_debug_mha", "vl2_debug_mla", "vl2_debug"))
+
 TEXTS = (
     "The page shows a table with four columns: name, price, count and total.",
     "def area(width: float, height: float) -> float:\n    return width * height\n",
@@ -28,10 +39,13 @@ TEXTS = (
 
 
 def weights(model: ModelConfig, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Random values for every parameter; hd_alpha_downsamples is not zero, as it is at initialisation."""
+    """Random values for every parameter; hd_alpha_downsamples is not zero, as it is at initialisation. The biases of
+    routers are in fp32 whatever the others are."""
     generator = torch.Generator().manual_seed(0)
     return {
-        parameter.name: torch.randn(parameter.shape, generator=generator).mul_(0.05).to(dtype)
+        parameter.name: torch.randn(parameter.shape, generator=generator)
+        .mul_(0.05)
+        .to(dtype if parameter.trained else torch.float32)
         for parameter in parameters(model)
     }
 
@@ -42,7 +56,7 @@ def write_checkpoint(directory: Path, model: ModelConfig, dtype: torch.dtype, to
     for name, weight in weights(model, dtype).items():
         origin = (0,) * weight.dim()
         fragments.append(Fragment.whole(name, "param", tuple(weight.shape), origin, weight))
-        if dtype != torch.float32:
+        if weight.dtype != torch.float32:
             fragments.append(Fragment.whole(name, "master", tuple(weight.shape), origin, weight.float() + 1e-6))
     config = {"model": model.model_dump(mode="json")}
     if tokenizer is not None:

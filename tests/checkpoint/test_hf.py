@@ -11,17 +11,35 @@ from safetensors.torch import load_file, save_file
 
 from megavl.checkpoint.agree import CheckpointError
 from megavl.checkpoint.fragments import Fragment
-from megavl.checkpoint.hf import from_hf, to_hf
+from megavl.checkpoint.hf import LAYOUTS, from_hf, to_hf
 from megavl.checkpoint.layout import latest, read_state
 from megavl.checkpoint.load import load_weights
-from megavl.checkpoint.maps import deepseek, transformers
+from megavl.checkpoint.maps import deepseek_vl_v2, multi_modality, transformers
 from megavl.checkpoint.maps.fields import Fields
 from megavl.checkpoint.reader import Checkpoint
 from megavl.config.parameters import parameters
 from megavl.config.presets import PRESETS
-from tests.checkpoint.models import HYBRID, SIGLIP_ONLY, train_tokenizer, weights, write_checkpoint
+from tests.checkpoint.models import (
+    HYBRID,
+    MHA_SOFTMAX,
+    MLA_SIGMOID,
+    MLA_SOFTMAX,
+    SIGLIP_ONLY,
+    train_tokenizer,
+    weights,
+    write_checkpoint,
+)
 
 MODELS = {"hybrid": HYBRID, "siglip": SIGLIP_ONLY}
+VL2 = {"mha_softmax": MHA_SOFTMAX, "mla_softmax": MLA_SOFTMAX, "mla_sigmoid": MLA_SIGMOID}
+# Every model in every layout that it has.
+FORMS = pytest.mark.parametrize(
+    ("model", "layout"),
+    [
+        *(pytest.param(model, layout, id=f"{name} {layout}") for name, model in MODELS.items() for layout in LAYOUTS),
+        *(pytest.param(model, "deepseek", id=name) for name, model in VL2.items()),
+    ],
+)
 
 
 def silent(line: str) -> None:
@@ -67,11 +85,12 @@ def test_transformers_loads_the_export(tmp_path, tokenizer, model, dtype):
     assert loaded.generation_config.eos_token_id == 2
 
 
-def test_config_describes_the_model_again(model):
-    for layout in (transformers, deepseek):
-        config = json.loads(json.dumps(layout.config_json(model, "float32", {})))
-        image = json.loads(json.dumps(layout.processor_json(model)["preprocessor_config.json"]))
-        assert layout.model_config(Fields(config, "config"), Fields(image, "image"), model.name) == model
+@FORMS
+def test_config_describes_the_model_again(model, layout):
+    form = LAYOUTS[layout][model.family]
+    config = json.loads(json.dumps(form.config_json(model, "float32", {})))
+    image = json.loads(json.dumps(next(iter(form.processor_json(model, "<image>").values()))))
+    assert form.model_config(Fields(config, "config"), Fields(image, "image"), model.name) == model
 
 
 def test_config_saved_by_transformers_is_read(tmp_path, model):
@@ -92,12 +111,14 @@ def test_published_shapes():
     """The 7B and 1.3B as published: numbers of tensors, and the shapes that config.json leads back to."""
     for name, count in {"vl_7b": 854, "vl_1b": 612}.items():
         assert sum(len(rule.theirs) for rule in transformers.tensor_rules(PRESETS[name])) == count
-    released = deepseek.config_json(PRESETS["vl_7b"], "float16", {})
+    released = multi_modality.config_json(PRESETS["vl_7b"], "float16", {})
     params = released["vision_config"]["params"]
     assert params["high_res_cfg"]["model_name"] == "sam_b_downsample"
     assert params["low_res_cfg"]["model_name"] == "siglip_large_patch16_384"
     sizes = {
-        shape: sum(torch.Size(s).numel() for n, s in deepseek.unused_shapes(PRESETS["vl_7b"]).items() if shape in n)
+        shape: sum(
+            torch.Size(s).numel() for n, s in multi_modality.unused_shapes(PRESETS["vl_7b"]).items() if shape in n
+        )
         for shape in ("attn_pool", "layer_norm")
     }
     assert sizes == {"attn_pool": 12_595_200, "layer_norm": 4 * 1024}
@@ -112,12 +133,12 @@ def _equal_weights(path: Path, model, dtype) -> None:
     expected = weights(model, dtype)
     assert set(checkpoint.tensors) == {f"param.{name}" for name in expected}
     for name, tensor in expected.items():
-        read = checkpoint.read_tensor(f"param.{name}", dtype)
-        assert checkpoint.dtype(f"param.{name}") == dtype
+        read = checkpoint.read_tensor(f"param.{name}", tensor.dtype)
+        assert checkpoint.dtype(f"param.{name}") == tensor.dtype
         assert torch.equal(read, tensor), name
 
 
-@pytest.mark.parametrize("layout", ["transformers", "deepseek"])
+@FORMS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_round_trip_is_bit_exact(tmp_path, tokenizer, model, layout, dtype):
     path = write_checkpoint(tmp_path / "checkpoints", model, dtype, tokenizer)
@@ -127,6 +148,11 @@ def test_round_trip_is_bit_exact(tmp_path, tokenizer, model, layout, dtype):
     _equal_weights(back, model, dtype)
     assert back == latest(tmp_path / "back")
     assert Checkpoint(back).state["config"]["model"] == read_state(path)["config"]["model"] | {"name": "hf"}
+    to_hf(back, tmp_path / "again", layout, tokenizer, max_shard_bytes=200_000, report=silent)
+    files = sorted(path.name for path in (tmp_path / "hf").iterdir())
+    assert files == sorted(path.name for path in (tmp_path / "again").iterdir())
+    for name in files:
+        assert (tmp_path / "hf" / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
 
 
 def test_a_run_starts_from_a_converted_checkpoint(tmp_path, model):
@@ -157,7 +183,96 @@ def test_deepseek_layout_has_what_the_released_code_builds(tmp_path, model):
     assert config["aligner_config"]["params"]["n_embed"] == model.decoder.width
 
 
+def test_vl2_layout_has_what_the_released_code_builds(tmp_path):
+    """The released names and shapes, one tensor for each expert; the bias of a router in fp32."""
+    model = MLA_SIGMOID
+    to_hf(write_checkpoint(tmp_path / "a", model, torch.bfloat16), tmp_path / "hf", "deepseek", report=silent)
+    tensors = _all_tensors(tmp_path / "hf")
+    moe, mla, width = model.decoder.moe, model.decoder.mla, model.decoder.width
+    layer = "language.model.layers.1"
+    expected = {
+        "vision.pos_embed": (1, 49, 48),
+        "vision.blocks.1.attn.qkv.weight": (3 * 48, 48),
+        "vision.attn_pool.latent": (1, 1, 48),
+        "projector.layers.0.weight": (width, 4 * 48),
+        "projector.layers.2.bias": (width,),
+        "image_newline": (width,),
+        "view_seperator": (width,),
+        "language.lm_head.weight": (640, width),
+        f"{layer}.self_attn.kv_a_proj_with_mqa.weight": (mla.kv_rank + mla.rope_width, width),
+        f"{layer}.self_attn.kv_a_layernorm.weight": (mla.kv_rank,),
+        f"{layer}.mlp.gate.weight": (moe.experts, width),
+        f"{layer}.mlp.gate.e_score_correction_bias": (moe.experts,),
+        f"{layer}.mlp.shared_experts.up_proj.weight": (moe.shared * moe.width, width),
+        "language.model.layers.0.mlp.down_proj.weight": (width, model.decoder.mlp_width),
+    }
+    assert expected.items() <= {name: tuple(tensor.shape) for name, tensor in tensors.items()}.items()
+    weight = weights(model, torch.bfloat16)["blocks.1.mlp.experts.down_proj"]
+    for expert in range(moe.experts):
+        assert torch.equal(tensors[f"{layer}.mlp.experts.{expert}.down_proj.weight"], weight[expert])
+    assert tensors[f"{layer}.mlp.gate.e_score_correction_bias"].dtype == torch.float32
+    assert sum(tensor.numel() for name, tensor in tensors.items() if "attn_pool" not in name) == sum(
+        parameter.size for parameter in parameters(model)
+    )
+
+
+def test_published_config_of_vl2():
+    """What the released files say where they say it, and that what they leave out leads back to the presets."""
+    for name, preset in PRESETS.items():
+        if preset.family == "vl" or "debug" in name:
+            continue
+        config = deepseek_vl_v2.config_json(preset, "bfloat16", {})
+        assert config["candidate_resolutions"][:4] == [[384, 384], [384, 768], [768, 384], [384, 1152]]
+        assert len(config["candidate_resolutions"]) == 23
+        assert config["vision_config"]["mlp_ratio"] == 3.7362
+        del config["image_token_id"]
+        for field in ("image_size", "heads"):
+            del config["vision_config"][field]
+        read = deepseek_vl_v2.model_config(Fields(config, "config"), Fields({}, "image"), name)
+        assert read == preset
+    pool = deepseek_vl_v2.unused_shapes(PRESETS["vl2_tiny"])
+    tower = sum(p.size for p in parameters(PRESETS["vl2_tiny"]) if p.name.startswith("stem.siglip"))
+    assert tower + sum(torch.Size(shape).numel() for shape in pool.values()) == 428_225_600  # SigLIP-SO400M
+
+
 # -- refusals
+
+
+def test_transformers_layout_of_vl2_is_refused(tmp_path):
+    checkpoint = write_checkpoint(tmp_path / "a", MLA_SOFTMAX, torch.float32)
+    with pytest.raises(CheckpointError, match="transformers has no model of the family of tiny.*--layout deepseek"):
+        to_hf(checkpoint, tmp_path / "hf", "transformers", report=silent)
+    assert not (tmp_path / "hf").exists()
+
+
+def test_vl2_that_the_released_code_cannot_compute_is_refused(tmp_path):
+    siglip = MLA_SOFTMAX.siglip.model_copy(update={"gelu_approximation": "none"})
+    decoder = MLA_SOFTMAX.decoder.model_copy(update={"norm_eps": 1e-5})
+    model = MLA_SOFTMAX.model_copy(update={"siglip": siglip, "decoder": decoder})
+    with pytest.raises(
+        CheckpointError, match=r"gelu_approximation = none, there tanh; decoder.norm_eps = 1e-05, there"
+    ):
+        to_hf(write_checkpoint(tmp_path / "a", model, torch.float32), tmp_path / "hf", "deepseek", report=silent)
+    assert not (tmp_path / "hf").exists()
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value", "message"),
+    [
+        (None, "tile_tag", "1D", "tile_tag is '1D'"),
+        (None, "candidate_resolutions", [[30, 30], [60, 60]], "candidate_resolutions is"),
+        ("projector_config", "depth", 3, "depth is 3"),
+        ("language_config", "q_lora_rank", 1536, "q_lora_rank is 1536"),
+        ("language_config", "n_group", 8, "n_group is 8"),
+        ("language_config", "topk_method", "group_limited_greedy", "topk_method is 'group_limited_greedy'"),
+        ("language_config", "scoring_func", "relu", "scoring_func is 'relu', .* 'softmax' or 'sigmoid'"),
+    ],
+)
+def test_other_configs_of_vl2_are_refused(section, field, value, message):
+    config = deepseek_vl_v2.config_json(MLA_SOFTMAX, "float32", {})
+    (config if section is None else config[section])[field] = value
+    with pytest.raises(CheckpointError, match=message):
+        deepseek_vl_v2.model_config(Fields(config, "config"), Fields({}, "image"), "x")
 
 
 @pytest.fixture
@@ -196,7 +311,7 @@ def test_missing_unknown_and_misshaped_tensors_are_listed(exported, tmp_path):
         (None, "model_type", "llava", "model_type 'llava' is none of"),
         ("text_config", "hidden_act", "gelu", "text_config: hidden_act is 'gelu'"),
         ("text_config", "rope_scaling", {"type": "linear"}, "rope_scaling"),
-        ("vision_config", "hidden_act", "gelu_pytorch_tanh", "vision_config: hidden_act"),
+        ("vision_config", "hidden_act", "relu", "vision_config: hidden_act is 'relu'.* 'gelu' or 'gelu_pytorch_tanh'"),
         ("text_config", "hidden_size", -1, "does not describe a model"),
     ],
 )
@@ -243,7 +358,7 @@ _MEASURE = """
 import sys
 from pathlib import Path
 from megavl.checkpoint import save
-from megavl.checkpoint.hf import from_hf, to_hf
+from megavl.checkpoint.hf import LAYOUTS, from_hf, to_hf
 def peak_mb():
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024 / 1e6
 save._FILE_BYTES = 12_000_000

@@ -27,7 +27,8 @@ def test_sentencepiece_ids_are_kept(tmp_path, model_type, options, byte_fallback
     """Exact for BPE. Unigram may break ties between equally likely cuts otherwise, which does not happen here."""
     options = {**options, "model_type": model_type, "byte_fallback": byte_fallback}
     path = train_tokenizer(tmp_path / "tokenizer.model", user_defined_symbols=["<box>"], **options)
-    assert write_tokenizer(path, tmp_path, 630) == {"bos": 1, "eos": 2, "pad": 3}
+    written = write_tokenizer(path, tmp_path, 630, "<image_placeholder>")
+    assert written == ("<image_placeholder>", {"bos": 1, "eos": 2, "pad": 3})
     reference = sentencepiece.SentencePieceProcessor(model_file=str(path))
     tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     for sample in SAMPLES if model_type == "bpe" else TEXTS:
@@ -62,10 +63,10 @@ def test_json_tokenizer_gets_the_placeholder(tmp_path, image_token_id):
     path = _train_json(tmp_path / "tokenizer.json", ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"])
     before = Tokenizer.from_file(str(path))
     (tmp_path / "out").mkdir()
-    ids = write_tokenizer(path, tmp_path / "out", image_token_id)
-    assert ids == {"bos": 300, "eos": 301, "pad": 301}
+    written = write_tokenizer(path, tmp_path / "out", image_token_id, "<image>")
+    assert written == ("<image>", {"bos": 300, "eos": 301, "pad": 301})
     after = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
-    assert after.get_vocab() == before.get_vocab() | {"<image_placeholder>": image_token_id}
+    assert after.get_vocab() == before.get_vocab() | {"<image>": image_token_id}
     for sample in SAMPLES[:4]:
         assert after.encode(sample).ids == before.encode(sample).ids
 
@@ -75,7 +76,8 @@ def test_token_that_is_there_already_is_the_image_token(tmp_path):
     settings = {"eos_token": {"content": "</s>"}, "model_max_length": 4096}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     (tmp_path / "out").mkdir()
-    assert write_tokenizer(path, tmp_path / "out", 301) == {"eos": 300, "pad": 300}
+    image_token, ids = write_tokenizer(path, tmp_path / "out", 301, "<image_placeholder>")
+    assert (image_token, ids) == ("<image>", {"eos": 300, "pad": 300})
     written = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
     assert written["extra_special_tokens"] == {"image_token": "<image>"}
     assert written["model_max_length"] == 4096
@@ -83,13 +85,13 @@ def test_token_that_is_there_already_is_the_image_token(tmp_path):
 
 def test_files_that_are_no_tokenizers_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match="gone.model is not there"):
-        write_tokenizer(tmp_path / "gone.model", tmp_path, 1)
+        write_tokenizer(tmp_path / "gone.model", tmp_path, 1, "<image>")
     (tmp_path / "a.model").write_bytes(b"nothing")
     with pytest.raises(CheckpointError, match="not a sentencepiece model"):
-        write_tokenizer(tmp_path / "a.model", tmp_path, 1)
+        write_tokenizer(tmp_path / "a.model", tmp_path, 1, "<image>")
     (tmp_path / "a.json").write_text("{}")
     with pytest.raises(CheckpointError, match="not a tokenizer.json"):
-        write_tokenizer(tmp_path / "a.json", tmp_path, 1)
+        write_tokenizer(tmp_path / "a.json", tmp_path, 1, "<image>")
 
 
 @pytest.mark.parametrize("model", [HYBRID, SIGLIP_ONLY], ids=["hybrid", "siglip"])

@@ -21,6 +21,20 @@ class Fields:
         """A nested object; empty where it is absent."""
         return Fields(self._values.get(name), f"{self._where} {name}")
 
+    def choose(self, name: str, meanings: dict[str, Any], default: str) -> Any:
+        """What a field of one of these values means.
+
+        Raises:
+            CheckpointError: naming the field, its value and these.
+        """
+        value = self.get(name, default)
+        if value not in meanings:
+            raise CheckpointError(
+                f"{self._where}: {name} is {value!r}, and megavl computes only {' or '.join(map(repr, meanings))}. "
+                "Nothing was converted"
+            )
+        return meanings[value]
+
     def require(self, name: str, wanted: Any, default: Any) -> None:
         """Refuse a field of any value but `wanted`.
 

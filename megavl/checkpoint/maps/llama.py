@@ -1,7 +1,22 @@
-"""The decoder as a Llama configuration, which both layouts have."""
+"""The decoder as a Llama, whose names all layouts have and whose configuration those of DeepSeek-VL have."""
 
 from megavl.checkpoint.maps.fields import Fields
+from megavl.checkpoint.maps.rule import Names
 from megavl.config.model import DecoderConfig, ModelConfig
+
+
+def llama_names(text: str, head: str) -> Names:
+    """The names of its parameters; `text` and `head` are those of the model without its head, and of the head."""
+    layer = f"{text}.layers.#"
+    names = {
+        "stem.embedding.@": f"{text}.embed_tokens.@",
+        "blocks.#.attn_norm.@": f"{layer}.input_layernorm.@",
+        "blocks.#.mlp_norm.@": f"{layer}.post_attention_layernorm.@",
+        "head.norm.@": f"{text}.norm.@",
+        "head.proj.@": f"{head}.@",
+    }
+    names |= {f"blocks.#.attn.{part}_proj.@": f"{layer}.self_attn.{part}_proj.@" for part in "qkvo"}
+    return names | {f"blocks.#.mlp.{part}_proj.@": f"{layer}.mlp.{part}_proj.@" for part in ("gate", "up", "down")}
 
 
 def llama_json(model: ModelConfig, tokens: dict[str, int]) -> dict:

@@ -7,19 +7,21 @@ versions of transformers name it with one `vision_model` and read both.
 import re
 
 from megavl.checkpoint.maps.fields import Fields
-from megavl.checkpoint.maps.llama import llama_decoder, llama_json
-from megavl.checkpoint.maps.rule import Names, Rule, rules
+from megavl.checkpoint.maps.llama import llama_decoder, llama_json, llama_names
+from megavl.checkpoint.maps.rule import Names, Rule, Shape, rules
 from megavl.config.model import ModelConfig, SamConfig, SiglipConfig
 from megavl.config.parameters import parameters
 
 MODEL_TYPES = ("deepseek_vl_hybrid", "deepseek_vl")
+PLACEHOLDER = "<image_placeholder>"
 
 _SIGLIP = "model.vision_model.vision_model"
 _SAM = "model.high_res_vision_model.vision_encoder"
 _TEXT = "model.language_model"
+# SigLIP's by its approximation.
+_ACTIVATION = {"none": "gelu", "tanh": "gelu_pytorch_tanh"}
 
-NAMES: Names = {
-    "stem.embedding.@": f"{_TEXT}.embed_tokens.@",
+NAMES: Names = llama_names(_TEXT, "lm_head") | {
     "stem.siglip.patch_embed.@": f"{_SIGLIP}.embeddings.patch_embedding.@",
     "stem.siglip.pos_embed": f"{_SIGLIP}.embeddings.position_embedding.weight",
     "stem.siglip.blocks.#.norm1.@": f"{_SIGLIP}.encoder.layers.#.layer_norm1.@",
@@ -55,17 +57,6 @@ NAMES: Names = {
     "stem.adaptor.proj.@": "model.aligner.proj.@",
     "stem.adaptor.fc1.@": "model.aligner.linear1.@",
     "stem.adaptor.fc2.@": "model.aligner.linear2.@",
-    "blocks.#.attn_norm.@": f"{_TEXT}.layers.#.input_layernorm.@",
-    "blocks.#.attn.q_proj.@": f"{_TEXT}.layers.#.self_attn.q_proj.@",
-    "blocks.#.attn.k_proj.@": f"{_TEXT}.layers.#.self_attn.k_proj.@",
-    "blocks.#.attn.v_proj.@": f"{_TEXT}.layers.#.self_attn.v_proj.@",
-    "blocks.#.attn.o_proj.@": f"{_TEXT}.layers.#.self_attn.o_proj.@",
-    "blocks.#.mlp_norm.@": f"{_TEXT}.layers.#.post_attention_layernorm.@",
-    "blocks.#.mlp.gate_proj.@": f"{_TEXT}.layers.#.mlp.gate_proj.@",
-    "blocks.#.mlp.up_proj.@": f"{_TEXT}.layers.#.mlp.up_proj.@",
-    "blocks.#.mlp.down_proj.@": f"{_TEXT}.layers.#.mlp.down_proj.@",
-    "head.norm.@": f"{_TEXT}.norm.@",
-    "head.proj.@": "lm_head.@",
 }
 
 # Of SigLIP's pooling head, which the model never uses, and of a buffer that old versions saved.
@@ -77,7 +68,7 @@ def tensor_rules(model: ModelConfig) -> list[Rule]:
     return rules(parameters(model), NAMES, flat=frozenset({"stem.siglip.pos_embed"}))
 
 
-def unused_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+def unused_shapes(model: ModelConfig) -> dict[str, Shape]:
     """Tensors that the layout wants besides the parameters: none."""
     return {}
 
@@ -109,7 +100,7 @@ def config_json(model: ModelConfig, dtype: str, tokens: dict[str, int]) -> dict:
             "image_size": model.siglip.image_size,
             "patch_size": model.siglip.patch_size,
             "layer_norm_eps": model.siglip.norm_eps,
-            "hidden_act": "gelu",
+            "hidden_act": _ACTIVATION[model.siglip.gelu_approximation],
             "vision_use_head": False,
         },
     }
@@ -131,8 +122,8 @@ def config_json(model: ModelConfig, dtype: str, tokens: dict[str, int]) -> dict:
     return config
 
 
-def processor_json(model: ModelConfig) -> dict[str, dict]:
-    """preprocessor_config.json and processor_config.json."""
+def processor_json(model: ModelConfig, image_token: str) -> dict[str, dict]:
+    """preprocessor_config.json and processor_config.json; the tokenizer's files name `image_token`."""
     hybrid = model.sam is not None
     family = "DeepseekVLHybrid" if hybrid else "DeepseekVL"
     image = {
@@ -170,7 +161,7 @@ def model_config(config: Fields, image: Fields, name: str) -> ModelConfig:
     """
     hybrid = config.get("model_type", "") == MODEL_TYPES[0]
     vision = config.section("vision_config")
-    vision.require("hidden_act", "gelu", default="gelu_pytorch_tanh")
+    approximations = {activation: name for name, activation in _ACTIVATION.items()}
     siglip = SiglipConfig(
         image_size=vision.get("image_size", 224),
         patch_size=vision.get("patch_size", 16),
@@ -178,6 +169,7 @@ def model_config(config: Fields, image: Fields, name: str) -> ModelConfig:
         layers=vision.get("num_hidden_layers", 12),
         heads=vision.get("num_attention_heads", 12),
         mlp_width=vision.get("intermediate_size", 3072),
+        gelu_approximation=vision.choose("hidden_act", approximations, default="gelu_pytorch_tanh"),
         norm_eps=vision.get("layer_norm_eps", 1e-6),
         pixel_mean=image.get("image_mean", SiglipConfig().pixel_mean),
         pixel_std=image.get("image_std", SiglipConfig().pixel_std),

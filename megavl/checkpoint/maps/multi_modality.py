@@ -1,21 +1,22 @@
-"""The layout of the released checkpoints: `multi_modality`, read by DeepSeek's own `deepseek_vl` package."""
+"""The layout of the released checkpoints of DeepSeek-VL: `multi_modality`, read by DeepSeek's own `deepseek_vl`."""
 
 import re
 from typing import TypeVar
 
 from megavl.checkpoint.agree import CheckpointError
 from megavl.checkpoint.maps.fields import Fields
-from megavl.checkpoint.maps.llama import llama_decoder, llama_json
-from megavl.checkpoint.maps.rule import Names, Rule, rules
+from megavl.checkpoint.maps.llama import llama_decoder, llama_json, llama_names
+from megavl.checkpoint.maps.rule import Names, Rule, Shape, rules
+from megavl.checkpoint.maps.siglip_vit import pool_shapes, siglip_names
 from megavl.config.model import ModelConfig, SamConfig, SiglipConfig
 from megavl.config.parameters import parameters
 
 MODEL_TYPES = ("multi_modality",)
+PLACEHOLDER = "<image_placeholder>"
 
 # The tower shapes that the released code knows by name; it takes them from its own tables, not from config.json.
 _SIGLIP_L, _SAM_B = "siglip_large_patch16_384", "sam_b_downsample"
 _SAM = "vision_model.vision_tower_high.vision_tower"
-_TEXT = "language_model.model"
 
 # Built by the released code and never used in its forward pass.
 UNUSED = re.compile(r"vision_model\.((vision_tower_low\.)?vision_tower\.attn_pool|(high|low)_layer_norm)\.")
@@ -23,22 +24,12 @@ UNUSED = re.compile(r"vision_model\.((vision_tower_low\.)?vision_tower\.attn_poo
 
 def names(hybrid: bool) -> Names:
     """The names of the parameters: the SigLIP tower of the hybrid encoder is `vision_tower_low`."""
-    siglip = _siglip(hybrid)
-    kept = ("patch_embed", "blocks.#.norm1", "blocks.#.attn.qkv", "blocks.#.attn.proj", "blocks.#.norm2")
-    table = {
-        f"stem.siglip.{name}.@": f"{siglip}.{name}.@" for name in (*kept[1:], "blocks.#.mlp.fc1", "blocks.#.mlp.fc2")
-    }
-    table |= {
-        f"stem.sam.{name}.@": f"{_SAM}.{name}.@" for name in (*kept[1:], "blocks.#.mlp.lin1", "blocks.#.mlp.lin2")
-    }
+    kept = ("norm1", "norm2", "attn.qkv", "attn.proj", "mlp.lin1", "mlp.lin2")
+    table = {f"stem.sam.blocks.#.{name}.@": f"{_SAM}.blocks.#.{name}.@" for name in kept}
     table |= {
         f"stem.sam.{neck}.{index}.@": f"{_SAM}.{neck}.{index}.@" for neck in ("neck", "neck_hd") for index in range(4)
     }
-    return table | {
-        "stem.embedding.@": f"{_TEXT}.embed_tokens.@",
-        "stem.siglip.patch_embed.@": f"{siglip}.patch_embed.proj.@",
-        "stem.siglip.pos_embed": f"{siglip}.pos_embed",
-        "stem.siglip.norm.@": f"{siglip}.norm.@",
+    table |= {
         "stem.sam.patch_embed.@": f"{_SAM}.patch_embed.proj.@",
         "stem.sam.pos_embed": f"{_SAM}.pos_embed",
         "stem.sam.blocks.#.attn.rel_pos_h": f"{_SAM}.blocks.#.attn.rel_pos_h",
@@ -51,18 +42,8 @@ def names(hybrid: bool) -> Names:
         "stem.adaptor.proj.@": "aligner.layers.1.@",
         "stem.adaptor.fc1.@": "aligner.layers.0.@",
         "stem.adaptor.fc2.@": "aligner.layers.2.@",
-        "blocks.#.attn_norm.@": f"{_TEXT}.layers.#.input_layernorm.@",
-        "blocks.#.attn.q_proj.@": f"{_TEXT}.layers.#.self_attn.q_proj.@",
-        "blocks.#.attn.k_proj.@": f"{_TEXT}.layers.#.self_attn.k_proj.@",
-        "blocks.#.attn.v_proj.@": f"{_TEXT}.layers.#.self_attn.v_proj.@",
-        "blocks.#.attn.o_proj.@": f"{_TEXT}.layers.#.self_attn.o_proj.@",
-        "blocks.#.mlp_norm.@": f"{_TEXT}.layers.#.post_attention_layernorm.@",
-        "blocks.#.mlp.gate_proj.@": f"{_TEXT}.layers.#.mlp.gate_proj.@",
-        "blocks.#.mlp.up_proj.@": f"{_TEXT}.layers.#.mlp.up_proj.@",
-        "blocks.#.mlp.down_proj.@": f"{_TEXT}.layers.#.mlp.down_proj.@",
-        "head.norm.@": f"{_TEXT}.norm.@",
-        "head.proj.@": "language_model.lm_head.@",
     }
+    return llama_names("language_model.model", "language_model.lm_head") | siglip_names(_siglip(hybrid)) | table
 
 
 def tensor_rules(model: ModelConfig) -> list[Rule]:
@@ -70,23 +51,13 @@ def tensor_rules(model: ModelConfig) -> list[Rule]:
     return rules(parameters(model), names(model.sam is not None))
 
 
-def unused_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+def unused_shapes(model: ModelConfig) -> dict[str, Shape]:
     """Tensors that the released code wants besides the parameters, though its forward pass never reads them."""
-    width, pool = model.siglip.width, f"{_siglip(model.sam is not None)}.attn_pool"
-    mlp = model.siglip.mlp_width
-    shapes = {f"{pool}.latent": (1, 1, width)}
-    for name, rows, columns in (
-        (f"{pool}.q", width, width),
-        (f"{pool}.kv", 2 * width, width),
-        (f"{pool}.proj", width, width),
-        (f"{pool}.mlp.fc1", mlp, width),
-        (f"{pool}.mlp.fc2", width, mlp),
-    ):
-        shapes |= {f"{name}.weight": (rows, columns), f"{name}.bias": (rows,)}
-    norms = {f"{pool}.norm": width}
+    shapes = pool_shapes(_siglip(model.sam is not None), model.siglip)
     if model.sam is not None:
-        norms |= {"vision_model.high_layer_norm": model.sam.output_width, "vision_model.low_layer_norm": width}
-    return shapes | {f"{name}.{part}": (size,) for name, size in norms.items() for part in ("weight", "bias")}
+        for norm, width in (("high_layer_norm", model.sam.output_width), ("low_layer_norm", model.siglip.width)):
+            shapes |= {f"vision_model.{norm}.{part}": (width,) for part in ("weight", "bias")}
+    return shapes
 
 
 def canonical(name: str) -> str:
@@ -138,7 +109,7 @@ def config_json(model: ModelConfig, dtype: str, tokens: dict[str, int]) -> dict:
     }
 
 
-def processor_json(model: ModelConfig) -> dict[str, dict]:
+def processor_json(model: ModelConfig, image_token: str) -> dict[str, dict]:
     """preprocessor_config.json and processor_config.json."""
     tower = model.siglip if model.sam is None else model.sam
     image = {
@@ -154,7 +125,7 @@ def processor_json(model: ModelConfig) -> dict[str, dict]:
     }
     processor = {
         "processor_class": "VLChatProcessor",
-        "image_tag": "<image_placeholder>",
+        "image_tag": image_token,
         "num_image_tokens": model.tile_features,
         "add_special_token": False,
         "mask_prompt": True,
