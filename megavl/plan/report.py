@@ -26,6 +26,7 @@ def _run(config: RunConfig, world: int) -> str:
     counts = f"parameters: {parameters.total:,} = {parameters.trainable:,} trainable + {parameters.frozen:,} frozen"
     experts = ""
     if config.model.decoder.moe is not None:
+        counts += " (the biases of routers among these)" * (config.model.decoder.moe.router == "sigmoid")
         counts += (
             f"\nactive: {active_parameters(config.model):,} of them, with the routed experts of one token and without "
             "the token embedding"

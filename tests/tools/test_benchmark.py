@@ -7,6 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from megavl.config.error import ConfigError
+from megavl.config.presets import PRESETS
+from megavl.config.tiles import Tiling
+from megavl.parallel.groups import Axis, Mesh, TensorAxis
+from megavl.parallel.topology import Topology
+from tests.config.runs import make_run
 from tests.pool import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -20,8 +28,8 @@ TEXT_ROWS = [
 
 def test_a_step_of_each_kind_is_timed():
     torchrun = [str(Path(sys.executable).parent / "torchrun"), "--nproc-per-node", "2", "--master-port"]
-    options = ["--steps", "2", "--warmup", "1", "--images", "4"]
-    overrides = ["parallel.pipeline=2", "model.decoder.layers=2", "train.global_batch=2"]
+    options = ["--steps", "2", "--warmup", "1", "--images", "4", "--grid", "2x1"]
+    overrides = ["parallel.pipeline=1", "model.decoder.layers=2", "train.global_batch=2"]
     done = subprocess.run(
         [
             *torchrun,
@@ -30,7 +38,7 @@ def test_a_step_of_each_kind_is_timed():
             "step",
             *options,
             "--config",
-            "launch/recipes/vl_debug.yaml",
+            "launch/recipes/vl2_debug.yaml",
             *overrides,
         ],
         cwd=ROOT,
@@ -40,8 +48,23 @@ def test_a_step_of_each_kind_is_timed():
         timeout=200,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"^\| text \| 0 \| [\d,]+ \| \d", done.stdout, re.MULTILINE), done.stdout
-    assert re.search(r"^\| multimodal \| 8 \| [\d,]+ \| \d", done.stdout, re.MULTILINE), done.stdout
+    assert re.search(r"^\| text \| 0 \| 0 \| [\d,]+ \| \d", done.stdout, re.MULTILINE), done.stdout
+    assert re.search(r"^\| multimodal \| 8 \| 24 \| [\d,]+ \| \d", done.stdout, re.MULTILINE), done.stdout
+
+
+@pytest.mark.parametrize(("preset", "grid", "tiles"), [("vl_debug", None, 3), ("vl2_debug", "2x2", 15)])
+def test_images_of_a_made_up_pack_have_their_places(preset, grid, tiles, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    from benchmarks.step import grid_of, made_up_pack
+
+    config = make_run(model=PRESETS[preset].model_dump(mode="json"), data={"seq_len": 500})
+    grid, tiling = grid_of(config, grid), Tiling(config.model)
+    pack = made_up_pack(config, 3, grid, Mesh(Topology(1, 1, 1), Axis(), Axis(), TensorAxis(), Axis(), Axis(), Axis()))
+    assert (pack.tokens == config.model.image_token_id).sum() == 3 * tiling.tokens[tiling.grids.index(grid)]
+    assert pack.grids == (grid,) * 3
+    assert all(len(pixels) == tiles for pixels in pack.pixels.values())
+    with pytest.raises(ConfigError, match="--grid 7x7 is none of"):
+        grid_of(config, "7x7")
 
 
 def test_each_part_of_the_data_path_is_measured(tmp_path):
