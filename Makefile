@@ -1,7 +1,8 @@
 # Every target makes what it needs in .venv first; the stamp is renewed when setup.py changes.
 #
 #   make install      the environment alone
-#   make quickstart   the main job on real input, on a CPU: documents -> training -> kill -> resume -> HF checkpoint
+#   make quickstart   the main job on real input, on a CPU: documents -> training -> kill -> resume -> HF checkpoint;
+#                     MODEL=vl2 with DeepSeek-VL2 for DeepSeek-VL
 #   make test         the whole test suite, two files at a time (JOBS=8: eight)
 #   make check        format, lint and the rules of the house
 #   make clean        remove the environment and what the quickstart made
@@ -9,6 +10,7 @@
 # PYTHON=python3.12 picks another interpreter to make .venv with.
 
 PYTHON ?= python3
+MODEL ?= vl
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 
@@ -26,7 +28,7 @@ export DS_ACCELERATOR ?= cpu
 install: $(INSTALLED)
 
 quickstart: $(INSTALLED)
-	python launch/quickstart.py
+	python launch/quickstart.py --model $(MODEL)
 
 test: $(INSTALLED)
 	python -m pytest -q --numprocesses $(JOBS) --dist loadfile
@@ -37,7 +39,7 @@ check: $(INSTALLED)
 	python -m pytest -q tests/house
 
 clean:
-	rm -rf $(VENV) data/quickstart runs/quickstart build *.egg-info
+	rm -rf $(VENV) data/quickstart runs/quickstart data/quickstart_vl2 runs/vl2_debug build *.egg-info
 
 $(INSTALLED): setup.py
 	$(PYTHON) -m venv $(VENV)

@@ -1,11 +1,17 @@
 """The main job on real input, as the command lines that a user would type.
 
-    python launch/quickstart.py
+    python launch/quickstart.py [--model vl|vl2]
 
 Documents are made from what Python has installed, a tokenizer is trained, datasets are built, verified and put on a
-page to look at; a small model with every part of DeepSeek-VL-7B is trained on four CPU processes as TP2 x PP2 with
-sequence parallelism; one rank is killed; the same run goes on as PP2 x DP2; the result is exported and compared with
-transformers. Any part that fails ends this with its exit code.
+page to look at; a small model is trained on four CPU processes; one rank is killed; the same run goes on under another
+topology; the result is exported and read back.
+
+    vl   every part of DeepSeek-VL-7B, as TP2 x PP2 with sequence parallelism, then PP2 x DP2; the export is compared
+         with transformers
+    vl2  every part of DeepSeek-VL2, as EP2 x PP2, then EP2 x TP2 with sequence parallelism, on tiled images and a
+         grounding task; the export, for which transformers has no class, is read back and must be the model
+
+Any part that fails ends this with its exit code.
 """
 
 import argparse
@@ -13,24 +19,107 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
-DATA = "data/quickstart"
-RECIPE = "launch/recipes/quickstart.yaml"
-RUN = Path("runs/quickstart")
-METRICS = RUN / "metrics.jsonl"
-PAGE = f"{DATA}/inspect.html"
 RANKS = 4
-# The recipe writes a checkpoint after step 100, so the steps from 101 on are lost, and done again by another topology.
+# The recipes write a checkpoint after step 100, so the steps from 101 on are lost, and done again by another topology.
 KILL_AFTER_STEP = 107
 # Longest silence of a healthy run.
 SILENCE_S = 300
 # A kind of step has learned when the mean loss of its last ten steps is this much below that of its first three.
 LOSS_MUST_FALL_BY_NATS = 1.0
 
-TRAIN = f"DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 deepspeed --num_gpus {RANKS} launch/pretrain.py --config {RECIPE}"
+
+@dataclass(frozen=True)
+class Topology:
+    """How the ranks are laid out: in words, and as overrides of the recipe."""
+
+    name: str
+    overrides: str = ""
+
+
+@dataclass(frozen=True)
+class Model:
+    """What differs between the two.
+
+    data, run:     folders, which are made anew
+    corpus, tokenizer, preprocess: options of the tools
+    datasets:      name of each, and of the file that it is made from
+    trained:       those that the recipe trains on
+    before, after: the recipe's topology, and the one under which the killed run goes on
+    layout:        of the export, in {run}/hf
+    proof:         options of tools/check_export.py
+    plots:         what tools/plot_NAME.py draws
+    """
+
+    data: str
+    run: Path
+    recipe: str
+    corpus: str
+    tokenizer: str
+    preprocess: str
+    datasets: dict[str, str]
+    trained: tuple[str, ...]
+    before: Topology
+    after: Topology
+    layout: str
+    proof: str
+    plots: tuple[str, ...]
+
+    @property
+    def metrics(self) -> Path:
+        return self.run / "metrics.jsonl"
+
+    @property
+    def page(self) -> str:
+        return f"{self.data}/inspect.html"
+
+    @property
+    def train(self) -> str:
+        launch = f"DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 deepspeed --num_gpus {RANKS} launch/pretrain.py"
+        return f"{launch} --config {self.recipe}"
+
+
+MODELS = {
+    "vl": Model(
+        data="data/quickstart",
+        run=Path("runs/quickstart"),
+        recipe="launch/recipes/quickstart.yaml",
+        corpus="",
+        tokenizer="",
+        preprocess="",
+        datasets={"text": "text", "multimodal": "multimodal", "heldout": "heldout_multimodal"},
+        trained=("text", "multimodal"),
+        before=Topology("TP2 x PP2 + sequence"),
+        after=Topology("PP2 x DP2", "parallel.tensor=1 parallel.sequence=false"),
+        layout="transformers",
+        proof=" --image data/quickstart/images/heldout_multimodal_00000.png",
+        plots=("loss",),
+    ),
+    "vl2": Model(
+        data="data/quickstart_vl2",
+        run=Path("runs/vl2_debug"),
+        recipe="launch/recipes/vl2_debug.yaml",
+        corpus=" --family vl2",
+        tokenizer=" --family vl2 --vocab-size 2400",
+        preprocess=" --template vl2",
+        datasets={
+            "text": "text",
+            "multimodal": "multimodal",
+            "grounding": "grounding",
+            "heldout": "heldout_grounding",
+        },
+        trained=("text", "multimodal", "grounding"),
+        before=Topology("EP2 x PP2"),
+        after=Topology("EP2 x TP2 + sequence", "parallel.pipeline=1 parallel.tensor=2 parallel.sequence=true"),
+        layout="deepseek",
+        proof="",
+        plots=("loss", "experts"),
+    ),
+}
 
 
 def say(text: str) -> None:
@@ -48,11 +137,11 @@ def run(command: str) -> None:
     print(f"  ({time.monotonic() - started:.0f} s)", flush=True)
 
 
-def steps_done() -> list[dict]:
+def steps_done(model: Model) -> list[dict]:
     """The steps that the run has written so far; a line that is still being written is not one."""
-    if not METRICS.exists():
+    if not model.metrics.exists():
         return []
-    return [json.loads(line) for line in METRICS.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return [json.loads(line) for line in model.metrics.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
 def ranks_of(launcher: subprocess.Popen) -> dict[int, psutil.Process]:
@@ -65,10 +154,10 @@ def ranks_of(launcher: subprocess.Popen) -> dict[int, psutil.Process]:
     return found
 
 
-def wait_for_step(step: int, launcher: subprocess.Popen) -> None:
+def wait_for_step(model: Model, step: int, launcher: subprocess.Popen) -> None:
     """Return when the run has written `step`. Ends the program where the run stops before, or falls silent."""
     seen, heard = 0, time.monotonic()
-    while (done := len(steps_done())) < step:
+    while (done := len(steps_done(model))) < step:
         if launcher.poll() is not None:
             sys.exit(f"quickstart: training stopped by itself after {done} steps, exit code {launcher.returncode}")
         if done > seen:
@@ -78,12 +167,12 @@ def wait_for_step(step: int, launcher: subprocess.Popen) -> None:
         time.sleep(0.1)
 
 
-def train_and_kill(command: str) -> None:
-    """Start training, kill one rank in the middle of it, and see that no rank is left."""
+def train_and_kill(model: Model, command: str) -> None:
+    """Start training with `command`, kill one rank in the middle of it, and see that no rank is left."""
     say(f"\n$ {command}")
     launcher = subprocess.Popen(command, shell=True)
     try:
-        wait_for_step(KILL_AFTER_STEP, launcher)
+        wait_for_step(model, KILL_AFTER_STEP, launcher)
         ranks = ranks_of(launcher)
         if sorted(ranks) != list(range(RANKS)):
             sys.exit(f"quickstart: expected ranks 0 to {RANKS - 1} below the launcher, found {sorted(ranks)}")
@@ -110,9 +199,9 @@ def mean_loss(rows: list[dict]) -> float:
     return sum(row["loss"] for row in rows) / len(rows)
 
 
-def summary(seconds: float) -> bool:
+def summary(model: Model, seconds: float) -> bool:
     """Print what was reached. True where both kinds of steps have learned."""
-    rows = steps_done()
+    rows = steps_done(model)
     resumed = next(
         (i for i, (a, b) in enumerate(zip(rows, rows[1:], strict=False), start=1) if b["step"] <= a["step"]), 0
     )
@@ -126,48 +215,52 @@ def summary(seconds: float) -> bool:
         fell = last < first - LOSS_MUST_FALL_BY_NATS
         learned = learned and fell
         print(f"{kind:10}   {len(mine):5}   {first:19.3f}   {last:14.3f}{'' if fell else '   DID NOT FALL'}")
-    for name, part in (("TP2 x PP2 + sequence", rows[:resumed]), ("PP2 x DP2", rows[resumed:])):
+    for topology, part in ((model.before, rows[:resumed]), (model.after, rows[resumed:])):
         tokens, spent_s = sum(row["tokens"] for row in part), sum(row["step_s"] for row in part)
         if part:
-            print(f"{name}: steps {part[0]['step']} to {part[-1]['step']}, {tokens / spent_s:.0f} tokens/s")
+            print(f"{topology.name}: steps {part[0]['step']} to {part[-1]['step']}, {tokens / spent_s:.0f} tokens/s")
     for what, path in (
-        ("loss curve", RUN / "loss.png"),
-        ("metrics", METRICS),
-        ("TensorBoard", RUN / "tensorboard"),
-        ("checkpoints", RUN / "checkpoints"),
-        ("HF checkpoint", RUN / "hf"),
-        ("datasets", DATA),
-        ("inspection", PAGE),
+        *((f"plot of {name}", model.run / f"{name}.png") for name in model.plots),
+        ("metrics", model.metrics),
+        ("TensorBoard", model.run / "tensorboard"),
+        ("checkpoints", model.run / "checkpoints"),
+        ("HF checkpoint", model.run / "hf"),
+        ("datasets", model.data),
+        ("inspection", model.page),
     ):
-        print(f"{what:14} {path}")
+        print(f"{what:15} {path}")
     return learned
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="vl", help="default vl")
+    model = MODELS[parser.parse_args().model]
+    data = model.data
     started = time.monotonic()
-    run(f"rm -rf {DATA} {RUN}")
+    run(f"rm -rf {data} {model.run}")
 
-    run(f"python tools/make_corpus.py --output {DATA}")
-    tokenizer = f"{DATA}/tokenizer.model"
-    run(f"python tools/train_tokenizer.py --input {DATA}/text.jsonl {DATA}/multimodal.jsonl --output {tokenizer}")
-    for name, source in (("text", "text"), ("multimodal", "multimodal"), ("heldout", "heldout_multimodal")):
-        store = f"--input {DATA}/{source}.jsonl --output-prefix {DATA}/{name}"
-        run(f"python tools/preprocess_data.py {store} --tokenizer {tokenizer}")
-    run(f"python tools/verify_data.py {DATA}/text {DATA}/multimodal --tokenizer {tokenizer}")
-    run(f"python tools/inspect_data.py --config {RECIPE} --html {PAGE}")
+    run(f"python tools/make_corpus.py --output {data}{model.corpus}")
+    tokenizer = f"{data}/tokenizer.model"
+    texts = " ".join(f"{data}/{model.datasets[name]}.jsonl" for name in model.trained)
+    run(f"python tools/train_tokenizer.py --input {texts} --output {tokenizer}{model.tokenizer}")
+    for name, source in model.datasets.items():
+        store = f"--input {data}/{source}.jsonl --output-prefix {data}/{name}"
+        run(f"python tools/preprocess_data.py {store} --tokenizer {tokenizer}{model.preprocess}")
+    prefixes = " ".join(f"{data}/{name}" for name in model.trained)
+    run(f"python tools/verify_data.py {prefixes} --tokenizer {tokenizer}")
+    run(f"python tools/inspect_data.py --config {model.recipe} --html {model.page}")
 
-    train_and_kill(TRAIN)
-    run(f"{TRAIN} parallel.tensor=1 parallel.sequence=false")
+    train_and_kill(model, model.train)
+    run(f"{model.train} {model.after.overrides}")
 
-    checkpoint = RUN / "checkpoints" / f"step_{steps_done()[-1]['step']:08d}"
-    run(f"python tools/convert_checkpoint.py to-hf --checkpoint {checkpoint} --output {RUN}/hf --layout transformers")
-    run(
-        f"python tools/check_export.py --checkpoint {checkpoint} --hf {RUN}/hf --data {DATA}/heldout "
-        f"--image {DATA}/images/heldout_multimodal_00000.png"
-    )
-    run(f"python tools/plot_loss.py --metrics {METRICS} --output {RUN}/loss.png")
-    if not summary(time.monotonic() - started):
+    checkpoint = model.run / "checkpoints" / f"step_{steps_done(model)[-1]['step']:08d}"
+    hf = f"{model.run}/hf"
+    run(f"python tools/convert_checkpoint.py to-hf --checkpoint {checkpoint} --output {hf} --layout {model.layout}")
+    run(f"python tools/check_export.py --checkpoint {checkpoint} --hf {hf} --data {data}/heldout{model.proof}")
+    for name in model.plots:
+        run(f"python tools/plot_{name}.py --metrics {model.metrics} --output {model.run}/{name}.png")
+    if not summary(model, time.monotonic() - started):
         sys.exit("quickstart: the loss did not fall on every kind of steps, or the run was not resumed")
 
 

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from megavl.config.load import load_run
+from megavl.config.rules import check
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -18,48 +21,54 @@ def quickstart(monkeypatch, tmp_path):
     import quickstart
 
     monkeypatch.chdir(tmp_path)
-    quickstart.RUN.mkdir(parents=True)
+    for model in quickstart.MODELS.values():
+        model.run.mkdir(parents=True)
     return quickstart
 
 
-def write_steps(quickstart, steps, loss):
+@pytest.fixture
+def model(quickstart):
+    return quickstart.MODELS["vl"]
+
+
+def write_steps(model, steps, loss):
     """`loss` is a function of the step."""
     rows = [
         {"step": s, "kind": "text" if s % 2 else "multimodal", "loss": loss(s), "tokens": 100, "step_s": 0.5}
         for s in steps
     ]
-    with quickstart.METRICS.open("a") as out:
+    with model.metrics.open("a") as out:
         out.writelines(json.dumps(row) + "\n" for row in rows)
 
 
-def test_summary_of_a_run_that_learned(quickstart, capsys):
-    write_steps(quickstart, range(1, 31), lambda step: 8 - step / 10)
-    write_steps(quickstart, range(21, 61), lambda step: 8 - step / 10)
-    assert quickstart.summary(1.0)
+def test_summary_of_a_run_that_learned(quickstart, model, capsys):
+    write_steps(model, range(1, 31), lambda step: 8 - step / 10)
+    write_steps(model, range(21, 61), lambda step: 8 - step / 10)
+    assert quickstart.summary(model, 1.0)
     out = capsys.readouterr().out
     assert "TP2 x PP2 + sequence: steps 1 to 30, 200 tokens/s" in out
     assert "PP2 x DP2: steps 21 to 60, 200 tokens/s" in out
     assert "text            30                 7.700            3.000" in out
 
 
-def test_summary_of_a_run_that_did_not_learn(quickstart, capsys):
-    write_steps(quickstart, range(1, 31), lambda step: 8 - step / 10 if step % 2 else 8.0)
-    write_steps(quickstart, range(21, 61), lambda step: 8 - step / 10 if step % 2 else 8.0)
-    assert not quickstart.summary(1.0)
+def test_summary_of_a_run_that_did_not_learn(quickstart, model, capsys):
+    write_steps(model, range(1, 31), lambda step: 8 - step / 10 if step % 2 else 8.0)
+    write_steps(model, range(21, 61), lambda step: 8 - step / 10 if step % 2 else 8.0)
+    assert not quickstart.summary(model, 1.0)
     assert capsys.readouterr().out.count("DID NOT FALL") == 1
 
 
-def test_summary_of_a_run_that_was_never_resumed(quickstart):
-    write_steps(quickstart, range(1, 61), lambda step: 8 - step / 10)
-    assert not quickstart.summary(1.0)
+def test_summary_of_a_run_that_was_never_resumed(quickstart, model):
+    write_steps(model, range(1, 61), lambda step: 8 - step / 10)
+    assert not quickstart.summary(model, 1.0)
 
 
-def test_a_line_being_written_is_not_a_step(quickstart):
-    assert quickstart.steps_done() == []
-    write_steps(quickstart, range(1, 4), lambda step: 1.0)
-    with quickstart.METRICS.open("a") as out:
+def test_a_line_being_written_is_not_a_step(quickstart, model):
+    assert quickstart.steps_done(model) == []
+    write_steps(model, range(1, 4), lambda step: 1.0)
+    with model.metrics.open("a") as out:
         out.write('{"step": 4, "ki')
-    assert [row["step"] for row in quickstart.steps_done()] == [1, 2, 3]
+    assert [row["step"] for row in quickstart.steps_done(model)] == [1, 2, 3]
 
 
 def test_a_command_that_fails_ends_with_its_code(quickstart, capsys):
@@ -83,28 +92,42 @@ def test_ranks_are_found_below_the_launcher(quickstart):
         launcher.wait()
 
 
-def test_a_run_that_stops_by_itself_is_no_kill(quickstart):
-    write_steps(quickstart, range(1, 4), lambda step: 1.0)
+def test_a_run_that_stops_by_itself_is_no_kill(quickstart, model):
+    write_steps(model, range(1, 4), lambda step: 1.0)
     launcher = subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"])
     with pytest.raises(SystemExit, match="stopped by itself after 3 steps, exit code 3"):
-        quickstart.wait_for_step(10, launcher)
+        quickstart.wait_for_step(model, 10, launcher)
 
 
-def test_a_silent_run_is_given_up(quickstart, monkeypatch):
+def test_a_silent_run_is_given_up(quickstart, model, monkeypatch):
     monkeypatch.setattr(quickstart, "SILENCE_S", 0.3)
     launcher = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     try:
         with pytest.raises(SystemExit, match="no step for"):
-            quickstart.wait_for_step(10, launcher)
+            quickstart.wait_for_step(model, 10, launcher)
     finally:
         launcher.kill()
         launcher.wait()
 
 
-def test_a_launcher_that_survives_a_killed_rank_is_caught(quickstart):
+def test_a_launcher_that_survives_a_killed_rank_is_caught(quickstart, model):
     """A launcher that takes a killed rank for success: its exit code is 0."""
-    write_steps(quickstart, range(1, quickstart.KILL_AFTER_STEP + 1), lambda step: 1.0)
-    quickstart.METRICS.rename("steps.jsonl")
+    write_steps(model, range(1, quickstart.KILL_AFTER_STEP + 1), lambda step: 1.0)
+    model.metrics.rename("steps.jsonl")
     ranks = "".join(f"{sys.executable} -c 'import time; time.sleep(4)' --local_rank={rank} & " for rank in range(4))
     with pytest.raises(SystemExit, match="the launcher's exit code is 0"):
-        quickstart.train_and_kill(f"{ranks}sleep 1; cp steps.jsonl {quickstart.METRICS}; wait")
+        quickstart.train_and_kill(model, f"{ranks}sleep 1; cp steps.jsonl {model.metrics}; wait")
+
+
+@pytest.mark.parametrize("name", ["vl", "vl2"])
+def test_a_recipe_is_of_its_model_and_both_topologies_hold_it(quickstart, name):
+    model = quickstart.MODELS[name]
+    for topology in (model.before, model.after):
+        config = load_run(ROOT / model.recipe, topology.overrides.split())
+        check(config, quickstart.RANKS)
+        assert config.model.family == name and config.output_dir == str(model.run)
+        sources = {source.prefix for source in (*config.data.text, *config.data.multimodal)}
+        assert sources == {f"{model.data}/{dataset}" for dataset in model.trained}
+        # A checkpoint before the kill, not with it, and steps behind it.
+        saved = quickstart.KILL_AFTER_STEP // config.checkpoint.every * config.checkpoint.every
+        assert 0 < saved < quickstart.KILL_AFTER_STEP < config.train.steps
