@@ -14,6 +14,7 @@ from megavl.batch import Batch
 from megavl.config.model import MoeConfig
 from megavl.model.mlp import Mlp
 from megavl.ops.dispatch import Ops
+from megavl.ops.grouped import Groups
 from megavl.parallel.collectives import (
     all_gather,
     copy,
@@ -142,8 +143,8 @@ class Experts(nn.Module):
         """counts: int64 [E / ep], rows of each expert."""
         weights = (self.gate_proj, self.up_proj, self.down_proj)
         gate, up, down = weights if self.ep.cut_width else (copy(weight, self.tp) for weight in weights)
-        product = self.ops.grouped_linear
-        return product(self.ops.swiglu(product(rows, gate, counts), product(rows, up, counts)), down, counts)  # [N, D]
+        product, groups = self.ops.grouped_linear, Groups(counts)
+        return product(self.ops.swiglu(product(rows, gate, groups), product(rows, up, groups)), down, groups)  # [N, D]
 
 
 class Moe(nn.Module):

@@ -3,27 +3,49 @@
 Every implementation has one signature, `GroupedLinear`:
     x:      [N, d_in], sorted by expert; N may be 0
     weight: [E, d_out, d_in]
-    counts: int64 [E] on x's device, rows of each expert, which sum to N; any may be 0
+    groups: how many rows each expert has, N in all
     returns [N, d_out]; the gradient of an expert without rows is zeros
 """
 
 from collections.abc import Callable
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-GroupedLinear = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+class Groups:
+    """How many rows each expert has, in the form that an implementation reads, found once for all products of a layer.
+
+    counts: int64 [E] on any device; any may be 0
+    """
+
+    def __init__(self, counts: Tensor):
+        self._counts = counts
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """On the processor: of counts that lie on a GPU it has to wait for them."""
+        return self._counts.tolist()
+
+    @cached_property
+    def ends(self) -> Tensor:
+        """int32 [E], where the rows of each expert end, on the device of the counts."""
+        return self._counts.cumsum(0, dtype=torch.int32)
+
+
+GroupedLinear = Callable[[Tensor, Tensor, Groups], Tensor]
 
 # Strides of bf16 matrices are read in units of 16 bytes.
 _WIDTH_MULTIPLE = 8
 
 
-def reference_grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """One product per expert: exact, any device and dtype. On a GPU it waits for the counts."""
-    groups = zip(x.split(counts.tolist()), weight.unbind(), strict=True)
-    return torch.cat([F.linear(rows, matrix) for rows, matrix in groups])  # [N, d_out]
+def reference_grouped_linear(x: Tensor, weight: Tensor, groups: Groups) -> Tensor:
+    """One product per expert: exact, any device and dtype."""
+    experts = zip(x.split(groups.sizes), weight.unbind(), strict=True)
+    return torch.cat([F.linear(rows, matrix) for rows, matrix in experts])  # [N, d_out]
 
 
 class _GroupedMm(Function):
@@ -31,8 +53,7 @@ class _GroupedMm(Function):
     not in units of 16 bytes, as those of a sum are."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, counts: Tensor, clears_empty: bool) -> Tensor:
-        ends = counts.cumsum(0, dtype=torch.int32)  # [E]
+    def forward(ctx, x: Tensor, weight: Tensor, ends: Tensor, clears_empty: bool) -> Tensor:
         ctx.save_for_backward(x, weight, ends)
         ctx.clears_empty = clears_empty
         return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)  # [N, d_out]
@@ -41,11 +62,14 @@ class _GroupedMm(Function):
     def backward(ctx, grad: Tensor):
         x, weight, ends = ctx.saved_tensors
         grad = grad.contiguous()
-        for_x = F.grouped_mm(grad, weight, offs=ends)  # [N, d_in]
-        for_weight = F.grouped_mm(grad.t(), x, offs=ends)  # [E, d_out, d_in]
-        if ctx.clears_empty:
-            empty = ends.diff(prepend=ends.new_zeros(1)) == 0
-            for_weight = for_weight.masked_fill_(empty[:, None, None], 0.0)
+        for_x = for_weight = None
+        if ctx.needs_input_grad[0]:
+            for_x = F.grouped_mm(grad, weight, offs=ends)  # [N, d_in]
+        if ctx.needs_input_grad[1]:  # experts may be frozen
+            for_weight = F.grouped_mm(grad.t(), x, offs=ends)  # [E, d_out, d_in]
+            if ctx.clears_empty:
+                empty = ends.diff(prepend=ends.new_zeros(1)) == 0  # [E]
+                for_weight.masked_fill_(empty[:, None, None], 0.0)
         return for_x, for_weight, None, None
 
 
@@ -56,10 +80,10 @@ def grouped_mm_linear(clears_empty: bool) -> GroupedLinear:
     clears_empty: the kernel of this device leaves arbitrary values in the gradient of an expert without rows
     """
 
-    def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    def grouped_linear(x: Tensor, weight: Tensor, groups: Groups) -> Tensor:
         d_out, d_in = weight.shape[1:]
         if x.dtype != torch.bfloat16 or d_out % _WIDTH_MULTIPLE or d_in % _WIDTH_MULTIPLE or len(x) == 0:
-            return reference_grouped_linear(x, weight, counts)
-        return _GroupedMm.apply(x.contiguous(), weight, counts, clears_empty)
+            return reference_grouped_linear(x, weight, groups)
+        return _GroupedMm.apply(x.contiguous(), weight, groups.ends, clears_empty)
 
     return grouped_linear

@@ -14,7 +14,6 @@ What is computed between start and finish runs while the rows are under way. So 
 the steps in the opposite order.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -124,11 +123,26 @@ class _Combine(Function):
         return for_rows, for_weights, None
 
 
-def _transpose(rows: Tensor, sizes: Sequence[Sequence[int]]) -> Tensor:
-    """Blocks of rows, sizes[i][j] of each, from the order of i first to that of j first."""
-    blocks = iter(rows.split([size for line in sizes for size in line]))
-    grid = [[next(blocks) for _ in line] for line in sizes]
-    return torch.cat([block for column in zip(*grid, strict=True) for block in column])
+class _Permute(Function):
+    """The rows in another order; `back` undoes it."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, order: Tensor, back: Tensor) -> Tensor:
+        ctx.save_for_backward(back)
+        return rows.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (back,) = ctx.saved_tensors
+        return grad.index_select(0, back), None, None
+
+
+def _sorting(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """The order that sorts keys int64 [N], equal ones as they are, and the order that undoes it, both int64 [N]."""
+    order = keys.argsort(stable=True)
+    back = torch.empty_like(order)
+    back[order] = torch.arange(len(order), device=order.device)
+    return order, back
 
 
 class Dispatch:
@@ -137,30 +151,33 @@ class Dispatch:
     experts: int64 [T, k], the experts of each token, all different
     total:   experts of the layer, `total / ep.size` neighbours on each rank
 
-    counts: int64 [total / ep.size], rows of each expert of this rank
+    counts: int64 [total / ep.size], rows of each expert of this rank, on the device of `experts`
     """
 
     def __init__(self, experts: Tensor, total: int, ep: Axis):
-        chosen = experts.flatten()  # [T * k]
-        order = chosen.argsort(stable=True)  # [T * k]: the choice that a row is of
-        self._tokens = order // experts.shape[1]  # [T * k]
-        places = torch.empty_like(order)
-        places[order] = torch.arange(len(order), device=order.device)
-        self._places = places.view_as(experts)  # [T, k]: the row that a choice has
         self._ep = ep
-        counts = torch.zeros(total, dtype=torch.int64, device=experts.device)
-        counts.scatter_add_(0, chosen, torch.ones_like(chosen))
-        if ep.size == 1:
-            self.counts = counts
-            return
-        sent = counts.view(ep.size, -1)  # [ep, total / ep]
+        chosen = experts.flatten()  # [T * k]
+        order, places = _sorting(chosen)
+        self._tokens = order // experts.shape[1]  # [T * k], the token that a row is of
+        self._places = places.view_as(experts)  # [T, k], the row that a choice has
+        self.counts = torch.zeros(total, dtype=torch.int64, device=experts.device)
+        self.counts.scatter_add_(0, chosen, torch.ones_like(chosen))
+        if ep.size > 1:
+            self._meet()
+
+    def _meet(self) -> None:
+        """Learn how many rows each rank sends to each expert here, and how they are put together by expert."""
+        sent = self.counts.view(self._ep.size, -1)  # [ep, total / ep]
         received = torch.empty_like(sent)
-        dist.all_to_all_single(received, sent, group=ep.group)
+        dist.all_to_all_single(received, sent, group=self._ep.group)
         self.counts = received.sum(0)  # [total / ep]
         # The one time that a GPU is waited for: the exchange takes its sizes from the processor.
-        to_ranks, self._blocks = torch.stack((sent, received)).tolist()
-        self._there = _Transfer([sum(line) for line in to_ranks], [sum(line) for line in self._blocks], ep)
+        to_ranks, from_ranks = torch.stack((sent.sum(1), received.sum(1))).tolist()
+        self._there = _Transfer(to_ranks, from_ranks, self._ep)
         self._there_dual = self._there.dual()
+        expert = torch.arange(len(self.counts), device=received.device).repeat(self._ep.size)  # [total]
+        rows = expert.repeat_interleave(received.flatten(), output_size=sum(from_ranks))  # [N]
+        self._by_expert, self._by_rank = _sorting(rows)
 
     def start(self, x: Tensor) -> Tensor:
         """Send the tokens [T, D] off. What it returns is for `finish` alone."""
@@ -171,8 +188,8 @@ class Dispatch:
         """Rows of this rank's experts, sorted by expert: [counts.sum(), D]."""
         if self._ep.size == 1:
             return under_way
-        rows = _Finish.apply(under_way, self._there, self._there_dual)
-        return _transpose(rows, self._blocks)
+        rows = _Finish.apply(under_way, self._there, self._there_dual)  # [N, D]
+        return _Permute.apply(rows, self._by_expert, self._by_rank)
 
     def combine(self, rows: Tensor, weights: Tensor) -> Tensor:
         """What the experts made of those rows, back at their tokens and added up: [T, D] in the dtype of the weights.
@@ -180,7 +197,7 @@ class Dispatch:
         weights: float32 [T, k], of each token's experts
         """
         if self._ep.size > 1:
-            rows = _transpose(rows, list(zip(*self._blocks, strict=True)))
+            rows = _Permute.apply(rows, self._by_rank, self._by_expert)
             back = self._there.dual()
             dual = back.dual()
             rows = _Finish.apply(_Start.apply(rows, back, dual), back, dual)  # [T * k, D]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from megavl.ops.attention import reference_attention
 from megavl.ops.dispatch import choose
-from megavl.ops.grouped import reference_grouped_linear
+from megavl.ops.grouped import Groups, reference_grouped_linear
 from megavl.ops.norm import rms_norm
 
 CUDA = torch.device("cuda")
@@ -128,6 +128,6 @@ def test_grouped_products_are_torchs_where_it_has_a_kernel(bare_gpu, monkeypatch
     monkeypatch.setattr(F, "grouped_mm", lambda x, weight, offs: calls.append(offs.tolist()) or x @ weight[0])
     ops = choose(CUDA)
     assert words in next(line for line in ops.lines if line.startswith("products of experts"))
-    x, weight, counts = torch.randn(3, 8).bfloat16(), torch.randn(2, 16, 8).bfloat16(), torch.tensor([3, 0])
-    assert torch.equal(ops.grouped_linear(x, weight, counts), reference_grouped_linear(x, weight, counts))
+    x, weight, groups = torch.randn(3, 8).bfloat16(), torch.randn(2, 16, 8).bfloat16(), Groups(torch.tensor([3, 0]))
+    assert torch.equal(ops.grouped_linear(x, weight, groups), reference_grouped_linear(x, weight, groups))
     assert calls == ([] if capability == (8, 0) else [[3, 3]])

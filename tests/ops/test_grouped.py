@@ -4,9 +4,10 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from megavl.ops.grouped import grouped_mm_linear, reference_grouped_linear
+from megavl.ops.grouped import Groups, grouped_mm_linear, reference_grouped_linear
 
 COUNTS = {
     "some": [3, 0, 7, 1, 0],
@@ -33,12 +34,13 @@ def inputs(counts: list[int], d_in: int, d_out: int, dtype: torch.dtype, device:
 
 def results(product, x: Tensor, weight: Tensor, counts: Tensor, upstream: Tensor) -> tuple[Tensor, ...]:
     """Output and both gradients."""
-    y = product(x, weight, counts)
+    y = product(x, weight, Groups(counts))
     return y, *torch.autograd.grad(y, (x, weight), upstream)
 
 
-def per_row(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    return torch.einsum("noi,ni->no", weight.repeat_interleave(counts, 0), x)
+def per_row(x: Tensor, weight: Tensor, groups: Groups) -> Tensor:
+    expert = torch.arange(len(weight)).repeat_interleave(torch.tensor(groups.sizes)).to(x.device)  # [N]
+    return torch.einsum("noi,ni->no", weight[expert], x)
 
 
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
@@ -75,3 +77,13 @@ def test_what_the_kernel_does_not_serve_is_the_loops(d_in, d_out, dtype):
     case = inputs(COUNTS["some"], d_in, d_out, dtype)
     ours, theirs = (results(product, *case) for product in (grouped_mm_linear(False), reference_grouped_linear))
     assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+
+
+def test_frozen_experts_cost_no_product(monkeypatch):
+    x, weight, counts, upstream = inputs(COUNTS["some"], 64, 96, torch.bfloat16)
+    y = grouped_mm_linear(False)(x, weight.detach(), Groups(counts))
+    calls, plain = [], F.grouped_mm
+    monkeypatch.setattr(F, "grouped_mm", lambda *factors, offs: calls.append(0) or plain(*factors, offs=offs))
+    (frozen,) = torch.autograd.grad(y, x, upstream)
+    assert len(calls) == 1
+    assert torch.equal(frozen, results(grouped_mm_linear(False), x, weight, counts, upstream)[1])

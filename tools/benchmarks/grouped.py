@@ -14,7 +14,7 @@ from torch import Tensor
 from megavl import __version__
 from megavl.config.presets import PRESETS
 from megavl.ops.dispatch import Ops, choose
-from megavl.ops.grouped import GroupedLinear, reference_grouped_linear
+from megavl.ops.grouped import GroupedLinear, Groups, reference_grouped_linear
 
 _LOOP, _KERNEL, _BOUND = "one expert at a time", "torch grouped_mm", "one product of all rows"
 # Products of one timing: a GPU does each in less time than its clock is read in.
@@ -86,7 +86,7 @@ def loads(rows: int, experts: int) -> Iterator[tuple[str, Tensor]]:
 
 
 def grouped(backend: GroupedLinear, counts: Tensor, x: Tensor, stack: Tensor) -> Tensor:
-    return backend(x, stack, counts)
+    return backend(x, stack, Groups(counts))
 
 
 def work(
