@@ -1,10 +1,12 @@
 """Spellings of special tokens.
 
 END_OF_SEQUENCE: in the order in which a vocabulary is searched for them: DeepSeek's, Llama's, GPT-2's
+PLACEHOLDERS:    of each family, the token that stands where an image does
 VL2:             what a DeepSeek-VL2 model is trained with besides (processing_deepseek_vl_v2.py of the released code)
 """
 
 END_OF_SEQUENCE = ("<｜end▁of▁sentence｜>", "</s>", "<|endoftext|>")
+PLACEHOLDERS = {"vl": "<image_placeholder>", "vl2": "<image>"}
 VL2 = (
     "<|ref|>",
     "<|/ref|>",
@@ -13,5 +15,5 @@ VL2 = (
     "<|grounding|>",
     "<|User|>",
     "<|Assistant|>",
-    "<image>",
+    PLACEHOLDERS["vl2"],
 )

@@ -31,7 +31,7 @@ Engine = Callable[[Callable[[Shard], Counts], Iterable[Shard]], Iterator[Counts]
 _SHARDS, _LEAST_BYTES, _MOST_BYTES = 1024, 8 << 20, 256 << 20
 _THIS_PROCESS: Engine = partial(local.run, workers=1)
 # Changes with what a shard is made of, so that one that an older release left behind is not used.
-_VERSION = 1
+_VERSION = 2
 
 
 def build(

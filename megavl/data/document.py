@@ -38,10 +38,12 @@ Segment = Text | Token | Image
 class Document:
     """Text and images in reading order.
 
-    key:    names the document in errors and reports
-    source: the file that it was read from
+    key:      names the document in errors and reports
+    source:   the file that it was read from
+    template: name of the one that wrote it, if it is a conversation
     """
 
     key: str
     source: str
     segments: tuple[Segment, ...]
+    template: str | None = None

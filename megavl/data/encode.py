@@ -90,4 +90,4 @@ def _finish(document: Document, draft: list[_Run | EncodedImage], tokens: Iterat
         # A text of characters that the tokenizer drops leaves nothing.
         if len(text):
             sequences.append(EncodedText(text, run.supervised))
-    return EncodedDocument(document.key, document.source, tuple(sequences))
+    return EncodedDocument(document.key, document.source, tuple(sequences), document.template)

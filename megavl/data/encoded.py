@@ -26,10 +26,12 @@ class EncodedImage:
 class EncodedDocument:
     """The sequences of a document.
 
-    key:    names the document in errors and reports
-    source: the file that it was read from
+    key:      names the document in errors and reports
+    source:   the file that it was read from
+    template: name of the one that wrote it, if it is a conversation
     """
 
     key: str
     source: str
     sequences: tuple[EncodedText | EncodedImage, ...]
+    template: str | None = None

@@ -18,6 +18,7 @@ from megavl.data.meta import Meta, write_meta
 from megavl.data.output import new_dataset, refuse_existing
 from megavl.data.progress import ProgressBar
 from megavl.data.store import Store
+from megavl.data.template import OF_A_FAMILY
 from megavl.data.writer import widened
 
 # What the kernel is asked to copy at a time: progress is reported in between.
@@ -46,8 +47,8 @@ def merge(
         Inputs whose elements became wider (uint16 to int32), because others hold images or prompts.
 
     Raises:
-        DataError: an input is damaged, inputs were made with different tokenizers, or the output exists and `overwrite`
-            is false; nothing is left behind.
+        DataError: an input is damaged, inputs were made with different tokenizers or hold conversations of both model
+            families, or the output exists and `overwrite` is false; nothing is left behind.
     """
     if not overwrite:
         refuse_existing(prefix)
@@ -59,6 +60,7 @@ def merge(
                 f"{meta.vocab_size}) than {prefixes[0]} (sha256 {metas[0].tokenizer[:16]}..., vocabulary "
                 f"{metas[0].vocab_size}); one id would mean two words; make them again with one tokenizer"
             )
+    _refuse_two_families(prefixes, metas)
     with new_dataset(prefix) as temporary:
         if consume and len(prefixes) == 1:
             for old, new in zip(Store(prefixes[0]).paths, temporary, strict=True):
@@ -67,6 +69,21 @@ def merge(
         stored = sum(size_bytes for meta in metas for size_bytes, _ in meta.bin_parts)
         with ProgressBar("merging", stored, "bytes") as bar:
             return _write(prefixes, metas, temporary, bar)
+
+
+def _refuse_two_families(prefixes: Sequence[str], metas: Sequence[Meta]) -> None:
+    holders = {
+        template: one
+        for one, meta in zip(prefixes, metas, strict=True)
+        for template in set(meta.templates) & set(OF_A_FAMILY)
+    }
+    if len(holders) > 1:
+        (template, one), (other_template, other) = holders.items()
+        raise DataError(
+            f"dataset {one} holds conversations of the template {template}, and {other} of {other_template}; each is "
+            "read by the models of its own family alone, so none could train on both; keep them apart, or make them "
+            "again with one --template"
+        )
 
 
 def _write(prefixes: Sequence[str], metas: Sequence[Meta], paths: Paths, bar: ProgressBar) -> tuple[str, ...]:
@@ -95,6 +112,7 @@ def _write(prefixes: Sequence[str], metas: Sequence[Meta], paths: Paths, bar: Pr
         idx_sha256 = index.write(paths.idx, dtype, multimodal)
     meta = replace(
         metas[0],
+        templates=tuple(sorted(set().union(*(meta.templates for meta in metas)))),
         multimodal=multimodal,
         images=sum(meta.images for meta in metas),
         bin_parts=tuple(bin_parts),

@@ -1,5 +1,5 @@
-"""The .meta file (Arrow IPC): what Megatron's format has no place for. The tokenizer that made the tokens, checksums,
-and a row per document: its key, its source and the sizes of its images."""
+"""The .meta file (Arrow IPC): what Megatron's format has no place for. The tokenizer that made the tokens, the
+templates of conversations, checksums, and a row per document: its key, its source and the sizes of its images."""
 
 import contextlib
 import hashlib
@@ -16,7 +16,7 @@ import pyarrow as pa
 from megavl.data.encoded import EncodedDocument, EncodedImage
 from megavl.data.errors import DataError
 
-_VERSION = "2"
+_VERSION = "3"
 _KEY, _KEY_SHA256 = b"megavl", b"megavl_sha256"
 # Documents of one Arrow record batch.
 _ROWS = 65536
@@ -30,6 +30,7 @@ class Meta:
 
     tokenizer:  sha256 of the tokenizer's file
     vocab_size: largest token id + 1
+    templates:  names of those that wrote its conversations; none where it holds no conversation
     multimodal: whether the index has modes
     images:     in the whole dataset
     bin_parts:  (bytes, sha256) of each consecutive part of the .bin file
@@ -39,6 +40,7 @@ class Meta:
 
     tokenizer: str
     vocab_size: int
+    templates: tuple[str, ...]
     multimodal: bool
     images: int
     bin_parts: tuple[tuple[int, str], ...]
@@ -125,12 +127,13 @@ class MetaReader:
             version = values.pop("version")
             if version != _VERSION:
                 raise DataError(
-                    f"{path} has version {version}; this reader knows version {_VERSION}; make the dataset again"
+                    f"{path} has version {version}, of another release; this one knows version {_VERSION}, which says "
+                    "more of the dataset than its files do; make the dataset again"
                 )
             if hashlib.sha256(metadata[_KEY]).hexdigest().encode() != metadata[_KEY_SHA256]:
                 raise DataError(f"{path} is damaged: its facts do not have their checksum; copy or make it again")
             parts = {name: tuple(map(tuple, values[name])) for name in ("bin_parts", "row_parts")}
-            self.facts = Meta(**values | parts)
+            self.facts = Meta(**values | parts | {"templates": tuple(values["templates"])})
         except (pa.ArrowException, OSError, ValueError, LookupError, TypeError) as error:
             raise DataError(f"{path} is damaged or not the .meta file of a dataset ({error}); make it again") from error
         # First document of each batch, and behind the last one their number.

@@ -16,12 +16,14 @@ import numpy as np
 from megavl.config.model import ModelConfig
 from megavl.config.run import DataConfig, SourceConfig, TrainConfig
 from megavl.config.tiles import Tiling
+from megavl.config.tokens import PLACEHOLDERS
 from megavl.data.errors import DataError
 from megavl.data.kinds import text_steps
 from megavl.data.ledger import Entry, Ledger
 from megavl.data.pack import Pack
 from megavl.data.store import Store
 from megavl.data.stream import Stream, Use
+from megavl.data.template import OF_A_FAMILY
 from megavl.data.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:  # a dry run samples without torch, which megavl.batch imports
@@ -55,8 +57,9 @@ class Sampler:
 
         Raises:
             DataError: a dataset or the tokenizer is missing, damaged or of the wrong kind; a dataset was made with
-                another tokenizer; the vocabulary or an image does not fit the model or the pack; `text_ratio` needs a
-                modality that has no source; a source would be read more often than its `max_epochs`.
+                another tokenizer, or for models of the other family; the vocabulary, the image's token or an image does
+                not fit the model or the pack; `text_ratio` needs a modality that has no source; a source would be read
+                more often than its `max_epochs`.
         """
         _check_ratio(data)
         self.tiling = Tiling(model)
@@ -68,12 +71,13 @@ class Sampler:
                 f"{model.decoder.vocab_size}; the largest ids would have no embedding; enlarge the model's "
                 "vocabulary or choose the model's own tokenizer"
             )
+        _check_placeholder(data, model, tokenizer)
         self.data, self.model, self.train = data, model, train
         self.eos = tokenizer.eos
         self._sources: dict[Kind, tuple[SourceConfig, ...]] = {"text": data.text, "multimodal": data.multimodal}
         self.stores: dict[Kind, tuple[Store, ...]] = {
-            "text": tuple(_open(source, False, data, tokenizer) for source in data.text),
-            "multimodal": tuple(_open(source, True, data, tokenizer) for source in data.multimodal),
+            "text": tuple(_open(source, False, data, model, tokenizer) for source in data.text),
+            "multimodal": tuple(_open(source, True, data, model, tokenizer) for source in data.multimodal),
         }
         self._streams: dict[Kind, Stream] = {
             "text": self._stream("text", _TEXT),
@@ -208,7 +212,18 @@ def _check_budgets(data: DataConfig, tiling: Tiling) -> None:
         )
 
 
-def _open(source: SourceConfig, multimodal: bool, data: DataConfig, tokenizer: Tokenizer) -> Store:
+def _check_placeholder(data: DataConfig, model: ModelConfig, tokenizer: Tokenizer) -> None:
+    spelling = PLACEHOLDERS[model.family]
+    token = tokenizer.special.get(spelling, model.image_token_id)
+    if token != model.image_token_id:
+        raise DataError(
+            f"tokenizer {data.tokenizer} has {spelling}, the place of an image in models of the family {model.family}, "
+            f"as token {token}, but model.image_token_id is {model.image_token_id}: an export would put its images at "
+            f"another token; set model.image_token_id to {token}, or choose the model's own tokenizer"
+        )
+
+
+def _open(source: SourceConfig, multimodal: bool, data: DataConfig, model: ModelConfig, tokenizer: Tokenizer) -> Store:
     store = Store(source.prefix)
     if (store.meta.images > 0) != multimodal:
         kinds = {True: "multimodal", False: "text"}
@@ -222,5 +237,11 @@ def _open(source: SourceConfig, multimodal: bool, data: DataConfig, tokenizer: T
             f"vocabulary {store.meta.vocab_size}) than data.tokenizer {data.tokenizer} (sha256 "
             f"{tokenizer.identity[:16]}..., vocabulary {tokenizer.vocab_size}); its ids would mean other words; "
             "point data.tokenizer at the file that made it, or make the dataset again"
+        )
+    if foreign := set(store.meta.templates) & set(OF_A_FAMILY) - {model.family}:
+        raise DataError(
+            f"dataset {source.prefix} holds conversations of the template {foreign.pop()}, but {model.name} is a model "
+            f"of the family {model.family}: it would learn the turns of another family, which its own prompts never "
+            f"have; make the dataset again with `--template {model.family}`, or choose a model of that family"
         )
     return store

@@ -6,7 +6,7 @@ Sources: conversation.py of the released DeepSeek-VL code; conversation.py and `
 tokens and mask the system and user prompts" (DeepSeek-VL, section 3.2.3).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from megavl.data.document import Image, Segment, Text, Token
@@ -21,10 +21,22 @@ class Turn:
     segments: tuple[Segment, ...]
 
 
+class Conversation(tuple[Segment, ...]):
+    """Segments of a conversation, and the name of the template that wrote them."""
+
+    template: str
+
+    def __new__(cls, segments: Iterable[Segment], template: str) -> "Conversation":
+        conversation = super().__new__(cls, segments)
+        conversation.template = template
+        return conversation
+
+
 @dataclass(frozen=True)
 class Template:
     """What stands around the turns of a conversation.
 
+    name:       by which a command line and a dataset know it
     begin:      in front of everything
     system:     the prompt where a conversation brings none
     system_end: behind the system prompt
@@ -36,6 +48,7 @@ class Template:
     images:     whether a question's images alone are kept, without its words
     """
 
+    name: str
     begin: tuple[Segment, ...] = ()
     system: str = ""
     system_end: str = ""
@@ -46,7 +59,7 @@ class Template:
     end: bool = False
     images: bool = False
 
-    def write(self, turns: Sequence[Turn]) -> tuple[Segment, ...]:
+    def write(self, turns: Sequence[Turn]) -> Conversation:
         """Segments of a conversation: a system prompt or none, then questions and answers in turn.
 
         Raises:
@@ -64,7 +77,8 @@ class Template:
             segments += self._question(turn) if due == "user" else self._answer(turn)
         if len(talk) % 2 or not talk:
             raise DataError("the conversation does not end with an answer; there is nothing to learn, remove it")
-        return tuple(segment for segment in segments if not isinstance(segment, Text) or segment.text)
+        written = (segment for segment in segments if not isinstance(segment, Text) or segment.text)
+        return Conversation(written, self.name)
 
     def _question(self, turn: Turn) -> list[Segment]:
         said = _stripped(turn)
@@ -78,8 +92,9 @@ class Template:
         return [Text(self.answer), *_stripped(turn), *([Token()] if self.end else [])]
 
 
-TEMPLATES = {
-    "vl": Template(
+_TEMPLATES = (
+    Template(
+        name="vl",
         system="You are a helpful language and vision assistant. You are able to understand the visual content that "
         "the user provides, and assist the user with a variety of tasks using natural language.",
         system_end="\n\n",
@@ -89,16 +104,20 @@ TEMPLATES = {
         answer=" ",
         end=True,
     ),
-    "vl2": Template(
+    Template(
+        name="vl2",
         begin=(Token("<｜begin▁of▁sentence｜>"),),
         separator="\n\n",
         user=(Token("<|User|>"), Text(": ")),
         assistant=(Token("<|Assistant|>"), Text(":")),
         end=True,
     ),
-    "plain": Template(),
-    "alignment": Template(separator="\n", images=True),
-}
+    Template(name="plain"),
+    Template(name="alignment", separator="\n", images=True),
+)
+TEMPLATES = {template.name: template for template in _TEMPLATES}
+# Each is of the model family of its name; what the others write is read by both.
+OF_A_FAMILY = ("vl", "vl2")
 
 
 def _read(*segments: Segment) -> list[Segment]:

@@ -40,6 +40,7 @@ class StoreWriter:
             refuse_existing(prefix)
         self._prefix = prefix
         self._tokenizer, self._vocab_size = tokenizer.identity, tokenizer.vocab_size
+        self._templates: set[str] = set()
         self._multimodal = False
         self._dtype = token_dtype(self._vocab_size, multimodal=False)
         self._hash = PartHash()
@@ -71,6 +72,8 @@ class StoreWriter:
                         modes.append(IMAGE)
             ends.append(len(lengths))
             self._rows.append(document)
+            if document.template is not None:
+                self._templates.add(document.template)
         if PROMPT in modes:
             self._promote()
         self._write_texts(texts)
@@ -115,6 +118,7 @@ class StoreWriter:
         meta = Meta(
             tokenizer=self._tokenizer,
             vocab_size=self._vocab_size,
+            templates=tuple(sorted(self._templates)),
             multimodal=self._multimodal,
             images=self._index.images,
             bin_parts=tuple(self._hash.parts()),

@@ -2,6 +2,7 @@
 
 import errno
 import os
+from dataclasses import replace
 
 import pytest
 
@@ -104,3 +105,18 @@ def test_damaged_tokens_that_are_only_copied_keep_their_checksum(tmp_path):
     merge([str(tmp_path / "p"), str(tmp_path / "q")], str(tmp_path / "r"))
     with pytest.raises(DataError, match="r.bin: the bytes .* have the sha256"):
         Store(str(tmp_path / "r")).verify()
+
+
+def with_template(tmp_path, name, template):
+    write(tmp_path / name, [replace(one, template=template) for one in documents(300, 3)])
+    return str(tmp_path / name)
+
+
+def test_conversations_of_two_families_are_not_merged(tmp_path):
+    vl, vl2, plain = (with_template(tmp_path, name, name) for name in ("vl", "vl2", "plain"))
+    none, merged = with_template(tmp_path, "none", None), str(tmp_path / "merged")
+    merge([none, plain, vl2, vl2], merged)
+    assert Store(merged).meta.templates == ("plain", "vl2")
+    with pytest.raises(DataError, match=f"{merged} holds conversations of the template vl2, and {vl} of vl; each is"):
+        merge([merged, none, vl], str(tmp_path / "other"))
+    assert not (tmp_path / "other.bin").exists()

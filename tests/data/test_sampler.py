@@ -6,12 +6,12 @@ import sentencepiece
 
 from megavl.config.run import SourceConfig, TextRatioConfig, TrainConfig
 from megavl.data.build import build
-from megavl.data.encoded import EncodedDocument
+from megavl.data.encoded import EncodedDocument, EncodedImage
 from megavl.data.errors import DataError
 from megavl.data.sampler import Sampler
 from megavl.data.tokenizer import load_tokenizer
 from megavl.data.writer import StoreWriter
-from tests.data.conftest import encoded_text, write_jsonl
+from tests.data.conftest import encoded_text, image_bytes, write_jsonl
 
 
 def test_a_plan_is_a_pure_function_of_seed_and_step(corpus, model, train):
@@ -76,10 +76,57 @@ def test_a_configuration_that_cannot_be_sampled_is_refused(corpus, model, train,
         Sampler(corpus.data(**changes), model, train)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seq_len": 30}, "one image takes up to 31 tokens, but data.seq_len is 30; an image is never split"),
+        ({"max_tiles": 4}, "one image takes up to 5 tiles, but data.max_tiles is 4; an image is never split"),
+    ],
+)
+def test_a_budget_below_the_largest_grid_is_refused(corpus, tiled_model, train, changes, message):
+    Sampler(corpus.data(**{name: value + 1 for name, value in changes.items()}), tiled_model, train).plan(0)
+    with pytest.raises(DataError, match=message):
+        Sampler(corpus.data(**changes), tiled_model, train)
+
+
 def test_a_store_listed_under_the_other_modality_is_refused(corpus, model, train):
     source = (SourceConfig(prefix=corpus.prefix("multimodal")),)
     with pytest.raises(DataError, match="holds 65 images, but data.text lists it; list it under data.multimodal"):
         Sampler(corpus.data(text=source), model, train)
+
+
+@pytest.mark.parametrize("kind", ["text", "multimodal"])
+@pytest.mark.parametrize("template", ["vl", "vl2", "plain"])
+def test_conversations_of_the_other_family_are_refused(corpus, model, tiled_model, train, tmp_path, kind, template):
+    picture = EncodedImage(image_bytes(0, (40, 30)), 40, 30)
+    sequences = (encoded_text(1, 2), *([picture] if kind == "multimodal" else []))
+    with StoreWriter(str(tmp_path / "p"), load_tokenizer(corpus.tokenizer)) as writer:
+        writer.add(EncodedDocument("key", "file", sequences, template))
+    data = corpus.data(**{kind: (SourceConfig(prefix=str(tmp_path / "p")),)})
+    for one in (model, tiled_model):
+        if template in (one.family, "plain"):
+            Sampler(data, one, train)
+            continue
+        with pytest.raises(DataError) as error:
+            Sampler(data, one, train)
+        assert str(error.value) == (
+            f"dataset {tmp_path / 'p'} holds conversations of the template {template}, but data is a model of the "
+            f"family {one.family}: it would learn the turns of another family, which its own prompts never have; make "
+            f"the dataset again with `--template {one.family}`, or choose a model of that family"
+        )
+
+
+def test_a_tokenizer_with_the_placeholder_at_another_id_is_refused(corpus, model, tiled_model, train, monkeypatch):
+    """Each family has its own spelling; the other's says nothing."""
+    known = load_tokenizer(corpus.tokenizer)
+    monkeypatch.setattr("megavl.data.sampler.load_tokenizer", lambda path: known)
+    for spelling, refused in (("<image_placeholder>", model), ("<image>", tiled_model)):
+        known.special = {spelling: 17}
+        with pytest.raises(DataError, match=f"has {spelling}, .* as token 17, but model.image_token_id is 399: .* 17,"):
+            Sampler(corpus.data(), refused, train)
+        Sampler(corpus.data(), tiled_model if refused is model else model, train)
+        known.special = {spelling: 399}
+        Sampler(corpus.data(), refused, train)
 
 
 def test_a_store_of_another_tokenizer_is_refused(corpus, model, train, tmp_path):

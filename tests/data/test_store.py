@@ -5,6 +5,7 @@ import os
 import pickle
 import struct
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -258,6 +259,14 @@ def test_files_of_two_datasets_are_refused(tmp_path, suffix):
         Store(str(tmp_path / "p"))
 
 
+def test_the_templates_of_conversations_are_noted(tmp_path):
+    plain, *others = documents(300, 4)
+    templates = ["vl2", "alignment", "vl2"]
+    items = [replace(one, template=template) for one, template in zip(others, templates, strict=True)]
+    assert write(tmp_path / "p", [plain, *items]).meta.templates == ("alignment", "vl2")
+    assert write(tmp_path / "q", [plain]).meta.templates == ()
+
+
 def test_a_meta_file_of_another_version_is_refused(tmp_path):
     import pyarrow as pa
 
@@ -265,10 +274,13 @@ def test_a_meta_file_of_another_version_is_refused(tmp_path):
     path = str(tmp_path / "p.meta")
     with pa.ipc.open_file(pa.OSFile(path)) as file:
         table = file.read_all()
-    facts = json.loads(table.schema.metadata[b"megavl"]) | {"version": "3"}
+    facts = json.loads(table.schema.metadata[b"megavl"]) | {"version": "2"}
     with pa.ipc.new_file(path, table.schema.with_metadata({"megavl": json.dumps(facts)})) as writer:
         writer.write_table(table)
-    with pytest.raises(DataError, match="p.meta has version 3"):
+    with pytest.raises(
+        DataError,
+        match="p.meta has version 2, of another release; this one knows version 3, .*; make the dataset again",
+    ):
         Store(str(tmp_path / "p"))
 
 

@@ -15,7 +15,7 @@ from megavl.data.document import Document, Image, Segment, Text, Token
 from megavl.data.errors import DataError
 from megavl.data.grounding import Box, Object, converse, locate
 from megavl.data.readers.json_object import described
-from megavl.data.template import Template, Turn
+from megavl.data.template import Conversation, Template, Turn
 
 # Where an image belongs in the words of a conversation.
 MARKER = "<image>"
@@ -63,10 +63,11 @@ def to_document(record: Record, place: Place) -> Document:
             f"has {' and '.join(map(json.dumps, found)) or 'no key of a layout'} (its keys: {keys[:200] or 'none'}); a "
             f"record has exactly one of {', '.join(map(json.dumps, LAYOUTS))}"
         )
-    segments = tuple(LAYOUTS[found[0]](Record(values, record.read_image, record.template)))
+    read = LAYOUTS[found[0]](Record(values, record.read_image, record.template))
+    segments, template = tuple(read), read.template if isinstance(read, Conversation) else None
     if not segments:
         raise DataError(f'"{found[0]}" is empty; give at least one entry, or remove the record')
-    return Document(_key(values, place), place.path, segments)
+    return Document(_key(values, place), place.path, segments, template)
 
 
 def _key(values: dict[str, Any], place: Place) -> str:
@@ -110,17 +111,17 @@ def _segments(record: Record) -> Iterator[Segment]:
                 )
 
 
-def _conversations(record: Record) -> tuple[Segment, ...]:
+def _conversations(record: Record) -> Conversation:
     """LLaVA's {"conversations": [{"from", "value"}, ...], "image"}."""
     return _conversation(record, "conversations", "from", "value")
 
 
-def _messages(record: Record) -> tuple[Segment, ...]:
+def _messages(record: Record) -> Conversation:
     """{"messages": [{"role", "content"}, ...], "images"}."""
     return _conversation(record, "messages", "role", "content")
 
 
-def _conversation(record: Record, key: str, role: str, content: str) -> tuple[Segment, ...]:
+def _conversation(record: Record, key: str, role: str, content: str) -> Conversation:
     turns: list[tuple[str, list[Segment | None]]] = []
     for number, value in enumerate(_list(record.values[key], f'"{key}"')):
         name = f"turn {number}"
@@ -171,7 +172,7 @@ def _said(record: Record, value: object, name: str) -> Iterator[Segment | None]:
                 )
 
 
-def _grounding(record: Record) -> tuple[Segment, ...]:
+def _grounding(record: Record) -> Conversation:
     """{"image", "grounding": [{"query", "boxes"}, ...]}, or with "question" an answer about all images of {"text"} and
     {"query", "boxes"}, whose boxes are in the last one. Boxes are [left, top, right, bottom] in pixels."""
     images = _images(record)
@@ -235,7 +236,7 @@ def _mmc4(record: Record) -> Iterator[Segment]:
         yield Text(" " * (index > 0 and index not in before) + _text(text, f"text {index}"))
 
 
-def _texts(record: Record) -> tuple[Segment, ...] | Iterator[Segment]:
+def _texts(record: Record) -> Conversation | Iterator[Segment]:
     """OBELICS' {"texts", "images"}, or The Cauldron's, whose texts are questions and answers about all images."""
     texts = _list(record.values["texts"], '"texts"')
     return _cauldron(record, texts) if texts and isinstance(texts[0], dict) else _obelics(record, texts)
@@ -258,7 +259,7 @@ def _obelics(record: Record, texts: list) -> Iterator[Segment]:
         after_text = image is None
 
 
-def _cauldron(record: Record, texts: list) -> tuple[Segment, ...]:
+def _cauldron(record: Record, texts: list) -> Conversation:
     turns = []
     for number, value in enumerate(texts):
         said = _object(value, f"text {number}")
@@ -271,7 +272,7 @@ def _cauldron(record: Record, texts: list) -> tuple[Segment, ...]:
 
 
 # The key by which a layout is known.
-LAYOUTS: dict[str, Callable[[Record], Iterator[Segment] | tuple[Segment, ...]]] = {
+LAYOUTS: dict[str, Callable[[Record], Iterator[Segment] | Conversation]] = {
     "text": _plain,
     "caption": _caption,
     "segments": _segments,

@@ -272,3 +272,19 @@ def test_a_message_shows_little_of_what_is_large():
     with pytest.raises(DataError) as error:
         document({"text": {"bytes": b"x" * 10**6, "words": ["y" * 10**6] * 1000}})
     assert len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("values", "written"),
+    [
+        ({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}, True),
+        ({"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]}, True),
+        ({"texts": [{"user": "x", "assistant": "y"}]}, True),
+        ({"image": "wide", "grounding": [DOG]}, True),
+        ({"texts": ["x"], "images": [None]}, False),
+        ({"image": "a", "text": "x"}, False),
+        ({"segments": [{"text": "x"}]}, False),
+    ],
+)
+def test_a_conversation_says_which_template_wrote_it(values, written):
+    assert document(values, "vl2").template == ("vl2" if written else None)

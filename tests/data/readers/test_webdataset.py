@@ -73,7 +73,8 @@ def test_json_names_images_by_member_by_file_name_and_by_extension_or_not_at_all
     )
     first, second, third = documents(path, template="plain")
     assert [getattr(segment, "data", None) for segment in first.segments] == [b"y", b"x", None, b"z"]
-    assert second == Document("named", str(path), (Text("What?", False), Image(b"jpg", "b.jpg"), Text("That.")))
+    said = (Text("What?", False), Image(b"jpg", "b.jpg"), Text("That."))
+    assert second == Document("named", str(path), said, "plain")
     assert third.segments == (Image(b"jpg", "c.jpg"), Text("as img2dataset writes it"))
 
 
