@@ -251,16 +251,30 @@ def test_a_mesh_equals_one_process(pool, world):
             assert max(differences.values()) < 5e-6, (case, differences)  # measured 1.4e-6
 
 
-def forgotten_sum() -> list[dict]:
-    """Experts that are whole on every tensor rank, with gradients that are not added up over the ranks."""
-    plain, moe.copy = moe.copy, lambda x, axis: x
-    worst = [on_ranks(Topology(pp=1, dp=1, tp=2), sequence, False, SOFTMAX, False) for sequence in (False, True)]
-    moe.copy = plain
+def forgotten(sum_over_ranks: str, sequence: bool) -> dict:
+    """Two tensor ranks, where one of the sums over them is left out."""
+    plain = getattr(moe, sum_over_ranks)
+    setattr(moe, sum_over_ranks, lambda x, axis: x)
+    worst = on_ranks(Topology(pp=1, dp=1, tp=2), sequence, False, SOFTMAX, False)
+    setattr(moe, sum_over_ranks, plain)
     return worst
 
 
-def test_a_gradient_that_is_not_summed_is_noticed(pool):
-    for worst in pool.run(2, forgotten_sum):
-        for differences in worst:
+def forgotten_sums() -> list[dict]:
+    return [
+        forgotten("copy", False),
+        forgotten("copy", True),
+        forgotten("shared_weight", True),
+        forgotten("reduce", True),
+    ]
+
+
+def test_a_sum_that_is_forgotten_is_noticed(pool):
+    for experts, experts_in_sequence, weight, auxiliary in pool.run(2, forgotten_sums):
+        for differences in (experts, experts_in_sequence):
             assert differences["experts.gate_proj"] > 1e-2
             assert differences["input"] < 5e-6
+        assert weight["router.weight"] > 1e-2 and weight["input"] < 5e-6
+        # A pack that lies on both ranks.
+        assert min(auxiliary[name] for name in ("auxiliary", "input", "router.weight")) > 1e-3
+        assert auxiliary["output"] < 5e-6
