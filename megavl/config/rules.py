@@ -265,7 +265,7 @@ def _text_ratio(config: RunConfig) -> list[str]:
 
 
 def _trainable(config: RunConfig) -> list[str]:
-    names = [parameter.name for parameter in parameters(config.model)]
+    names = [parameter.name for parameter in parameters(config.model) if parameter.trained]
     problems = [
         f"optim.rules[{index}].match = {rule.match!r} matches no parameter of the model, so it would do nothing: names "
         "are like stem.siglip.norm.weight, stem.adaptor.proj.weight, blocks.0.attn.q_proj.weight, head.proj.weight"

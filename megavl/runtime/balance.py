@@ -1,9 +1,13 @@
-"""How busy the routed experts of a run are."""
+"""How busy the routed experts of a run are, and what keeps them equally so."""
 
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megavl.config.run import RunConfig
+from megavl.parallel.groups import Mesh
 
 
 @dataclass(frozen=True)
@@ -37,3 +41,65 @@ class Load:
         """Of each layer's distribution over its experts, as a share of the largest there is: float64 [layers]."""
         share = self.tokens / self.tokens.sum(1, keepdim=True).double()  # [layers, E]
         return torch.special.entr(share).sum(1) / torch.tensor(share.shape[1]).double().log()
+
+
+class Balance:
+    """The routers of this rank's stages, balanced as `config.balance` says.
+
+    The auxiliary loss is part of the gradient alone: of each pack and layer it gets the weight / packs of the global
+    batch. Biases move once a step, by what the whole global batch has chosen (arXiv 2408.15664, algorithm 1).
+    """
+
+    def __init__(self, stages: nn.ModuleList, config: RunConfig, mesh: Mesh):
+        decoder = config.model.decoder
+        self._layers = tuple(layer for layer in range(decoder.layers) if decoder.has_experts(layer))
+        self._experts = decoder.moe.experts if self._layers else 0
+        self._biased = bool(self._layers) and decoder.moe.router == "sigmoid"
+        self._bias_step, self._packs, self._mesh = config.balance.bias_step, config.train.global_batch, mesh
+        self._device = next(stages.parameters()).device
+        self._routers = {index: router for stage in stages for index, router in stage.vlm.routers.items()}
+        for router in self._routers.values():
+            # DeepSpeed averages gradients over the data axis.
+            router.auxiliary_scale = config.balance.auxiliary_weight * mesh.dp.size / config.train.global_batch
+
+    def step(self) -> Load | None:
+        """After the backward passes of a step: move the biases, and begin to count anew. Collective over the world;
+        every rank has the load of all layers, None where the model has no experts."""
+        if not self._layers:
+            return None
+        tokens, biases, auxiliary = self._over_the_world()
+        if self._biased:
+            # sign(mean load - load), in whole numbers.
+            biases += self._bias_step * (tokens.sum(1, keepdim=True) - self._experts * tokens).sign()  # [layers, E]
+            for bias, layer in zip(biases, self._layers, strict=True):
+                if layer in self._routers:
+                    self._routers[layer].bias.copy_(bias)
+        for router in self._routers.values():
+            router.load.zero_()
+            router.auxiliary.zero_()
+        return Load(
+            self._layers,
+            tokens.cpu(),
+            auxiliary.cpu() / self._packs,
+            biases.cpu() if self._biased else None,
+        )
+
+    def _over_the_world(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens int64 [layers, E], biases float32 [layers, E] and summed auxiliary losses float64 [layers] of the
+        whole model, from what the ranks have of them."""
+        dp, tp, experts = self._mesh.dp, self._mesh.tp, self._experts
+        # In one message: whole numbers and fp32 are exact in fp64.
+        table = torch.zeros(len(self._layers), 2 * experts + 1, dtype=torch.float64, device=self._device)
+        tokens, biases, auxiliary = table.split([experts, experts, 1], dim=1)
+        for row, layer in enumerate(self._layers):
+            router = self._routers.get(layer)
+            if router is None:
+                continue
+            if tp.sequence or tp.rank == 0:  # else all tensor ranks have routed the same tokens
+                tokens[row] = router.load
+            if tp.rank == 0:
+                auxiliary[row] = router.auxiliary
+            if self._biased and dp.rank == tp.rank == 0:
+                biases[row] = router.bias
+        dist.all_reduce(table)
+        return tokens.long(), biases.float(), auxiliary.squeeze(1)

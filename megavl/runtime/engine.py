@@ -6,17 +6,19 @@ One engine holds all stages of the rank. Backward passes (ours or the pipeline s
 
 import itertools
 import sys
-from types import MethodType
+from functools import partial
 
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.moe.utils import is_moe_param
 from deepspeed.runtime.utils import is_model_parallel_parameter
-from torch import nn
+from torch import Tensor, nn
 
 from megavl.config.run import RunConfig
 from megavl.parallel.groups import Mesh
 from megavl.parallel.shard import shard_of
+from megavl.runtime.experts import announce_experts
 from megavl.runtime.optim import build_optimizer, groups_of, parameter_groups
 
 
@@ -92,18 +94,25 @@ def deepspeed_config(config: RunConfig) -> dict:
     }
 
 
-def _clip_and_keep_norm(engine: deepspeed.DeepSpeedEngine) -> None:
+def _clip_and_keep_norm(engine: deepspeed.DeepSpeedEngine, mesh: Mesh) -> None:
     """Without ZeRO DeepSpeed sums the norm in fp32 and drops it after clipping; this sums in fp64, as ZeRO does, and
     keeps it."""
-    unit = engine.mpu
     parameters = [parameter for parameter in engine.module.parameters() if parameter.grad is not None]
-    counted = [p.grad for p in parameters if unit.get_model_parallel_rank() == 0 or is_model_parallel_parameter(p)]
-    squared = torch.stack([torch.linalg.vector_norm(grad, dtype=torch.float64) ** 2 for grad in counted]).sum()
-    dist.all_reduce(squared, group=unit.get_model_parallel_group())
+    counted = [p for p in parameters if mesh.tp.rank == 0 or is_model_parallel_parameter(p)]
+    experts = _squared_norm([p.grad for p in counted if is_moe_param(p)], engine.device)
+    dist.all_reduce(experts, group=mesh.ep.group)
+    squared = experts + _squared_norm([p.grad for p in counted if not is_moe_param(p)], engine.device)
+    dist.all_reduce(squared, group=mesh.model.group)
     norm = squared.sqrt()
     if norm > engine.gradient_clipping():
         torch._foreach_mul_([p.grad for p in parameters], (engine.gradient_clipping() / (norm + 1e-6)).item())
     engine._global_grad_norm = norm
+
+
+def _squared_norm(grads: list[Tensor], device: torch.device) -> Tensor:
+    """float64 []."""
+    norms = [torch.linalg.vector_norm(grad, dtype=torch.float64) for grad in grads]
+    return sum((norm**2 for norm in norms), start=torch.zeros((), dtype=torch.float64, device=device))
 
 
 def build_engine(stages: nn.ModuleList, config: RunConfig, mesh: Mesh) -> deepspeed.DeepSpeedEngine:
@@ -114,6 +123,8 @@ def build_engine(stages: nn.ModuleList, config: RunConfig, mesh: Mesh) -> deepsp
         parameter.model_parallel = True  # DeepSpeed's mark: counted in the norm on every tensor rank
     named_parameters = itertools.chain.from_iterable(stage.vlm.named_parameters() for stage in stages)
     groups = parameter_groups(named_parameters, anchors, config.optim)
+    if config.model.decoder.moe is not None:
+        announce_experts(stages, groups, mesh, config.model.decoder.moe.experts)
     engine, *_ = deepspeed.initialize(
         # ZeRO-3 gathers parameters in the hooks of the outermost module's forward: that must be the stage itself.
         model=stages[0] if len(stages) == 1 else stages,
@@ -123,5 +134,5 @@ def build_engine(stages: nn.ModuleList, config: RunConfig, mesh: Mesh) -> deepsp
         dist_init_required=False,
     )
     if config.parallel.zero == 0:
-        engine.clip_fp32_gradients = MethodType(_clip_and_keep_norm, engine)
+        engine.clip_fp32_gradients = partial(_clip_and_keep_norm, engine, mesh)
     return engine

@@ -21,6 +21,7 @@ from megavl.ops.dispatch import Ops, choose
 from megavl.parallel.groups import Mesh, TensorAxis
 from megavl.parallel.topology import Topology
 from megavl.runtime.bad_images import BadImages
+from megavl.runtime.balance import Balance
 from megavl.runtime.engine import build_engine
 from megavl.runtime.env import Env
 from megavl.runtime.health import RunError, together, together_with_remarks
@@ -52,6 +53,7 @@ def train(config: RunConfig, env: Env) -> None:
     if env.rank == 0:
         _introduce(config, mesh.topology, ops, first_step)
         announce(sampler, first_step, repacked)
+    balance = Balance(stages, config, mesh)
     metrics = Metrics(config, env)
     bad_images = BadImages(config, state.get("bad_images", 0))
     has_stem = any(stage.vlm.stem is not None for stage in stages)
@@ -69,9 +71,10 @@ def train(config: RunConfig, env: Env) -> None:
             loss = over_the_world(pipeline.run(batch), mesh)
             _refuse_infinite("loss", loss, step)
             engine.step()
+            load = balance.step()
             grad_norm = float(engine.get_global_grad_norm())
             _refuse_infinite("gradient norm", grad_norm, step)
-            metrics.record(batch, loss, grad_norm, lr, time.perf_counter() - started, None)
+            metrics.record(batch, loss, grad_norm, lr, time.perf_counter() - started, load)
             if (step + 1) % config.checkpoint.every == 0 or step + 1 == config.train.steps:
                 progress = {"data": sampler.position(step + 1), "bad_images": bad_images.count}
                 saved = keep(engine, stages, config, mesh, checkpoints, step + 1, progress)

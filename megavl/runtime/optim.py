@@ -10,6 +10,7 @@ from torch import nn
 
 from megavl.config.parameters import parameters
 from megavl.config.run import OptimConfig, RunConfig, ScheduleConfig
+from megavl.parallel.shard import shard_of
 
 
 def freeze(named_parameters: Iterable[tuple[str, nn.Parameter]], optim: OptimConfig) -> None:
@@ -25,16 +26,21 @@ class Group:
 
     lr_multiplier: float
     weight_decay: float
+    experts: bool
 
 
-def _group(name: str, dims: int, optim: OptimConfig) -> Group:
-    """Vectors (norms, biases) do not decay."""
-    return Group(optim.lr_multiplier(name), optim.weight_decay if dims > 1 else 0.0)
+def _group(name: str, dims: int, experts: bool, optim: OptimConfig) -> Group:
+    """Vectors (norms, biases) do not decay; routed experts, whose replicas are on other ranks, are by themselves."""
+    return Group(optim.lr_multiplier(name), optim.weight_decay if dims > 1 else 0.0, experts)
 
 
 def groups_of(config: RunConfig) -> list[Group]:
     """The optimizer groups of the whole model, in an order that every rank agrees on."""
-    found = {_group(parameter.name, len(parameter.shape), config.optim) for parameter in parameters(config.model)}
+    found = {
+        _group(parameter.name, len(parameter.shape), parameter.expert_dim is not None, config.optim)
+        for parameter in parameters(config.model)
+        if parameter.trained
+    }
     return sorted(group for group in found if group.lr_multiplier > 0)
 
 
@@ -48,13 +54,14 @@ def parameter_groups(
     members = {group: list(parameters) for group, parameters in anchors.items()}
     for name, parameter in named_parameters:
         if parameter.requires_grad:
-            members[_group(name, parameter.dim(), optim)].append(parameter)
+            members[_group(name, parameter.dim(), shard_of(parameter).over("ep"), optim)].append(parameter)
     return [
         {
             "params": parameters,
             "lr": optim.lr * group.lr_multiplier,
             "lr_multiplier": group.lr_multiplier,
             "weight_decay": group.weight_decay,
+            "experts": group.experts,
         }
         for group, parameters in members.items()
     ]

@@ -36,6 +36,13 @@ class Stage(nn.Module):
         self.vlm = vlm
         self.anchors = nn.ParameterList(nn.Parameter(torch.zeros(1)) for _ in range(groups))
         self.micro_batches: Sequence[Batch] = ()
+        if vlm.stem is not None and vlm.routers:
+            # Routers count in the backward pass, which would not come by where nothing below them trains.
+            vlm.stem.register_forward_hook(lambda _stem, _inputs, h: h + self._zero())
+
+    def _zero(self) -> Tensor:
+        """float32 [], of which every anchor takes part."""
+        return 0.0 * sum(anchor.sum() for anchor in self.anchors)
 
     def forward(self, *hidden: Tensor, index: Tensor) -> Tensor:
         """hidden: nothing on the first stage, else [T, D] (or [T / tp, D] under sequence parallelism)
@@ -45,7 +52,7 @@ class Stage(nn.Module):
         # Moved when its turn comes: the images of a whole step would fill a device.
         batch = self.micro_batches[index.item()].to(self.anchors[0].device)
         output = self.vlm(hidden[0] if hidden else None, batch)
-        return output + 0.0 * sum(anchor.sum() for anchor in self.anchors)
+        return output + self._zero()
 
 
 def build_stages(config: RunConfig, mesh: Mesh, ops: Ops, device: torch.device) -> nn.ModuleList:

@@ -1,5 +1,7 @@
 """The state of the run as named fragments: what this rank holds of every parameter, its fp32 master and Adam moments.
 
+The bias of a router, which no optimizer knows, is a parameter without master and moments.
+
 DeepSpeed keeps masters and moments in flat buffers. Under ZeRO-1 and 2 each parameter knows its part of them
 (`_hp_mapping`); under ZeRO-3 each rank holds one flat range of every parameter; without ZeRO the parameter is its own
 master.
@@ -21,13 +23,20 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 def fragments(engine: deepspeed.DeepSpeedEngine, stages: nn.ModuleList, dp_rank: int) -> list[Fragment]:
     """Everything that this rank holds, as views: what is written is what is there, what is read lands in place."""
     _materialise_moments(engine)
-    return [
+    trained = [
         Fragment(name, kind, shard.full_shape(shape), shard.offsets(shape), shape, start, values)
         for stage in stages
         for name, parameter in stage.vlm.named_parameters()
         for shape, shard in [(tuple(getattr(parameter, "ds_shape", parameter.shape)), shard_of(parameter))]
         for kind, start, values in _tensors(engine, parameter, dp_rank)
     ]
+    biases = [
+        Fragment.whole(f"blocks.{index}.mlp.router.bias", "param", router.bias.shape, (0,), router.bias)
+        for stage in stages
+        for index, router in stage.vlm.routers.items()
+        if router.bias is not None
+    ]
+    return trained + biases
 
 
 def set_optimizer_step(engine: deepspeed.DeepSpeedEngine, step: int) -> None:

@@ -1,5 +1,6 @@
-"""A tiny run, its steps made by hand, and what a rank of any topology sees of it."""
+"""Tiny runs of both families, their steps made by hand, and what a rank of any topology sees of them."""
 
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
@@ -8,13 +9,31 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megavl.batch import Batch, StepBatch, tile_share
-from megavl.config.model import DecoderConfig, ModelConfig, SamConfig, SiglipConfig
+from megavl.checkpoint.load import load_weights
+from megavl.config.model import (
+    DecoderConfig,
+    MlaConfig,
+    ModelConfig,
+    MoeConfig,
+    SamConfig,
+    SiglipConfig,
+    TilingConfig,
+)
 from megavl.config.rules import check
-from megavl.config.run import DataConfig, OptimConfig, ParallelConfig, RunConfig, SourceConfig, TrainConfig
-from megavl.config.tiles import Grid
+from megavl.config.run import (
+    BalanceConfig,
+    DataConfig,
+    OptimConfig,
+    ParallelConfig,
+    RunConfig,
+    SourceConfig,
+    TrainConfig,
+)
+from megavl.config.tiles import Grid, Tiling
 from megavl.ops.dispatch import choose
 from megavl.parallel.cross_entropy import IGNORED
 from megavl.parallel.groups import Mesh
+from megavl.runtime.balance import Balance, Load
 from megavl.runtime.engine import build_engine
 from megavl.runtime.env import start_deepspeed
 from megavl.runtime.loop import keep, over_the_world, resume
@@ -45,17 +64,58 @@ MODEL = ModelConfig(
     image_token_id=IMAGE,
     init_std=0.05,
 )
-# Images in each pack of a multimodal step: many, few and none, so that whole micro-batches and ranks have none.
-IMAGES = (3, 0, 1, 0, 0, 2, 0, 0, 0, 5, 1, 0)
+
+
+def _vl2(name: str, mla: MlaConfig | None, moe: MoeConfig) -> ModelConfig:
+    """Every part of a VL2 model: pixels that are not read, padding before the shuffle, one dense layer and three with
+    experts. 6 items in the model list; 4 heads, 8 experts and widths that divide by 2 and 4."""
+    return ModelConfig(
+        name=name,
+        siglip=SiglipConfig(image_size=14, patch_size=4, width=24, layers=1, heads=2, mlp_width=32),
+        sam=None,
+        tiling=TilingConfig(max_tiles=4),
+        decoder=DecoderConfig(layers=4, width=48, heads=4, kv_heads=4, mlp_width=72, vocab_size=96, mla=mla, moe=moe),
+        image_token_id=IMAGE,
+        init_std=0.05,
+    )
+
+
+_MLA = MlaConfig(kv_rank=16, nope_width=8, rope_width=4, value_width=8)
+_SOFTMAX = MoeConfig(experts=8, per_token=3, shared=2, width=16)
+_SIGMOID = _SOFTMAX.model_copy(update={"router": "sigmoid", "normalise": True, "scale": 2.0})
+# The decoders of Tiny, Small and Base.
+VL2 = {
+    "tiny": _vl2("tiny", None, _SOFTMAX),
+    "small": _vl2("small", _MLA, _SOFTMAX),
+    "base": _vl2("base", _MLA, _SIGMOID),
+}
+# The grids of the images in the packs of a multimodal step: many, few and none, so that whole micro-batches and ranks
+# have none.
+GRIDS = {
+    "vl": {pack: (Grid(0, 0),) * images for pack, images in {0: 3, 2: 1, 5: 2, 9: 5, 10: 1}.items()},
+    "vl2": {
+        0: (Grid(1, 1), Grid(1, 2), Grid(1, 1)),
+        2: (Grid(2, 1),),
+        5: (Grid(1, 3),),
+        9: (Grid(2, 1), Grid(1, 3)),
+        10: (Grid(1, 1),),
+    },
+}
 
 
 def run_config(
-    world: int = 1, *, optim: dict | None = None, train: dict | None = None, parallel: dict | None = None
+    world: int = 1,
+    *,
+    model: ModelConfig = MODEL,
+    optim: dict | None = None,
+    train: dict | None = None,
+    parallel: dict | None = None,
+    balance: dict | None = None,
 ) -> RunConfig:
     """The tiny run, checked for `world` ranks."""
     config = RunConfig(
         output_dir="unused",
-        model=MODEL,
+        model=model,
         parallel=ParallelConfig(**(parallel or {})),
         data=DataConfig(
             tokenizer="unused",
@@ -65,19 +125,26 @@ def run_config(
             seq_len=SEQ_LEN,
         ),
         optim=OptimConfig(**{"lr": 1e-2, "eps": 1e-4, "grad_clip": 0.5, "weight_decay": 0.1} | (optim or {})),
+        balance=BalanceConfig(**(balance or {})),
         train=TrainConfig(**{"steps": STEPS, "global_batch": GLOBAL_BATCH, "precision": "fp32"} | (train or {})),
     )
     check(config, world)
     return config
 
 
-def _pack(step: int, number: int, images: int) -> tuple[Tensor, Tensor, list[int]]:
+def _grids(step: int, number: int, model: ModelConfig) -> tuple[Grid, ...]:
+    """Of the images of a pack. Steps 1 and 3 are text."""
+    return () if step % 2 else GRIDS[model.family].get(number, ())
+
+
+def _pack(step: int, number: int, model: ModelConfig) -> tuple[Tensor, Tensor, list[int]]:
     """Tokens, labels [T] and document lengths of one pack: up to three documents and padding."""
     generator = torch.Generator().manual_seed(1000 * step + number)
     tokens = torch.randint(0, 90, (SEQ_LEN,), generator=generator)
     lengths = [SEQ_LEN - 22 - number % 3, 22, number % 3] if number % 3 else [SEQ_LEN]
     # Images side by side at the start of the pack, inside its first document.
-    tokens[: MODEL.tile_features * images] = IMAGE
+    tiling = Tiling(model)
+    tokens[: sum(len(tiling.layout(grid)) for grid in _grids(step, number, model))] = IMAGE
     labels = tokens.roll(-1)
     labels[labels == IMAGE] = IGNORED
     for border in torch.tensor(lengths).cumsum(0).tolist():
@@ -87,15 +154,17 @@ def _pack(step: int, number: int, images: int) -> tuple[Tensor, Tensor, list[int
     return tokens, labels, lengths
 
 
-def _micro_batch(step: int, numbers: list[int], multimodal: bool, mesh: Mesh) -> Batch:
-    packs = [_pack(step, number, IMAGES[number] * multimodal) for number in numbers]
+def _micro_batch(step: int, numbers: list[int], model: ModelConfig, mesh: Mesh) -> Batch:
+    packs = [_pack(step, number, model) for number in numbers]
     lengths = [length for pack in packs for length in pack[2]]
+    grids = [grid for number in numbers for grid in _grids(step, number, model)]
     pixels = [
-        torch.randn((3, 32, 32), generator=torch.Generator().manual_seed(7 * step + 100 * number + image))
+        torch.randn((3, 32, 32), generator=torch.Generator().manual_seed(7 * step + 100 * number + tile))
         for number in numbers
-        for image in range(IMAGES[number] * multimodal)
+        for tile in range(sum(grid.tiles for grid in _grids(step, number, model)))
     ]
-    high = torch.stack(pixels) if pixels else torch.zeros(0, 3, 32, 32)  # [I, 3, 32, 32]
+    high = torch.stack(pixels) if pixels else torch.zeros(0, 3, 32, 32)  # [tiles, 3, 32, 32]
+    side = model.siglip.image_size
     if mesh.tp.shares_images:
         mine = tile_share(len(high), mesh.tp.rank, mesh.tp.size)
         high = high[mine.start : mine.stop]
@@ -105,30 +174,29 @@ def _micro_batch(step: int, numbers: list[int], multimodal: bool, mesh: Mesh) ->
         positions=torch.cat([torch.arange(length) for length in lengths]),
         cu_seqlens=torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32),
         packs=len(packs),
-        grids=(Grid(0, 0),) * len(pixels),
-        pixels={"sam": high, "siglip": high[:, :, ::2, ::2]} if mesh.pp.rank == 0 else None,
+        grids=tuple(grids),
+        pixels={"sam": high, "siglip": high[:, :, ::2, ::2][:, :, :side, :side]} if mesh.pp.rank == 0 else None,
     )
 
 
 def step_batch(step: int, config: RunConfig, mesh: Mesh) -> StepBatch:
-    """This rank's part of a global batch that does not depend on the topology. Steps 1 and 3 are text."""
-    multimodal = step % 2 == 0
+    """This rank's part of a global batch that does not depend on the topology."""
+    model = config.model
     share = GLOBAL_BATCH // mesh.dp.size
     numbers = list(range(GLOBAL_BATCH))[mesh.dp.rank * share : (mesh.dp.rank + 1) * share]
     size = config.train.micro_batch
-    supervised = sum(
-        (_pack(step, number, IMAGES[number] * multimodal)[1] != IGNORED).sum().item() for number in range(GLOBAL_BATCH)
-    )
+    supervised = sum((_pack(step, number, model)[1] != IGNORED).sum().item() for number in range(GLOBAL_BATCH))
+    grids = [grid for number in range(GLOBAL_BATCH) for grid in _grids(step, number, model)]
     return StepBatch(
         step=step,
-        kind="multimodal" if multimodal else "text",
+        kind="multimodal" if grids else "text",
         micro_batches=tuple(
-            _micro_batch(step, numbers[first : first + size], multimodal, mesh) for first in range(0, share, size)
+            _micro_batch(step, numbers[first : first + size], model, mesh) for first in range(0, share, size)
         ),
         supervised_tokens=supervised,
         tokens=GLOBAL_BATCH * SEQ_LEN,
-        images=sum(IMAGES) * multimodal,
-        tiles=sum(IMAGES) * multimodal,
+        images=len(grids),
+        tiles=sum(grid.tiles for grid in grids),
         squared_tokens=0,
     )
 
@@ -149,25 +217,47 @@ def set_up(config: RunConfig):
     return mesh, stages, engine, Pipeline(engine, stages, config, mesh, ops)
 
 
-def train(config: RunConfig, checkpoints: str | None = None) -> tuple[list[tuple[float, float]], dict[str, Tensor]]:
-    """(loss, gradient norm) of each step, and this rank's parameters after the last one, in their place in full tensors
-    of which the rest is NaN. With `checkpoints`, begins at the newest one there and leaves one behind."""
+@dataclass(frozen=True)
+class Trained:
+    """What a rank knows after a run.
+
+    history: (loss, gradient norm) of each step
+    loads:   of the experts in each step
+    weights: this rank's parameters after the last one, in their place in full tensors of which the rest is NaN
+    """
+
+    history: list[tuple[float, float]]
+    loads: list[Load | None]
+    weights: dict[str, Tensor]
+
+
+def train(config: RunConfig, checkpoints: str | None = None) -> Trained:
+    """With `checkpoints`, begins at the newest one there and leaves one behind."""
     mesh, stages, engine, pipeline = set_up(config)
+    balance = Balance(stages, config, mesh)
     first = resume(engine, stages, config, mesh, Path(checkpoints))["step"] if checkpoints else 0
-    history = []
+    history, loads = [], []
     for step in range(first, config.train.steps):
         set_learning_rate(engine.basic_optimizer, config.optim.lr)
         loss = over_the_world(pipeline.run(step_batch(step, config, mesh)), mesh)
         engine.step()
+        loads.append(balance.step())
         history.append((loss, float(engine.get_global_grad_norm())))
     if checkpoints:
         keep(engine, stages, config, mesh, Path(checkpoints), config.train.steps, progress={})
-    return history, weights(engine, stages, mesh)
+    return Trained(history, loads, weights(engine, stages, mesh))
 
 
-def initial_weights(config: RunConfig) -> dict[str, Tensor]:
+def train_each(configs: list[RunConfig]) -> list[Trained]:
+    """One run after the other, in the same processes."""
+    return [train(config) for config in configs]
+
+
+def initial_weights(config: RunConfig, init_from: str | None = None) -> dict[str, Tensor]:
     """Parameters before the first step."""
     mesh, stages, engine, _ = set_up(config)
+    if init_from:
+        load_weights(init_from, fragments(engine, stages, mesh.dp.rank), config.model)
     return weights(engine, stages, mesh)
 
 

@@ -49,7 +49,10 @@ def test_parameters_are_frozen_and_grouped_by_name():
     }
     freeze(named.items(), optim)
     assert [name for name, parameter in named.items() if not parameter.requires_grad] == ["tower.weight"]
-    anchors = {group: [nn.Parameter(torch.zeros(1))] for group in (Group(0.5, 0.1), Group(1.0, 0.0), Group(1.0, 0.1))}
+    anchors = {
+        group: [nn.Parameter(torch.zeros(1))]
+        for group in (Group(0.5, 0.1, False), Group(1.0, 0.0, False), Group(1.0, 0.1, False))
+    }
     groups = parameter_groups(named.items(), anchors, optim)
     members = [[name for name, p in named.items() if any(p is q for q in group["params"])] for group in groups]
     assert members == [["tower.neck.weight"], ["block.norm"], ["block.weight"]]
