@@ -104,7 +104,7 @@ def one_process(recipe, tmp_path_factory) -> list[dict]:
 def test_metrics_have_one_whole_object_for_each_step(one_process):
     assert [row["step"] for row in one_process] == [1, 2, 3]
     for row in one_process:
-        assert {"step", "kind", "loss", "grad_norm", "lr", "tokens", "images"} < row.keys()
+        assert {"step", "kind", "loss", "grad_norm", "lr", "tokens", "images", "tiles"} < row.keys()
         assert {"tokens_per_s", "step_s", "mfu", "memory_bytes"} < row.keys()
         mine, other = ("text", "multimodal") if row["kind"] == "text" else ("multimodal", "text")
         assert row[f"loss_{mine}"] == row["loss"]
