@@ -279,11 +279,11 @@ class TestFiles:
         ]
 
     def test_quickstart_paths_name_its_command(self):
-        data = {"tokenizer": "data/quickstart/tokenizer.model", "text": [{"prefix": "data/quickstart/text"}]}
+        data = {"tokenizer": "data/quickstart/tokenizer.model", "text": [{"prefix": "data/quickstart_vl2/text"}]}
         tokenizer, text, multimodal = self.problems(data=data)
         assert tokenizer == "data.tokenizer: no file data/quickstart/tokenizer.model; `make quickstart` makes it"
-        assert text.startswith("data.text[0].prefix: no file data/quickstart/text.bin, data/quickstart/text.idx")
-        assert text.endswith("`make quickstart` makes it")
+        assert text.startswith("data.text[0].prefix: no file data/quickstart_vl2/text.bin, data/quickstart_vl2/text.idx")
+        assert text.endswith("`make quickstart MODEL=vl2` makes it")
         assert "preprocess_data.py" in multimodal
 
     def test_weights_to_start_from(self):
