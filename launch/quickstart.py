@@ -9,7 +9,7 @@ topology; the result is exported and read back.
     vl   every part of DeepSeek-VL-7B, as TP2 x PP2 with sequence parallelism, then PP2 x DP2; the export is compared
          with transformers
     vl2  every part of DeepSeek-VL2, as EP2 x PP2, then EP2 x TP2 with sequence parallelism, on tiled images and a
-         grounding task; the export, for which transformers has no class, is read back and must be the model
+         grounding task; the export's language part is compared with transformers, and so is the model read back from it
 
 Any part that fails ends this with its exit code.
 """
@@ -50,8 +50,7 @@ class Model:
     datasets:      name of each, and of the file that it is made from
     trained:       those that the recipe trains on
     before, after: the recipe's topology, and the one under which the killed run goes on
-    layout:        of the export, in {run}/hf
-    proof:         options of tools/check_export.py
+    export:        the tools that export the last checkpoint and prove it, with their options
     plots:         what tools/plot_NAME.py draws
     """
 
@@ -65,8 +64,7 @@ class Model:
     trained: tuple[str, ...]
     before: Topology
     after: Topology
-    layout: str
-    proof: str
+    export: tuple[str, ...]
     plots: tuple[str, ...]
 
     @property
@@ -95,8 +93,11 @@ MODELS = {
         trained=("text", "multimodal"),
         before=Topology("TP2 x PP2 + sequence"),
         after=Topology("PP2 x DP2", "parallel.tensor=1 parallel.sequence=false"),
-        layout="transformers",
-        proof=" --image data/quickstart/images/heldout_multimodal_00000.png",
+        export=(
+            "convert_checkpoint.py to-hf --checkpoint {checkpoint} --output {run}/hf --layout transformers",
+            "check_export.py --checkpoint {checkpoint} --hf {run}/hf --data {data}/heldout "
+            "--image {data}/images/heldout_multimodal_00000.png",
+        ),
         plots=("loss",),
     ),
     "vl2": Model(
@@ -115,8 +116,12 @@ MODELS = {
         trained=("text", "multimodal", "grounding"),
         before=Topology("EP2 x PP2"),
         after=Topology("EP2 x TP2 + sequence", "parallel.pipeline=1 parallel.tensor=2 parallel.sequence=true"),
-        layout="deepseek",
-        proof="",
+        export=(
+            "convert_checkpoint.py to-hf --checkpoint {checkpoint} --output {run}/hf --layout deepseek",
+            "check_export.py --checkpoint {checkpoint} --hf {run}/hf --data {data}/heldout",
+            "convert_checkpoint.py from-hf --input {run}/hf --output {run}/reloaded",
+            "check_export.py --checkpoint {run}/reloaded --hf {run}/hf --data {data}/heldout",
+        ),
         plots=("loss", "experts"),
     ),
 }
@@ -255,9 +260,8 @@ def main() -> None:
     run(f"{model.train} {model.after.overrides}")
 
     checkpoint = model.run / "checkpoints" / f"step_{steps_done(model)[-1]['step']:08d}"
-    hf = f"{model.run}/hf"
-    run(f"python tools/convert_checkpoint.py to-hf --checkpoint {checkpoint} --output {hf} --layout {model.layout}")
-    run(f"python tools/check_export.py --checkpoint {checkpoint} --hf {hf} --data {data}/heldout{model.proof}")
+    for tool in model.export:
+        run(f"python tools/{tool}".format(checkpoint=checkpoint, run=model.run, data=data))
     for name in model.plots:
         run(f"python tools/plot_{name}.py --metrics {model.metrics} --output {model.run}/{name}.png")
     if not summary(model, time.monotonic() - started):

@@ -282,7 +282,9 @@ class TestFiles:
         data = {"tokenizer": "data/quickstart/tokenizer.model", "text": [{"prefix": "data/quickstart_vl2/text"}]}
         tokenizer, text, multimodal = self.problems(data=data)
         assert tokenizer == "data.tokenizer: no file data/quickstart/tokenizer.model; `make quickstart` makes it"
-        assert text.startswith("data.text[0].prefix: no file data/quickstart_vl2/text.bin, data/quickstart_vl2/text.idx")
+        assert text.startswith(
+            "data.text[0].prefix: no file data/quickstart_vl2/text.bin, data/quickstart_vl2/text.idx"
+        )
         assert text.endswith("`make quickstart MODEL=vl2` makes it")
         assert "preprocess_data.py" in multimodal
 
