@@ -2,11 +2,11 @@
 
     python tools/check_export.py --checkpoint runs/NAME/checkpoints --hf DIR --data PREFIX [--image FILE] [--tokens N]
 
-Both models compute in float32 from the stored weights. Exit code 1 where their losses differ.
+Both models compute in float32 from the stored weights. Exit code 1 where their losses differ. Of DeepSeek-VL2,
+transformers has the language part: it gets the images' features from megavl's stem with the weights of the export.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -31,6 +31,9 @@ from megavl.data.stream import Stream
 from megavl.model.vlm import VLM
 from megavl.ops.dispatch import choose
 from megavl.parallel.groups import TensorAxis
+from tools.exports.document import documents
+from tools.exports.vl import ExportedVL
+from tools.exports.vl2 import ExportedVL2
 
 # Nats, on any one token. Sums in another order differ by some 1e-6 in float32.
 TOLERANCE = 1e-3
@@ -58,10 +61,9 @@ def read_batch(store: Store, model: ModelConfig, tokens: int) -> Batch:
 def load_model(checkpoint: Checkpoint, config: ModelConfig) -> VLM:
     """The whole model in this process, with the weights that the export has: the parameters, not their masters."""
     model = VLM(config, TensorAxis(), choose(torch.device("cpu")), 0, config.layers)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            key = f"param.{name}"
-            parameter.copy_(checkpoint.read_tensor(key, checkpoint.dtype(key)))
+    for name, tensor in model.state_dict().items():  # the parameters, and the biases of routers
+        key = f"param.{name}"
+        tensor.copy_(checkpoint.read_tensor(key, checkpoint.dtype(key)))
     return model
 
 
@@ -71,20 +73,9 @@ def losses(logits: Tensor, labels: Tensor) -> Tensor:
     return functional.cross_entropy(logits[supervised].float(), labels[supervised], reduction="none")
 
 
-def losses_of_export(model, batch: Batch, config: ModelConfig) -> Tensor:
-    """As `losses`, by a model of transformers, one document at a time."""
-    found, image = [], 0
-    for start, stop in zip(batch.cu_seqlens[:-1].tolist(), batch.cu_seqlens[1:].tolist(), strict=True):
-        tokens = batch.tokens[start:stop]
-        images = int((tokens == config.image_token_id).sum()) // config.tile_features
-        inputs = {"input_ids": tokens[None]}
-        if images:
-            inputs["pixel_values"] = batch.pixels["siglip"][image : image + images]
-            if config.sam is not None:
-                inputs["high_res_pixel_values"] = batch.pixels["sam"][image : image + images]
-        image += images
-        found.append(losses(model(**inputs).logits[0], batch.labels[start:stop]))
-    return torch.cat(found)
+def losses_of_export(exported: ExportedVL | ExportedVL2, batch: Batch, config: ModelConfig) -> Tensor:
+    """As `losses`, by transformers, one document at a time."""
+    return torch.cat([losses(exported.logits(document), document.labels) for document in documents(batch, config)])
 
 
 def read_image(path: Path) -> Image.Image:
@@ -99,11 +90,11 @@ def read_image(path: Path) -> Image.Image:
         raise DataError(f"--image {path}: {error}. Nothing was computed; give an image file") from error
 
 
-def export_class(directory: Path) -> type:
-    """The class of transformers that the export names.
+def open_export(directory: Path, config: ModelConfig) -> ExportedVL | ExportedVL2:
+    """The export, not yet loaded.
 
     Raises:
-        CheckpointError: transformers is not installed, or has no such class.
+        CheckpointError: transformers is not installed, or has no such model.
     """
     try:
         import transformers
@@ -111,35 +102,7 @@ def export_class(directory: Path) -> type:
         raise CheckpointError(f"transformers does not import ({error}): pip install 'megavl[hf]'") from error
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    names = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("architectures") or ["no class"]
-    if not hasattr(transformers, names[0]):
-        raise CheckpointError(
-            f"{directory} is for {names[0]}, which transformers does not have: there is nothing to compare with; "
-            "export with --layout transformers"
-        )
-    return getattr(transformers, names[0])
-
-
-def load_export(architecture: type, directory: Path):
-    """The model of transformers, and its processor.
-
-    Raises:
-        CheckpointError: transformers does not find in the export what its class has.
-    """
-    from transformers import AutoProcessor
-
-    model, report = architecture.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
-    problems = {kind: sorted(names) for kind, names in report.items() if names}
-    if problems:
-        raise CheckpointError(f"{architecture.__name__} does not load {directory} cleanly: {problems}")
-    return model, AutoProcessor.from_pretrained(directory)
-
-
-def generate(model, processor, image: Image.Image, tokens: int) -> str:
-    """What the model writes after one image, greedily."""
-    inputs = processor(images=[image], text=processor.image_token, return_tensors="pt")
-    written = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)  # [1, prompt + tokens]
-    return processor.decode(written[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return ExportedVL(directory) if config.family == "vl" else ExportedVL2(directory, config)
 
 
 @torch.no_grad()
@@ -156,26 +119,26 @@ def check(checkpoint_path: str, export: Path, data: str, image: Path | None, tok
         checkpoint.check_model(described)
     except CheckpointError as error:
         raise CheckpointError(f"{export} is no export of the checkpoint: {error}") from error
-    architecture = export_class(export)
+    exported = open_export(export, config)
     picture = None if image is None else read_image(image)
     batch = read_batch(Store(data), config, tokens)
     mine = losses(load_model(checkpoint, config).logits(batch), batch.labels)
-    print(f"  {data}: {len(mine)} supervised tokens, {len(batch.pixels['siglip'])} images")
-    model, processor = load_export(architecture, export)
-    theirs = losses_of_export(model, batch, config)
+    print(f"  {data}: {len(mine)} supervised tokens, {len(batch.grids)} images")
+    exported.load()
+    theirs = losses_of_export(exported, batch, config)
     difference = (mine - theirs).abs().max().item()
     print(f"  loss of megavl        {mine.mean():.6f}   {checkpoint.path}")
     print(f"  loss of transformers  {theirs.mean():.6f}   {export}")
     print(f"  largest difference on a token: {difference:.1e} (tolerance {TOLERANCE:.0e})")
     if picture is not None:
-        print(f"  from {image}:\n    {generate(model, processor, picture, tokens=48)!r}")
+        print(f"  from {image}:\n    {exported.generate(picture, tokens=48)!r}")
     return difference <= TOLERANCE
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="a checkpoint, or a run's directory of them")
-    parser.add_argument("--hf", type=Path, required=True, help="its export in the transformers layout")
+    parser.add_argument("--hf", type=Path, required=True, help="its export: of DeepSeek-VL in the transformers layout")
     parser.add_argument("--data", required=True, help="prefix of a dataset, text or multimodal")
     parser.add_argument("--image", type=Path, help="image from which the export generates text")
     parser.add_argument("--tokens", type=int, default=2048, help="tokens of the compared batch; default 2048")

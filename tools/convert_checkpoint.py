@@ -1,6 +1,7 @@
 """Convert checkpoints to and from the Hugging Face layouts.
 
     python tools/convert_checkpoint.py to-hf --checkpoint runs/NAME/checkpoints --output DIR --layout transformers
+    python tools/convert_checkpoint.py to-hf --checkpoint runs/NAME/checkpoints --output DIR --layout deepseek
     python tools/convert_checkpoint.py from-hf --input DIR --output DIR
 
 docs/checkpoints.md says what each layout holds and what is not carried.
@@ -21,12 +22,17 @@ def main() -> None:
         "--checkpoint", required=True, help="a checkpoint, or a run's directory of them (the latest is taken)"
     )
     out.add_argument("--output", required=True, help="directory that is made; it must not be there yet")
-    out.add_argument("--layout", choices=list(LAYOUTS), required=True)
+    out.add_argument(
+        "--layout",
+        choices=list(LAYOUTS),
+        required=True,
+        help="deepseek is the released code's, the one of DeepSeek-VL2",
+    )
     out.add_argument("--tokenizer", help="sentencepiece .model or tokenizer.json; default: the run's own")
     out.add_argument(
         "--max-shard-size", type=float, default=5.0, metavar="GB", help="of one safetensors file; default 5"
     )
-    into = commands.add_parser("from-hf", help="safetensors of either layout -> a checkpoint that starts a run")
+    into = commands.add_parser("from-hf", help="safetensors of any layout -> a checkpoint that starts a run")
     into.add_argument("--input", required=True, help="directory with config.json and safetensors files")
     into.add_argument("--output", required=True, help="directory of checkpoints; step_00000000 is made in it")
     arguments = parser.parse_args()

@@ -41,13 +41,13 @@ TEXTS = (
 def weights(model: ModelConfig, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Random values for every parameter; hd_alpha_downsamples is not zero, as it is at initialisation. The biases of
     routers are in fp32 whatever the others are."""
-    generator = torch.Generator().manual_seed(0)
-    return {
-        parameter.name: torch.randn(parameter.shape, generator=generator)
-        .mul_(0.05)
-        .to(dtype if parameter.trained else torch.float32)
-        for parameter in parameters(model)
-    }
+    generator, values = torch.Generator().manual_seed(0), {}
+    for parameter in parameters(model):
+        value = torch.randn(parameter.shape, generator=generator).mul_(0.05)
+        if "norm" in parameter.name and parameter.name.endswith("weight"):
+            value += 1
+        values[parameter.name] = value.to(dtype if parameter.trained else torch.float32)
+    return values
 
 
 def write_checkpoint(directory: Path, model: ModelConfig, dtype: torch.dtype, tokenizer: Path | None = None) -> Path:

@@ -1,0 +1,62 @@
+"""An export of DeepSeek-VL in the transformers layout, as transformers loads it."""
+
+import json
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from megavl.checkpoint.agree import CheckpointError
+from tools.exports.document import Document
+
+
+class ExportedVL:
+    """Nothing is loaded before `load`.
+
+    Raises:
+        CheckpointError: transformers does not have the class that the export names.
+    """
+
+    def __init__(self, directory: Path):
+        import transformers
+
+        self._directory = directory
+        names = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("architectures") or ["no class"]
+        if not hasattr(transformers, names[0]):
+            raise CheckpointError(
+                f"{directory} is for {names[0]}, which transformers does not have: there is nothing to compare with; "
+                "export with --layout transformers"
+            )
+        self._class = getattr(transformers, names[0])
+
+    def load(self) -> None:
+        """
+        Raises:
+            CheckpointError: transformers does not find in the export what its class has.
+        """
+        from transformers import AutoProcessor
+
+        self._model, report = self._class.from_pretrained(
+            self._directory, dtype=torch.float32, output_loading_info=True
+        )
+        problems = {kind: sorted(names) for kind, names in report.items() if names}
+        if problems:
+            raise CheckpointError(f"{self._class.__name__} does not load {self._directory} cleanly: {problems}")
+        self._processor = AutoProcessor.from_pretrained(self._directory)
+
+    def logits(self, document: Document) -> Tensor:
+        """[T, V]."""
+        inputs = {"input_ids": document.tokens[None]}
+        if document.grids:
+            inputs["pixel_values"] = document.pixels["siglip"]
+            if "sam" in document.pixels:
+                inputs["high_res_pixel_values"] = document.pixels["sam"]
+        return self._model(**inputs).logits[0]
+
+    def generate(self, image: Image.Image, tokens: int) -> str:
+        """What the model writes after one image, greedily."""
+        processor = self._processor
+        inputs = processor(images=[image], text=processor.image_token, return_tensors="pt")
+        written = self._model.generate(**inputs, max_new_tokens=tokens, do_sample=False)  # [1, prompt + tokens]
+        return processor.decode(written[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
