@@ -28,6 +28,7 @@ from megavl.ops.dispatch import choose
 from megavl.parallel.cross_entropy import IGNORED
 from megavl.parallel.groups import Mesh
 from megavl.plan.cost import step_flops
+from megavl.runtime.balance import Balance
 from megavl.runtime.engine import build_engine
 from megavl.runtime.env import Env, read_env, start_process_group
 from megavl.runtime.mesh import mesh_of
@@ -105,7 +106,7 @@ def grid_of(config: RunConfig, asked: str | None) -> Grid:
     return grids[asked]
 
 
-def step_times(pipeline: Pipeline, engine, batch: StepBatch, warmup: int, steps: int) -> list[float]:
+def step_times(pipeline: Pipeline, balance: Balance, engine, batch: StepBatch, warmup: int, steps: int) -> list[float]:
     """Seconds of each timed step, of the slowest rank."""
     times = []
     for _ in range(warmup + steps):
@@ -113,6 +114,7 @@ def step_times(pipeline: Pipeline, engine, batch: StepBatch, warmup: int, steps:
         started = time.perf_counter()
         loss = pipeline.run(batch)
         engine.step()
+        balance.step()
         loss.item()  # waits for the device
         dist.barrier()
         times.append(time.perf_counter() - started)
@@ -140,11 +142,12 @@ def benchmark(config: RunConfig, env: Env, args: argparse.Namespace, grid: Grid)
     stages = build_stages(config, mesh, ops, env.device)
     engine = build_engine(stages, config, mesh)
     pipeline = Pipeline(engine, stages, config, mesh, ops)
+    balance = Balance(stages, config, mesh)
     peak_flops, origin = peak(env)
     rows = []
     for kind in ("text", "multimodal"):
         batch = made_up_step(config, mesh, kind, args.images, grid)
-        times = step_times(pipeline, engine, batch, args.warmup, args.steps)
+        times = step_times(pipeline, balance, engine, batch, args.warmup, args.steps)
         flops = step_flops(config, tokens=batch.tokens, squared_tokens=batch.squared_tokens, tiles=batch.tiles)
         median = statistics.median(times)
         capacity = peak_flops * env.world * median
