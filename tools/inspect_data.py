@@ -17,8 +17,10 @@ from rich.console import Console
 
 from megavl.config.error import ConfigError
 from megavl.config.load import load_run
+from megavl.config.model import ModelConfig
 from megavl.config.presets import PRESETS
 from megavl.config.run import RunConfig
+from megavl.config.tiles import Tiling
 from megavl.data.errors import DataError
 from megavl.data.inspect import terminal
 from megavl.data.inspect.page import write_page
@@ -46,6 +48,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tokenizer", metavar="T", help="the one that made them; by default the recipe's, or ids")
     parser.add_argument("--key", action="append", default=[], metavar="K", help="show all documents with this key")
     parser.add_argument("--document", action="append", default=[], type=int, metavar="N", help="show document N")
+    parser.add_argument(
+        "--model", choices=PRESETS, help="show the tiles and tokens of images; packs have those of vl_7b by default"
+    )
     parser.add_argument("--borders", action="store_true", help="on the terminal: show where tokens begin")
     parser.add_argument("--html", metavar="OUT.html", help="write the page")
     parser.add_argument("--samples", type=int, default=8, metavar="N", help="random documents of each dataset (8)")
@@ -56,9 +61,6 @@ def parse_arguments() -> argparse.Namespace:
     packs.add_argument(
         "--seq-len", type=int, metavar="N", help="as a run over the datasets with packs of N tokens would"
     )
-    packs.add_argument(
-        "--model", default="vl_7b", choices=PRESETS, help="with --seq-len: the model, whose images take room (vl_7b)"
-    )
     packs.add_argument("--step", type=int, default=1, metavar="S", help="of the first step of each kind from S on (1)")
     packs.add_argument("--packs", type=int, default=4, metavar="N", help="packs of a step (4)")
     arguments = parser.parse_args()
@@ -66,6 +68,8 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("name datasets, or a recipe with --config")
     if arguments.config and arguments.seq_len:
         parser.error("--config has its own data.seq_len; leave --seq-len out")
+    if arguments.config and arguments.model:
+        parser.error("--config has its own model; leave --model out")
     if arguments.seq_len and not arguments.tokenizer:
         parser.error("--seq-len needs the --tokenizer, whose end-of-sequence token fills packs up")
     for name in ("samples", "most_tokens", "packs", "seq_len"):
@@ -82,9 +86,11 @@ def inspect(arguments: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(path) if path else None
     for store in stores:
         check_tokenizer(store, tokenizer, path)
+    model = model_of(config, arguments)
+    tiling = Tiling(model) if model else None
     console = Console(highlight=False)
     chosen = [
-        read(store, document, tokenizer, arguments.most_tokens)
+        read(store, document, tokenizer, arguments.most_tokens, tiling)
         for store, documents in asked(stores, arguments.key, arguments.document).items()
         for document in documents
     ]
@@ -93,18 +99,26 @@ def inspect(arguments: argparse.Namespace) -> None:
         console.print(terminal.sample(shown, special, arguments.borders))
     if chosen and not arguments.html:
         return
-    datasets = count_all(stores)
+    datasets = count_all(stores, tiling)
     if not chosen:
         console.print(terminal.summary(datasets))
     if arguments.html:
-        shown = chosen or list(random_documents(stores, tokenizer, arguments))
-        write_page(arguments.html, datasets, shown, packs(config, stores, tokenizer, arguments), tokenizer)
+        shown = chosen or list(random_documents(stores, tokenizer, tiling, arguments))
+        write_page(arguments.html, datasets, shown, packs(config, model, stores, tokenizer, arguments), tokenizer)
         console.print(f"\n{arguments.html}", soft_wrap=True, markup=False)
 
 
 def sources(config: RunConfig) -> list[str]:
     """Datasets of a recipe."""
     return [source.prefix for source in (*config.data.text, *config.data.multimodal)]
+
+
+def model_of(config: RunConfig | None, arguments: argparse.Namespace) -> ModelConfig | None:
+    """The recipe's, or the one that was named; packs need one."""
+    if config is not None:
+        return config.model
+    name = arguments.model or ("vl_7b" if arguments.seq_len else None)
+    return PRESETS[name] if name else None
 
 
 def asked(stores: list[Store], keys: list[str], documents: list[int]) -> dict[Store, list[int]]:
@@ -120,11 +134,11 @@ def asked(stores: list[Store], keys: list[str], documents: list[int]) -> dict[St
 
 
 def random_documents(
-    stores: list[Store], tokenizer: Tokenizer | None, arguments: argparse.Namespace
+    stores: list[Store], tokenizer: Tokenizer | None, tiling: Tiling | None, arguments: argparse.Namespace
 ) -> Iterator[Sample]:
     for store in stores:
         for document in choose(store, arguments.samples, arguments.seed):
-            yield read(store, document, tokenizer, arguments.most_tokens)
+            yield read(store, document, tokenizer, arguments.most_tokens, tiling)
 
 
 def check_tokenizer(store: Store, tokenizer: Tokenizer | None, path: str | None) -> None:
@@ -137,13 +151,17 @@ def check_tokenizer(store: Store, tokenizer: Tokenizer | None, path: str | None)
         )
 
 
-def count_all(stores: list[Store]) -> list[Statistics]:
+def count_all(stores: list[Store], tiling: Tiling | None) -> list[Statistics]:
     with ProgressBar("counting", sum(map(len, stores)), "documents") as bar:
-        return [count(store, bar.advance) for store in stores]
+        return [count(store, bar.advance, tiling) for store in stores]
 
 
 def packs(
-    config: RunConfig | None, stores: list[Store], tokenizer: Tokenizer | None, arguments: argparse.Namespace
+    config: RunConfig | None,
+    model: ModelConfig | None,
+    stores: list[Store],
+    tokenizer: Tokenizer | None,
+    arguments: argparse.Namespace,
 ) -> list[PackSample]:
     """Packs of the recipe's run, or of one over the datasets; none where neither was asked for."""
     if config is None and arguments.seq_len is None:
@@ -153,7 +171,6 @@ def packs(
     from megavl.data.sampler import Sampler
 
     if config is None:
-        model = PRESETS[arguments.model]
         sampler = run_over(stores, arguments.tokenizer, model, arguments.seq_len, arguments.packs, arguments.seed)
     else:
         sampler = Sampler(config.data, config.model, config.train)

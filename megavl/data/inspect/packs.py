@@ -70,7 +70,16 @@ def _read(sampler: Sampler, tokenizer: Tokenizer, step: int, kind: Kind, number:
         mine = labels[start : start + piece.tokens]
         pieces.append(_piece(store, piece, mine, sampler.tiling, tokenizer))
         start += piece.tokens
-    return PackSample(step, kind, number, seq_len, int((labels != _IGNORE).sum()), tuple(pieces))
+    return PackSample(
+        step=step,
+        kind=kind,
+        number=number,
+        seq_len=seq_len,
+        max_tiles=sampler.data.max_tiles,
+        tiles=sum(piece.tiles for piece in pack),
+        target_tokens=int((labels != _IGNORE).sum()),
+        pieces=tuple(pieces),
+    )
 
 
 def _piece(store: Store, piece: Piece, labels: np.ndarray, tiling: Tiling, tokenizer: Tokenizer) -> PackedPiece:

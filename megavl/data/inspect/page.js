@@ -40,6 +40,7 @@ function facts(dataset) {
     ["prompt tokens", number(dataset.prompt_tokens)],
     ["targets", number(dataset.target_tokens)],
     ["images", number(dataset.images)],
+    ...(dataset.tiles ? [["tiles", number(dataset.tiles)], ["image tokens", number(dataset.model_tokens)]] : []),
     [".bin file", size(dataset.stored_bytes)],
     ["image files", size(dataset.image_bytes)],
   ])
@@ -82,10 +83,11 @@ function table(head, rows) {
 }
 
 function sources(dataset) {
-  const rows = dataset.sources.map(([name, documents, tokens, images]) => ({
-    cells: [make("span", { class: "path" }, name), ...[documents, tokens, images].map(number)],
+  const names = ["documents", "tokens", "images", ...(dataset.tiles ? ["tiles"] : [])];
+  const rows = dataset.sources.map(([name, ...counts]) => ({
+    cells: [make("span", { class: "path" }, name), ...counts.slice(0, names.length).map(number)],
   }));
-  const list = table(["source", "documents", "tokens", "images"], rows);
+  const list = table(["source", ...names], rows);
   if (dataset.more_sources)
     list.append(make("p", { class: "quiet" }, `and ${plural(dataset.more_sources, "more source")}`));
   return list;
@@ -94,8 +96,10 @@ function sources(dataset) {
 function showStatistics() {
   const section = document.getElementById("statistics");
   if (data.datasets.length > 1) {
+    const names = ["documents", "tokens", "targets", "images"];
+    if (data.datasets.some((one) => one.tiles)) names.push("tiles");
     const counts = (list) => [
-      ...["documents", "tokens", "targets", "images"].map((name) =>
+      ...names.map((name) =>
         number(list.reduce((sum, one) => sum + one[name === "targets" ? "target_tokens" : name], 0)),
       ),
       size(list.reduce((sum, one) => sum + one.stored_bytes, 0)),
@@ -104,7 +108,7 @@ function showStatistics() {
       cells: [make("span", { class: "path" }, one.prefix), ...counts([one])],
     }));
     rows.push({ cells: ["total", ...counts(data.datasets)], kind: "total" });
-    section.append(make("article", {}, table(["dataset", "documents", "tokens", "targets", "images", ".bin"], rows)));
+    section.append(make("article", {}, table(["dataset", ...names, ".bin"], rows)));
   }
   for (const dataset of data.datasets) {
     const charts = make("div", { class: "charts" });
@@ -154,7 +158,7 @@ function picture(part) {
     "figure",
     { class: "picture-frame" },
     shown,
-    make("figcaption", {}, `${name} · ${plural(part.size_bytes, "byte")}`),
+    make("figcaption", {}, [name, plural(part.size_bytes, "byte"), part.taken].filter(Boolean).join(" · ")),
   );
 }
 
@@ -231,7 +235,8 @@ function bar(pack, padding) {
     const block = stretch(make("div", { class: "piece" }), piece.stop - piece.start);
     for (const part of piece.parts)
       for (const [role, length] of runs(part)) {
-        const hint = `${piece.key}: ${plural(length, "token")}, ${MEANING[role]}`;
+        const as = part.taken ? `image, ${part.taken}` : `${plural(length, "token")}, ${MEANING[role]}`;
+        const hint = `${piece.key}: ${as}`;
         block.append(stretch(make("div", { class: `run ${role}`, "data-hint": hint, "data-tokens": length }), length));
       }
     row.append(block);
@@ -276,13 +281,14 @@ function showPacks() {
     const words = [
       plural(pack.pieces.length, "document"),
       plural(images, "image"),
+      pack.tiles > images && (pack.max_tiles ? `${pack.tiles} of ${plural(pack.max_tiles, "tile")}` : plural(pack.tiles, "tile")),
       `${number(tokens_)} of ${number(pack.seq_len)} tokens (${((100 * tokens_) / pack.seq_len).toFixed(1)} %)`,
       plural(pack.target_tokens, "target"),
     ];
     const card = make(
       "details",
       { class: "pack" },
-      make("summary", {}, make("h2", { class: "inline" }, title), make("p", { class: "quiet" }, words.join(" · ")), bar(pack, padding)),
+      make("summary", {}, make("h2", { class: "inline" }, title), make("p", { class: "quiet" }, words.filter(Boolean).join(" · ")), bar(pack, padding)),
       ...pack.pieces.map(packed),
     );
     if (padding) card.append(make("div", { class: "packed padding" }, `${plural(padding, "token")} of padding`));

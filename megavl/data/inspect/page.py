@@ -113,7 +113,7 @@ def _uri(image: Image.Image) -> str:
 def _dataset(statistics: Statistics) -> dict[str, Any]:
     names = (
         "prefix multimodal vocab_size documents sequences tokens prompt_tokens target_tokens images stored_bytes "
-        "image_bytes"
+        "image_bytes tiles model_tokens"
     )
     histograms = [("tokens per document", statistics.document_tokens)]
     if statistics.images:
@@ -121,10 +121,14 @@ def _dataset(statistics: Statistics) -> dict[str, Any]:
             ("images per document", statistics.document_images),
             ("longer side of the images, in pixels", statistics.image_sides),
         ]
+    if statistics.tiles > statistics.images:
+        histograms.append(("tiles per image, overview included", statistics.image_tiles))
     ranked = sorted(statistics.sources.items(), key=lambda item: -item[1].tokens)
     return {name: getattr(statistics, name) for name in names.split()} | {
         "histograms": [(title, _histogram(histogram)) for title, histogram in histograms],
-        "sources": [(name, share.documents, share.tokens, share.images) for name, share in ranked[:_SOURCES]],
+        "sources": [
+            (name, share.documents, share.tokens, share.images, share.tiles) for name, share in ranked[:_SOURCES]
+        ],
         "more_sources": max(0, len(ranked) - _SOURCES),
     }
 
@@ -156,6 +160,8 @@ def _pack(pack: PackSample, thumbnails: _Thumbnails) -> dict[str, Any]:
         "kind": pack.kind,
         "number": pack.number,
         "seq_len": pack.seq_len,
+        "max_tiles": pack.max_tiles,
+        "tiles": pack.tiles,
         "target_tokens": pack.target_tokens,
         "pieces": [_piece(piece, thumbnails) for piece in pack.pieces],
     }
@@ -183,5 +189,6 @@ def _part(store: Store, part: Part, thumbnails: _Thumbnails) -> dict[str, Any]:
             "height": part.height,
             "form": part.form,
             "size_bytes": part.size_bytes,
+            "taken": part.taken,
         }
     return {"ids": part.ids, "pieces": part.pieces, "roles": "".join(role[0] for role in part.roles)}

@@ -41,6 +41,15 @@ class ImagePart:
     grid: Grid | None
     tokens: int | None
 
+    @property
+    def taken(self) -> str:
+        """How the model takes it, in words: "3 x 2 tiles, 1,415 tokens", columns first as a width is; nothing where no
+        model is known."""
+        if self.grid is None:
+            return ""
+        tiles = f"{self.grid.columns} x {self.grid.rows} tiles, " * (self.grid.tiles > 1)
+        return f"{tiles}{self.tokens:,} tokens"
+
 
 Part = TextPart | ImagePart
 
@@ -83,11 +92,14 @@ class PackedPiece:
 
 @dataclass(frozen=True)
 class PackSample:
-    """One pack. `number`: its place in the global batch of the step; `kind`: text or multimodal."""
+    """One pack. `number`: its place in the global batch of the step; `kind`: text or multimodal; `max_tiles`: of a pack
+    at most, where the run says so."""
 
     step: int
     kind: str
     number: int
     seq_len: int
+    max_tiles: int | None
+    tiles: int
     target_tokens: int
     pieces: tuple[PackedPiece, ...]

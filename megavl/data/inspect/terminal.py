@@ -59,8 +59,9 @@ def sample(shown: Sample, special: Mapping[int, str], borders: bool) -> Renderab
 
 
 def image(part: ImagePart) -> str:
-    """[image 288x352 PNG 13,955 bytes]"""
-    return f"[image {part.width}x{part.height} {part.form} {part.size_bytes:,} bytes]"
+    """[image 288x352 PNG 13,955 bytes, 1 x 1 tiles, 421 tokens]"""
+    taken = f", {part.taken}" * bool(part.taken)
+    return f"[image {part.width}x{part.height} {part.form} {part.size_bytes:,} bytes{taken}]"
 
 
 def printable(text: str, keep: str = "") -> str:
@@ -97,6 +98,11 @@ def _facts(datasets: Sequence[Statistics]) -> Table:
         name.replace("_", " "): f"{sum(getattr(one, name) for one in datasets):,}"
         for name in ("documents", "tokens", "images", "sequences", "prompt_tokens", "target_tokens")
     }
+    if any(one.tiles for one in datasets):
+        counts |= {
+            "tiles": f"{sum(one.tiles for one in datasets):,}",
+            "image tokens": f"{sum(one.model_tokens for one in datasets):,}",
+        }
     sizes = {
         name: size(sum(getattr(one, field) for one in datasets))
         for name, field in ((".bin file", "stored_bytes"), ("image files", "image_bytes"))
@@ -118,6 +124,8 @@ def _details(statistics: Statistics) -> Iterator[RenderableType]:
     if statistics.images:
         yield from _histogram("images per document", statistics.document_images)
         yield from _histogram("longer side of the images, in pixels", statistics.image_sides)
+    if statistics.tiles > statistics.images:
+        yield from _histogram("tiles per image, overview included", statistics.image_tiles)
     yield from _sources(statistics)
 
 
@@ -147,10 +155,11 @@ def _sources(statistics: Statistics) -> Iterator[RenderableType]:
     ranked = sorted(statistics.sources.items(), key=lambda item: -item[1].tokens)
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("source", overflow="fold")
-    for name in ("documents", "tokens", "images"):
+    counts = ("documents", "tokens", "images", "tiles")[: 4 if statistics.tiles else 3]
+    for name in counts:
         table.add_column(name, justify="right", no_wrap=True)
     for name, share in ranked[:_SOURCES]:
-        table.add_row(printable(name), f"{share.documents:,}", f"{share.tokens:,}", f"{share.images:,}")
+        table.add_row(printable(name), *(f"{getattr(share, count):,}" for count in counts))
     yield Padding(table, (1, 0, 0, 0))
     if len(ranked) > _SOURCES:
         yield Text(f"and {len(ranked) - _SOURCES:,} more sources", style="dim")

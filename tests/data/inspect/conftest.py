@@ -30,7 +30,7 @@ class Gallery:
 
 
 @pytest.fixture(scope="session")
-def gallery(tmp_path_factory, model) -> Gallery:
+def gallery(tmp_path_factory, tiled_model) -> Gallery:
     root = tmp_path_factory.mktemp("gallery")
     (root / "text").write_text(f"{DIALOGUE} {ANSWER} a beetle on a leaf\n" * 30, encoding="utf-8")
     sentencepiece.SentencePieceTrainer.train(
@@ -68,15 +68,16 @@ def gallery(tmp_path_factory, model) -> Gallery:
         writer.add(*documents)
     recipe = {
         "output_dir": str(root / "run"),
-        "model": model.model_dump(mode="json"),
+        "model": tiled_model.model_dump(mode="json"),
         "data": {
             "tokenizer": str(root / "tokenizer.model"),
             "multimodal": [{"prefix": str(root / "gallery")}],
             "text_ratio": 0.0,
             "seq_len": 128,
+            "max_tiles": 8,
         },
         "optim": {"lr": 1e-3},
-        "train": {"steps": 4, "global_batch": 4},
+        "train": {"steps": 4, "global_batch": 8},
     }
     (root / "recipe.yaml").write_text(json.dumps(recipe))
     return Gallery(Store(str(root / "gallery")), tokenizer, str(root / "tokenizer.model"), root / "recipe.yaml")

@@ -17,10 +17,10 @@ def targets(pack) -> int:
     return sum(part.roles.count(Role.TARGET) for part in parts) + sum(piece.beyond is not None for piece in pack.pieces)
 
 
-@pytest.mark.parametrize("seq_len", [24, 96])
-def test_packs_are_those_of_the_plan(corpus, model, train, seq_len):
+@pytest.mark.parametrize(("family", "seq_len"), [("vl", 24), ("vl", 96), ("vl2", 32), ("vl2", 96)])
+def test_packs_are_those_of_the_plan(corpus, model, tiled_model, train, family, seq_len):
     data = corpus.data(seq_len=seq_len, text=(SourceConfig(prefix=corpus.prefix("text")),))
-    sampler = Sampler(data, model, train)
+    sampler = Sampler(data, {"vl": model, "vl2": tiled_model}[family], train)
     tokenizer = load_tokenizer(corpus.tokenizer)
     packs = list(planned(sampler, tokenizer, 0, 100))
     assert {pack.kind for pack in packs} == {"text", "multimodal"}
@@ -35,8 +35,11 @@ def test_packs_are_those_of_the_plan(corpus, model, train, seq_len):
             ]
             for shown, piece in zip(pack.pieces, pieces, strict=True):
                 assert sum(tokens for tokens, _ in shown.parts) == piece.tokens
-                images = [tokens for tokens, part in shown.parts if isinstance(part, ImagePart)]
-                assert images == [model.tile_features] * piece.images
+                images = [(tokens, part) for tokens, part in shown.parts if isinstance(part, ImagePart)]
+                assert len(images) == piece.images and sum(part.grid.tiles for _, part in images) == piece.tiles
+                for tokens, part in images:
+                    assert tokens == part.tokens == len(sampler.tiling.layout(part.grid))
+            assert pack.tiles == sum(piece.tiles for piece in pieces)
     cut = [piece for pack in packs for piece in pack.pieces if piece.stop < piece.document_tokens]
     assert cut
 
@@ -44,7 +47,7 @@ def test_packs_are_those_of_the_plan(corpus, model, train, seq_len):
 def test_a_prompt_is_read_only_and_the_first_token_never_a_target(gallery):
     config = load_run(gallery.recipe)
     sampler = Sampler(config.data, config.model, config.train)
-    packs = planned(sampler, gallery.tokenizer, 0, 4)
+    packs = planned(sampler, gallery.tokenizer, 0, 8)
     pieces = {piece.document: piece for pack in packs for piece in pack.pieces}
     prompt, image, answer = (part for _, part in pieces[1].parts)
     assert set(prompt.roles) == {Role.PROMPT} and isinstance(image, ImagePart) and set(answer.roles) == {Role.TARGET}

@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 import pytest
 
 from megavl.config.load import load_run
+from megavl.config.tiles import Tiling
 from megavl.data.errors import DataError
 from megavl.data.inspect.packs import planned
 from megavl.data.inspect.page import embed, write_page
@@ -25,9 +26,10 @@ def written(gallery, tmp_path_factory):
     """(path of the page, documents, packs)."""
     path = tmp_path_factory.mktemp("page") / "page.html"
     config = load_run(gallery.recipe)
-    documents = [read(gallery.store, document, gallery.tokenizer, 200) for document in range(5)]
+    tiling = Tiling(config.model)
+    documents = [read(gallery.store, document, gallery.tokenizer, 200, tiling) for document in range(5)]
     packs = list(planned(Sampler(config.data, config.model, config.train), gallery.tokenizer, 0, 3))
-    write_page(str(path), [count(gallery.store, lambda _: None)] * 2, documents, packs, gallery.tokenizer)
+    write_page(str(path), [count(gallery.store, lambda _: None, tiling)] * 2, documents, packs, gallery.tokenizer)
     return path, documents, packs
 
 
@@ -99,6 +101,18 @@ def test_images_are_loaded_and_a_broken_one_says_why(opened, written):
     assert "8 bytes that cannot be decoded as an image" in page.locator(".broken").first.inner_text()
 
 
+def test_images_are_shown_with_their_tiles(opened, written):
+    page, _, _ = opened
+    _, documents, packs = written
+    for section, images in (("#documents", parts(documents, ImagePart)), ("#packs", packed(packs, ImagePart))):
+        captions = page.eval_on_selector_all(f"{section} figcaption", "all => all.map(one => one.textContent)")
+        assert [caption.rpartition(" · ")[2] for caption in captions] == [image.taken for image in images]
+        assert {"2 x 1 tiles, 17 tokens"} <= {image.taken for image in images}
+    words = page.eval_on_selector_all("#packs summary p", "all => all.map(one => one.textContent)")
+    for pack, shown in zip(packs, words, strict=True):
+        assert (f" · {pack.tiles} of 8 tiles · " in shown) == (pack.tiles > 0)
+
+
 def test_bars_of_packs_have_every_token(opened, written):
     page, _, _ = opened
     _, _, packs = written
@@ -120,7 +134,7 @@ def test_histograms_count_every_document_and_image(opened, gallery):
         "#statistics svg",
         "all => all.map(svg => [...svg.querySelectorAll('.hit')].reduce((sum, bar) => sum + +bar.dataset.count, 0))",
     )
-    assert sums == [5, 5, 5] * 2
+    assert sums == [5, 5, 5, 5] * 2
 
 
 def test_a_hostile_document_is_only_text(opened):

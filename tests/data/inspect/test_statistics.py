@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from megavl.config.tiles import Tiling
 from megavl.data.format import IMAGE, PROMPT
 from megavl.data.inspect import statistics
 from megavl.data.inspect.statistics import count
@@ -30,7 +31,25 @@ def test_counts(corpus, name, block, monkeypatch):
         str(corpus.root / f"{name}.jsonl"),
         statistics.Share(found.documents, found.tokens, found.images),
     )
+    assert found.tiles == found.model_tokens == found.image_tiles.count == 0
     assert found.stored_bytes == (corpus.root / f"{name}.bin").stat().st_size
+
+
+@pytest.mark.parametrize("block", [7, 1000])
+@pytest.mark.parametrize("family", ["vl", "vl2"])
+def test_tiles(corpus, model, tiled_model, family, block, monkeypatch):
+    monkeypatch.setattr(statistics, "_BLOCK", block)
+    store, tiling = Store(corpus.prefix("multimodal")), Tiling({"vl": model, "vl2": tiled_model}[family])
+    found = count(store, lambda _: None, tiling)
+    grids = [
+        tiling.grid(image["width"], image["height"], len(images))
+        for images in store.rows(0, len(store))["images"].to_pylist()
+        for image in images
+    ]
+    assert found.tiles == found.image_tiles.sum == sum(grid.tiles for grid in grids)
+    assert found.model_tokens == sum(len(tiling.layout(grid)) for grid in grids)
+    assert [share.tiles for share in found.sources.values()] == [found.tiles]
+    assert (found.tiles > found.images) == (family == "vl2")
 
 
 def test_prompts_and_sources(gallery):

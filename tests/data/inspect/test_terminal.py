@@ -5,6 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
+from megavl.config.tiles import Tiling
 from megavl.data.inspect import terminal
 from megavl.data.inspect.sample import read
 from megavl.data.inspect.statistics import count
@@ -38,6 +39,14 @@ def test_a_dialogue_reads_as_one(gallery):
     ]
 
 
+def test_an_image_is_shown_as_the_model_takes_it(gallery, model, tiled_model):
+    """60 x 30 pixels fit 2 x 1 tiles of 32: 6 + 1 tokens, and 2 rows of 4 and a newline."""
+    for one, taken in ((model, "16 tokens"), (tiled_model, "2 x 1 tiles, 17 tokens")):
+        found = read(gallery.store, 1, gallery.tokenizer, 1000, Tiling(one))
+        size_bytes = len(gallery.store.image(gallery.store.sequences(1)[1]))
+        assert f"[image 60x30 PNG {size_bytes:,} bytes, {taken}]" in lines(terminal.sample(found, {}, False))
+
+
 def test_borders_stand_between_tokens(gallery):
     shown = "\n".join(show(gallery, 1, borders=True))
     ids = [
@@ -65,3 +74,11 @@ def test_the_summary_has_every_count(gallery, number):
     assert shown.count(f"{found.tokens:,}") >= number and "pages.jsonl" in shown and "images per document" in shown
     assert ("2 datasets together" in shown) == (number == 2)
     assert (f"{2 * found.tokens:,}" in shown) == (number == 2)
+    assert "tiles" not in shown
+
+
+def test_tiles_are_in_the_summary(gallery, tiled_model):
+    found = count(gallery.store, lambda _: None, Tiling(tiled_model))
+    shown = "\n".join(lines(terminal.summary([found])))
+    assert f"{found.tiles:,}" in shown and f"{found.model_tokens:,}" in shown
+    assert "tiles per image, overview included" in shown and "images tiles" in " ".join(shown.split())
