@@ -64,7 +64,7 @@ def build_stages(config: RunConfig, mesh: Mesh, ops: Ops, device: torch.device) 
         initialise(vlm, config.model, config.train.seed)
         freeze(vlm.named_parameters(), config.optim)
         if config.train.recompute == "full":
-            recompute_blocks(vlm)
+            recompute_blocks(vlm, ops.products)
         with device:
             stages.append(Stage(vlm, len(groups_of(config))))
     return stages
