@@ -6,7 +6,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megavl.batch import tile_share
+from megavl.batch import Batch, tile_share
+from megavl.config.model import ModelConfig
+from megavl.config.tiles import Grid, Tiling
 from megavl.model import encoder as encoder_module
 from megavl.model.stem import Stem
 from megavl.parallel.groups import TensorAxis, build_mesh
@@ -14,7 +16,9 @@ from megavl.parallel.shard import shard_of
 from megavl.parallel.topology import Topology
 from tests.model import tiny
 
-CONFIGS = pytest.mark.parametrize("config", [tiny.HYBRID, tiny.SIGLIP_ONLY], ids=lambda config: config.name)
+CONFIGS = pytest.mark.parametrize(
+    "config", [tiny.HYBRID, tiny.SIGLIP_ONLY, tiny.MHA_SOFTMAX], ids=lambda config: config.name
+)
 
 
 def text_batch(config):
@@ -23,6 +27,11 @@ def text_batch(config):
 
 
 def image_batch(config, images: int = 2):
+    """Two images in the text, and the pixels of `images`."""
+    if config.tiling is not None:
+        grids = (Grid(1, 2), Grid(2, 1))
+        tokens = tiny.document(config, (3, 4, 5), 0, grids)
+        return tiny.pack([tokens], tiny.pixels(config, 6, seed=0), config.image_token_id, grids)
     tokens = tiny.document(config, (3, 4, 5), seed=0)
     return tiny.pack([tokens], tiny.pixels(config, images, seed=0), config.image_token_id)
 
@@ -33,7 +42,7 @@ def test_no_images_give_zero_gradients_not_none(config):
     model(None, text_batch(config)).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
-        vision = name.startswith(("stem.siglip", "stem.sam", "stem.adaptor"))
+        vision = name.startswith("stem.") and not name.startswith("stem.embedding")
         assert parameter.grad.any() != vision, name
 
 
@@ -50,10 +59,10 @@ def test_features_replace_placeholders_in_order(config):
     batch = image_batch(config)
     h = stem(None, batch)
     is_image = batch.tokens == config.image_token_id
-    features = stem.image_features(batch.pixels, batch.grids).unflatten(0, (2, -1))  # [2, tile_features, D]
-    assert torch.equal(h[is_image], features.flatten(0, 1))
+    features = stem.image_features(batch.pixels, batch.grids)  # [placeholders, D]
+    assert torch.equal(h[is_image], features)
     assert torch.equal(h[~is_image], stem.embedding.weight[batch.tokens[~is_image]])
-    assert not torch.allclose(features[0], features[1])
+    assert not torch.allclose(features[0], features[-1])
 
 
 def test_embedding_of_a_placeholder_is_never_read():
@@ -75,10 +84,9 @@ def test_images_that_do_not_fill_the_placeholders_are_refused(images):
         stem(None, image_batch(tiny.HYBRID, images))
 
 
-def images_on_ranks(images: int, sequence: bool, forget_to_sum: bool) -> float:
-    """Worst difference between the stem of ranks that share the images and the stem of one process: output, gradients.
+def tiles_on_ranks(config: ModelConfig, images: int, sequence: bool, forget_to_sum: bool) -> float:
+    """Worst difference between the stem of ranks that share the tiles and the stem of one process: output, gradients.
     SAM is frozen; what is replicated must be the whole gradient, on every rank."""
-    config = tiny.HYBRID
     size = dist.get_world_size()
     tp = build_mesh(Topology(pp=1, dp=1, tp=size), sequence, shares_images=True).tp
     alone, shared = tiny.random_model(config).stem, Stem(config, tp)
@@ -89,7 +97,7 @@ def images_on_ranks(images: int, sequence: bool, forget_to_sum: bool) -> float:
     if forget_to_sum:
         encoder_module.summing_gradients = lambda module, axis: module
     batch = many_images(config, images)
-    mine = tile_share(images, tp.rank, size)
+    mine = tile_share(batch.tiles, tp.rank, size)
     pixels = {tower: stack[mine.start : mine.stop] for tower, stack in batch.pixels.items()}
     part = shared(None, dataclasses.replace(batch, pixels=pixels))
     whole = alone(None, batch)
@@ -106,18 +114,28 @@ def images_on_ranks(images: int, sequence: bool, forget_to_sum: bool) -> float:
     return max(((ours - theirs).abs() / (1 + theirs.abs())).max().item() for ours, theirs in pairs)
 
 
-def many_images(config, images: int):
-    """60 tokens of text with images among them: T divides by 4."""
-    text = (60,) if not images else (60 - images, *[1] * images)
-    return tiny.pack([tiny.document(config, text, seed=0)], tiny.pixels(config, images, seed=0), config.image_token_id)
+def many_images(config: ModelConfig, images: int) -> Batch:
+    """Text with images among it; T divides by 4. Tiled images have 2 and 3 tiles by turns."""
+    grids = (Grid(0, 0),) * images if config.tiling is None else (Grid(1, 1), Grid(1, 2))[:images] * images
+    grids = grids[:images]
+    placeholders = sum(len(Tiling(config).layout(grid)) for grid in grids)
+    text = (60 - placeholders % 4 - images, *[1] * images)
+    tokens = tiny.document(config, text, 0, grids)
+    pixels = tiny.pixels(config, sum(grid.tiles for grid in grids), seed=0)
+    return tiny.pack([tokens], pixels, config.image_token_id, grids)
 
 
 def every_case(counts: list[int], forget_to_sum: bool = False) -> list[float]:
-    return [images_on_ranks(images, sequence, forget_to_sum) for images in counts for sequence in (False, True)]
+    return [
+        tiles_on_ranks(config, images, sequence, forget_to_sum)
+        for config in (tiny.HYBRID, tiny.MHA_SOFTMAX)
+        for images in counts
+        for sequence in (False, True)
+    ]
 
 
 @pytest.mark.parametrize(("ranks", "counts"), [(2, [3, 1, 0]), (4, [6, 3])])
-def test_ranks_that_share_the_images_equal_one_process(pool, ranks, counts):
+def test_ranks_that_share_the_tiles_equal_one_process(pool, ranks, counts):
     """More images than ranks, fewer, none; so that some ranks have a full share, a short one or nothing."""
     assert max(max(errors) for errors in pool.run(ranks, every_case, counts)) < 1e-5  # measured 2.1e-6
 

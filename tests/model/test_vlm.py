@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from megavl.config.tiles import Grid
 from megavl.model.attention import Attention
 from megavl.model.block import Block
 from megavl.model.init import initialise
@@ -90,19 +91,25 @@ def test_bfloat16_follows_fp32():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the CUDA path needs a CUDA device")
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
-@pytest.mark.parametrize("images", [1, 0])
-def test_cuda_follows_cpu(dtype, bound, images):
+@pytest.mark.parametrize(
+    ("config", "grids"),
+    [
+        (tiny.HYBRID, (Grid(0, 0),)),
+        (tiny.HYBRID, ()),
+        *((config, (Grid(2, 1),)) for config in tiny.VL2),
+        (tiny.MLA_SIGMOID, ()),
+    ],
+    ids=lambda value: getattr(value, "name", f"{len(value)} images" if isinstance(value, tuple) else None),
+)
+def test_cuda_follows_cpu(dtype, bound, config, grids):
     device = torch.device("cuda")
-    data = batch() if images else tiny.pack([tiny.document(CONFIG, (9,), 0)], tiny.pixels(CONFIG, 0, 0), 61)
-    there = type(data)(
-        **{name: value.to(device) for name, value in vars(data).items() if name != "pixels"},
-        pixels={name: value.to(device) for name, value in data.pixels.items()},
-    )
-    model = VLM(CONFIG, tiny.ONE, choose(device), 0, 4)
-    whole = tiny.random_model(CONFIG)
+    tokens = tiny.document(config, (6, 7)[: len(grids) + 1], 0, grids)
+    data = tiny.pack([tokens], tiny.pixels(config, sum(grid.tiles for grid in grids), 0), config.image_token_id, grids)
+    model = VLM(config, tiny.ONE, choose(device), 0, config.layers)
+    whole = tiny.random_model(config)
     model.load_state_dict(whole.state_dict())
     model.to(device, dtype)
-    loss = model(None, there)
+    loss = model(None, data.to(device))
     torch.testing.assert_close(loss.cpu(), whole(None, data), rtol=bound, atol=0)
     loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
