@@ -19,10 +19,11 @@ DRAW = np.dtype([(name, np.int64) for name in _FIELDS])
 class Segments(NamedTuple):
     """The sequences of some documents, one after another: those of document i are offsets[i] to offsets[i + 1].
 
-    tokens: int64 [S], as the model sees them
-    tiles:  int64 [S], of an image
-    modes:  int8 [S]
-    grids:  uint8 [S], of an image, index into `Tiling.grids`
+    tokens:  int64 [S], as the model sees them
+    tiles:   int64 [S], of an image
+    modes:   int8 [S]
+    grids:   uint8 [S], of an image, index into `Tiling.grids`
+    offsets: int64 [documents + 1]
     """
 
     tokens: np.ndarray
