@@ -118,7 +118,8 @@ MODELS = {
         after=Topology("EP2 x TP2 + sequence", "parallel.pipeline=1 parallel.tensor=2 parallel.sequence=true"),
         export=(
             "convert_checkpoint.py to-hf --checkpoint {checkpoint} --output {run}/hf --layout deepseek",
-            "check_export.py --checkpoint {checkpoint} --hf {run}/hf --data {data}/heldout",
+            "check_export.py --checkpoint {checkpoint} --hf {run}/hf --data {data}/heldout "
+            "--image {data}/images/heldout_multimodal_00000.png",
             "convert_checkpoint.py from-hf --input {run}/hf --output {run}/reloaded",
             "check_export.py --checkpoint {run}/reloaded --hf {run}/hf --data {data}/heldout",
         ),
