@@ -3,7 +3,6 @@
 from types import SimpleNamespace
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from megavl.model.moe import Router
@@ -49,9 +48,11 @@ def two_steps(topology: Topology, sequence: bool, model: str):
     return loads, {layer: (router.bias, router.auxiliary_scale) for layer, router in routers.items()}
 
 
-def both(sequence: bool):
-    topology = Topology(pp=2, dp=2, tp=dist.get_world_size() // 4)
-    return [two_steps(topology, sequence, model) for model in ("base", "small")]
+def each():
+    topology = Topology(pp=2, dp=2, tp=2)
+    return {
+        sequence: [two_steps(topology, sequence, model) for model in ("base", "small")] for sequence in (True, False)
+    }
 
 
 def check(by_rank, tensor_ranks: int) -> None:
@@ -71,13 +72,11 @@ def check(by_rank, tensor_ranks: int) -> None:
             assert scale == 0.5 * 2 / GLOBAL_BATCH
 
 
-def test_stages_and_data_ranks_know_all_loads(pool):
-    check(pool.run(4, both, False), 1)
-
-
-def test_tensor_ranks_count_their_own_tokens_or_the_same_ones(pool):
-    check(pool.run(8, both, True), 2)
-    check(pool.run(8, both, False), 1)
+def test_all_ranks_know_the_loads_of_all_layers(pool):
+    """Tensor ranks count their own tokens under sequence parallelism, and the same ones without."""
+    by_rank = pool.run(8, each)
+    check([results[True] for results in by_rank], 2)
+    check([results[False] for results in by_rank], 1)
 
 
 def test_a_model_without_experts_has_no_load(pool):
