@@ -11,6 +11,9 @@ import sys
 from pathlib import Path
 
 import torch
+from exports.document import documents
+from exports.vl import ExportedVL
+from exports.vl2 import ExportedVL2
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional
@@ -31,9 +34,6 @@ from megavl.data.stream import Stream
 from megavl.model.vlm import VLM
 from megavl.ops.dispatch import choose
 from megavl.parallel.groups import TensorAxis
-from tools.exports.document import documents
-from tools.exports.vl import ExportedVL
-from tools.exports.vl2 import ExportedVL2
 
 # Nats, on any one token. Sums in another order differ by some 1e-6 in float32.
 TOLERANCE = 1e-3

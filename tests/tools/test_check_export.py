@@ -25,8 +25,16 @@ from tests.checkpoint.models import (
     write_checkpoint,
 )
 from tests.data.conftest import encoded_text
-from tools import check_export
-from tools.check_export import TOLERANCE, check
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def check_export(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    import check_export
+
+    return check_export
 
 
 def _write_store(prefix: Path, tokenizer_path: Path) -> None:
@@ -54,7 +62,7 @@ def _write_store(prefix: Path, tokenizer_path: Path) -> None:
         pytest.param(MLA_SIGMOID, "language.model.layers.1.mlp.gate.e_score_correction_bias", id="mla_sigmoid"),
     ],
 )
-def test_losses_agree_and_a_wrong_value_shows(tmp_path, capsys, model, wrong):
+def test_losses_agree_and_a_wrong_value_shows(check_export, tmp_path, capsys, model, wrong):
     """Measured on a token: 9.5e-7 at most, and from 4e-2 to 7e-1 with the wrong value."""
     pytest.importorskip("transformers")
     tokenizer = train_tokenizer(tmp_path / "tokenizer.model")
@@ -64,10 +72,10 @@ def test_losses_agree_and_a_wrong_value_shows(tmp_path, capsys, model, wrong):
     _write_store(tmp_path / "heldout", tokenizer)
     Image.new("RGB", (40, 40), (9, 200, 9)).save(tmp_path / "green.png")
     arguments = (str(checkpoint), tmp_path / "hf", str(tmp_path / "heldout"), tmp_path / "green.png", 512)
-    assert check(*arguments)
+    assert check_export.check(*arguments)
     printed = capsys.readouterr().out
     difference = float(printed.split("on a token:")[1].split()[0])
-    assert difference < 1e-5 < TOLERANCE
+    assert difference < 1e-5 < check_export.TOLERANCE
     # Both documents twice; tiles take more of the pack.
     assert ("4 images" if model.family == "vl" else "2 images") in printed
     assert "green.png:" in printed
@@ -75,10 +83,10 @@ def test_losses_agree_and_a_wrong_value_shows(tmp_path, capsys, model, wrong):
     tensors = load_file(tmp_path / "hf" / "model.safetensors")
     tensors[wrong][0] += 2.0
     save_file(tensors, tmp_path / "hf" / "model.safetensors", {"format": "pt"})
-    assert not check(*arguments[:3], None, 512)
+    assert not check_export.check(*arguments[:3], None, 512)
 
 
-def test_what_cannot_be_compared_is_refused_before_anything_is_computed(tmp_path, monkeypatch):
+def test_what_cannot_be_compared_is_refused_before_anything_is_computed(check_export, tmp_path, monkeypatch):
     pytest.importorskip("transformers")
     tokenizer = train_tokenizer(tmp_path / "tokenizer.model")
     checkpoint = str(write_checkpoint(tmp_path / "checkpoints", SIGLIP_ONLY, torch.bfloat16, tokenizer))
@@ -100,4 +108,4 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_computed(tmp_path
         ((checkpoint, tmp_path / "hf", data, tmp_path / "text.png"), DataError, "no AVIF, BMP, .* file"),
     ):
         with pytest.raises(error, match=message):
-            check(*arguments, 512)
+            check_export.check(*arguments, 512)

@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 
 import torch
+from exports.document import Document
 from PIL import Image
 from torch import Tensor
 
 from megavl.checkpoint.agree import CheckpointError
-from tools.exports.document import Document
 
 
 class ExportedVL:

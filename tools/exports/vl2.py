@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 import torch
+from exports.document import Document
 from PIL import Image
 from torch import Tensor, nn
 
@@ -22,7 +23,6 @@ from megavl.config.tiles import Tiling
 from megavl.data.image import numbers, preprocess, room
 from megavl.model.stem import Stem
 from megavl.parallel.groups import TensorAxis
-from tools.exports.document import Document
 
 _LANGUAGE = "language."
 # transformers has the experts of a layer as one tensor, of which each is made of these of the export.
