@@ -8,8 +8,8 @@ topology; the result is exported and read back.
 
     vl   every part of DeepSeek-VL-7B, as TP2 x PP2 with sequence parallelism, then PP2 x DP2; the export is compared
          with transformers
-    vl2  every part of DeepSeek-VL2, as EP2 x PP2, then EP2 x TP2 with sequence parallelism, on tiled images and a
-         grounding task; the export's language part is compared with transformers, and so is the model read back from it
+    vl2  every part of DeepSeek-VL2, as EP2 x PP2, then EP4, on tiled images and a grounding task; the export's language
+         part is compared with transformers, and so is the model read back from it
 
 Any part that fails ends this with its exit code.
 """
@@ -115,7 +115,7 @@ MODELS = {
         },
         trained=("text", "multimodal", "grounding"),
         before=Topology("EP2 x PP2"),
-        after=Topology("EP2 x TP2 + sequence", "parallel.pipeline=1 parallel.tensor=2 parallel.sequence=true"),
+        after=Topology("EP4", "parallel.pipeline=1 parallel.expert=4"),
         export=(
             "convert_checkpoint.py to-hf --checkpoint {checkpoint} --output {run}/hf --layout deepseek",
             "check_export.py --checkpoint {checkpoint} --hf {run}/hf --data {data}/heldout "
