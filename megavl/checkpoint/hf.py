@@ -26,6 +26,7 @@ from megavl.checkpoint.save import save_boxes
 from megavl.checkpoint.shards import Piece, Shards, write_shards
 from megavl.config.model import ModelConfig
 from megavl.config.presets import PRESETS
+from megavl.config.tokens import PLACEHOLDERS
 
 # Of each family of models, by its name.
 LAYOUTS: dict[str, dict[str, ModuleType]] = {
@@ -61,7 +62,7 @@ def to_hf(
     dtype = source.dtype("param.stem.embedding.weight")
     tokenizer = tokenizer or source.state["config"].get("data", {}).get("tokenizer")
     with _new_directory(Path(output)) as directory:
-        image_token, tokens = form.PLACEHOLDER, {}
+        image_token, tokens = PLACEHOLDERS[model.family], {}
         if tokenizer:
             image_token, tokens = write_tokenizer(Path(tokenizer), directory, model.image_token_id, image_token)
         else:

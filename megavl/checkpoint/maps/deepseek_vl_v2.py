@@ -14,7 +14,6 @@ from megavl.config.presets import PRESETS
 from megavl.config.tiles import Tiling
 
 MODEL_TYPES = ("deepseek_vl_v2",)
-PLACEHOLDER = "<image>"
 
 # Id of the placeholder by the size of the vocabulary: the released config.json does not say, its tokenizer does.
 _RELEASED = {model.decoder.vocab_size: model.image_token_id for model in (PRESETS["vl2_base"], PRESETS["vl2_small"])}

@@ -12,7 +12,6 @@ from megavl.config.model import ModelConfig, SamConfig, SiglipConfig
 from megavl.config.parameters import parameters
 
 MODEL_TYPES = ("multi_modality",)
-PLACEHOLDER = "<image_placeholder>"
 
 # The tower shapes that the released code knows by name; it takes them from its own tables, not from config.json.
 _SIGLIP_L, _SAM_B = "siglip_large_patch16_384", "sam_b_downsample"

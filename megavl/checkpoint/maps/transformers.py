@@ -13,7 +13,6 @@ from megavl.config.model import ModelConfig, SamConfig, SiglipConfig
 from megavl.config.parameters import parameters
 
 MODEL_TYPES = ("deepseek_vl_hybrid", "deepseek_vl")
-PLACEHOLDER = "<image_placeholder>"
 
 _SIGLIP = "model.vision_model.vision_model"
 _SAM = "model.high_res_vision_model.vision_encoder"
