@@ -1,5 +1,7 @@
 """The FLOP count against torch's, operation by operation as the real model runs, and against published numbers."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -110,7 +112,7 @@ def counted(model: ModelConfig, batch: Batch, rules: list[dict], recompute: str)
     for name, parameter in vlm.named_parameters():
         parameter.requires_grad_(optim.lr_multiplier(name) > 0)
     if recompute == "full":
-        recompute_blocks(vlm)
+        recompute_blocks(vlm, nullcontext())
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         loss = vlm(None, batch)
         if loss.requires_grad:

@@ -49,7 +49,7 @@ def write_sentencepiece(corpus: Path, path: Path) -> Path:
     learned = path.with_suffix(".jsonl")
     with corpus.open(encoding="utf-8") as source:
         learned.write_text("".join(islice(source, _documents(corpus))), encoding="utf-8")
-    train([str(learned)], path, VOCABULARY)
+    train([str(learned)], path, VOCABULARY, "vl")
     return path
 
 
