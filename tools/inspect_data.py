@@ -21,6 +21,7 @@ from megavl.config.model import ModelConfig
 from megavl.config.presets import PRESETS
 from megavl.config.run import RunConfig
 from megavl.config.tiles import Tiling
+from megavl.config.tokens import PLACEHOLDERS
 from megavl.data.errors import DataError
 from megavl.data.inspect import terminal
 from megavl.data.inspect.page import write_page
@@ -86,7 +87,7 @@ def inspect(arguments: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(path) if path else None
     for store in stores:
         check_tokenizer(store, tokenizer, path)
-    model = model_of(config, arguments)
+    model = model_of(config, tokenizer, arguments)
     tiling = Tiling(model) if model else None
     console = Console(highlight=False)
     chosen = [
@@ -113,12 +114,19 @@ def sources(config: RunConfig) -> list[str]:
     return [source.prefix for source in (*config.data.text, *config.data.multimodal)]
 
 
-def model_of(config: RunConfig | None, arguments: argparse.Namespace) -> ModelConfig | None:
-    """The recipe's, or the one that was named; packs need one."""
+def model_of(
+    config: RunConfig | None, tokenizer: Tokenizer | None, arguments: argparse.Namespace
+) -> ModelConfig | None:
+    """The recipe's, or the one that was named, whose images then have the place that the tokenizer gives them; packs
+    need one."""
     if config is not None:
         return config.model
     name = arguments.model or ("vl_7b" if arguments.seq_len else None)
-    return PRESETS[name] if name else None
+    if name is None or tokenizer is None:
+        return PRESETS[name] if name else None
+    model = PRESETS[name]
+    place = tokenizer.special.get(PLACEHOLDERS[model.family], model.image_token_id)
+    return model.model_copy(update={"image_token_id": place})
 
 
 def asked(stores: list[Store], keys: list[str], documents: list[int]) -> dict[Store, list[int]]:

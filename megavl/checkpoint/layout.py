@@ -104,6 +104,6 @@ def verify_files(path: str | Path, files: dict[str, int]) -> None:
     if broken:
         more = f", and {len(broken) - 5} more" if len(broken) > 5 else ""
         raise CheckpointError(
-            f"checkpoint {path} is incomplete: {', '.join(broken[:5])}{more}. Nothing was loaded; restore the files or "
-            "use another checkpoint"
+            f"checkpoint {path} is incomplete: {', '.join(broken[:5])}{more}. Nothing was loaded; restore the "
+            "files, use another checkpoint, or remove this one, so that a run goes on from the one before"
         )

@@ -80,7 +80,7 @@ class Checkpoint:
             differing = "; ".join(f"{name}: {saved.get(name)} there, {asked.get(name)} here" for name in fields)
             raise CheckpointError(
                 f"checkpoint {self.path} is of another model ({differing}). Nothing was loaded; use the model that "
-                "it was trained with, or another checkpoint"
+                "it was trained with, another checkpoint, or for a new run another output_dir"
             )
 
     def plan(self, boxes: dict[str, Boxes]) -> list[ReadItem]:
