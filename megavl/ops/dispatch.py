@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megavl.ops.activation import swiglu
 from megavl.ops.attention import PackedAttention, fused_attention, reference_attention
-from megavl.ops.grouped import GroupedLinear, grouped_mm_linear, reference_grouped_linear
+from megavl.ops.grouped import GroupedLinear, grouped_gemm_linear, grouped_mm_linear, reference_grouped_linear
 from megavl.ops.norm import rms_norm
 from megavl.ops.products import products
 
@@ -115,7 +115,13 @@ def _grouped_linear(device: torch.device) -> tuple[GroupedLinear, str]:
     major, _ = torch.cuda.get_device_capability(device)
     if major not in (_HOPPER, _BLACKWELL):
         name = torch.cuda.get_device_name(device)
-        return reference_grouped_linear, f"torch, one expert at a time ({name} is neither Hopper nor Blackwell)"
+        try:
+            from grouped_gemm.ops import gmm
+        except ImportError as error:
+            why = f"{name} is neither Hopper nor Blackwell, and grouped_gemm does not import: {error}"
+            return reference_grouped_linear, f"torch, one expert at a time ({why})"
+        words = "grouped_gemm for bf16 and widths that are multiples of 8, one expert at a time for others"
+        return grouped_gemm_linear(gmm), words
     return (
         # On Blackwell it leaves the gradient of an expert without rows unwritten (github.com/pytorch/pytorch, 172439).
         grouped_mm_linear(clears_empty=major == _BLACKWELL),

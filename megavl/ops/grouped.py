@@ -38,8 +38,17 @@ class Groups:
 
 GroupedLinear = Callable[[Tensor, Tensor, Groups], Tensor]
 
+# x [N, d_in], weight [E, d_out, d_in], rows of each expert int64 [E] on the processor, whether to transpose the weight.
+GroupedGemm = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
+
 # Strides of bf16 matrices are read in units of 16 bytes.
 _WIDTH_MULTIPLE = 8
+
+
+def _served(x: Tensor, weight: Tensor) -> bool:
+    """By kernels for bf16. The strides of a matrix without rows are none that they take."""
+    d_out, d_in = weight.shape[1:]
+    return x.dtype == torch.bfloat16 and not (d_out % _WIDTH_MULTIPLE or d_in % _WIDTH_MULTIPLE) and len(x) > 0
 
 
 def reference_grouped_linear(x: Tensor, weight: Tensor, groups: Groups) -> Tensor:
@@ -75,15 +84,26 @@ class _GroupedMm(Function):
 
 def grouped_mm_linear(clears_empty: bool) -> GroupedLinear:
     """torch's grouped_mm for bf16 and widths in units of 16 bytes, the reference for all others, and where there is no
-    row at all: the strides of an empty matrix are none that the kernel takes.
+    row at all.
 
     clears_empty: the kernel of this device leaves arbitrary values in the gradient of an expert without rows
     """
 
     def grouped_linear(x: Tensor, weight: Tensor, groups: Groups) -> Tensor:
-        d_out, d_in = weight.shape[1:]
-        if x.dtype != torch.bfloat16 or d_out % _WIDTH_MULTIPLE or d_in % _WIDTH_MULTIPLE or len(x) == 0:
+        if not _served(x, weight):
             return reference_grouped_linear(x, weight, groups)
         return _GroupedMm.apply(x.contiguous(), weight, groups.ends, clears_empty)
+
+    return grouped_linear
+
+
+def grouped_gemm_linear(gmm: GroupedGemm) -> GroupedLinear:
+    """`grouped_gemm.ops.gmm` (github.com/tgale96/grouped_gemm), which has its own derivative, for what torch's kernel
+    serves on newer devices; the reference for all others."""
+
+    def grouped_linear(x: Tensor, weight: Tensor, groups: Groups) -> Tensor:
+        if not _served(x, weight):
+            return reference_grouped_linear(x, weight, groups)
+        return gmm(x.contiguous(), weight, torch.tensor(groups.sizes), True)
 
     return grouped_linear

@@ -31,10 +31,10 @@ def stand_in(monkeypatch, name: str, **attributes) -> None:
 
 @pytest.fixture
 def bare_gpu(monkeypatch):
-    """A Hopper GPU without flash-attn and apex."""
+    """A Hopper GPU without flash-attn, apex and grouped_gemm."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Stand-in")
-    for name in ("flash_attn", "fused_layer_norm_cuda"):
+    for name in ("flash_attn", "fused_layer_norm_cuda", "grouped_gemm"):
         monkeypatch.setitem(sys.modules, name, None)
 
 
@@ -131,3 +131,22 @@ def test_grouped_products_are_torchs_where_it_has_a_kernel(bare_gpu, monkeypatch
     x, weight, groups = torch.randn(3, 8).bfloat16(), torch.randn(2, 16, 8).bfloat16(), Groups(torch.tensor([3, 0]))
     assert torch.equal(ops.grouped_linear(x, weight, groups), reference_grouped_linear(x, weight, groups))
     assert calls == ([] if capability == (8, 0) else [[3, 3]])
+
+
+def test_grouped_gemm_serves_the_gpus_that_torch_does_not(bare_gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    calls = []
+
+    def gmm(a, b, batch_sizes, trans_b):
+        calls.append((batch_sizes.tolist(), batch_sizes.device.type, trans_b))
+        return torch.cat([rows @ matrix.t() for rows, matrix in zip(a.split(batch_sizes.tolist()), b, strict=True)])
+
+    stand_in(monkeypatch, "grouped_gemm")
+    stand_in(monkeypatch, "grouped_gemm.ops", gmm=gmm)
+    ops = choose(CUDA)
+    assert "grouped_gemm" in next(line for line in ops.lines if line.startswith("products of experts"))
+    groups = Groups(torch.tensor([1, 0, 2]))
+    for dtype, calls_then in ((torch.float32, []), (torch.bfloat16, [([1, 0, 2], "cpu", True)])):
+        x, weight = torch.randn(3, 8).to(dtype), torch.randn(3, 16, 8).to(dtype)
+        assert torch.equal(ops.grouped_linear(x, weight, groups), reference_grouped_linear(x, weight, groups))
+        assert calls == calls_then

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megavl.ops.grouped import Groups, grouped_mm_linear, reference_grouped_linear
+from megavl.ops.grouped import Groups, grouped_gemm_linear, grouped_mm_linear, reference_grouped_linear
 
 COUNTS = {
     "some": [3, 0, 7, 1, 0],
@@ -58,10 +58,22 @@ def test_the_reference_is_one_product_per_row(counts):
 def test_the_kernel_gives_what_the_loop_gives(counts, clears_empty, device):
     if device == "cuda" and not clears_empty and torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("only Hopper's kernel writes the gradients of experts without rows")
+    kernel_gives_what_the_loop_gives(grouped_mm_linear(clears_empty), counts, device)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("counts", [*COUNTS.values(), [300, 0, 1, 129, 0, 64, 0, 18]], ids=[*COUNTS, "many"])
+def test_the_library_gives_what_the_loop_gives(counts):
+    library = pytest.importorskip("grouped_gemm.ops")
+    kernel_gives_what_the_loop_gives(grouped_gemm_linear(library.gmm), counts, "cuda")
+
+
+def kernel_gives_what_the_loop_gives(product, counts: list[int], device: str) -> None:
     case = inputs(counts, 64, 96, torch.bfloat16, device)
     exact = results(per_row, *(tensor.double() if tensor.is_floating_point() else tensor for tensor in case))
     loop = results(reference_grouped_linear, *case)
-    kernel = results(grouped_mm_linear(clears_empty), *case)
+    kernel = results(product, *case)
     for theirs, ours, truth in zip(loop, kernel, exact, strict=True):
         assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
         # Both round a sum in fp32 once to bf16, 2^-9 of it: measured 3.7e-3 of 1 + |x|.
