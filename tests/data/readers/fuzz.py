@@ -36,6 +36,8 @@ RECORDS = [
     {"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]}, {"role": "assistant", "content": "a"}]},
     {"text_list": ["a", "b"], "image_info": [{"image_name": "a.gif", "matched_text_index": 1}]},
     {"texts": ["a", None], "images": [None, "a.gif"]},
+    {"image": "a.gif", "grounding": [{"query": "cat", "boxes": [[0, 0.0, 1, 0.5]]}]},
+    {"image": "a.gif", "question": "q", "grounding": [{"text": "a "}, {"query": "cat", "boxes": []}]},
     {"texts": [{"user": "q", "assistant": "a"}], "images": ["a.gif"]},
 ]
 LINES = b"".join(json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in RECORDS)

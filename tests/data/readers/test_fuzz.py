@@ -25,7 +25,7 @@ def test_a_sound_file_is_read_and_a_damaged_one_is_documents_or_a_data_error(tmp
 WORDS = st.sampled_from(["", "x", "<image>", "a<image>b", "user", "human", "gpt", "assistant", "system", "image", "\0"])
 FIELDS = st.sampled_from(
     [*KEYS, "from", "value", "role", "content", "type", "token", "supervised", "user", "assistant", "bytes", "path"]
-    + ["image_name", "matched_text_index"]
+    + ["image_name", "matched_text_index", "query", "boxes", "question"]
 )
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-2, 3) | WORDS | st.text(max_size=3) | st.binary(max_size=2),
