@@ -1,7 +1,7 @@
 """Training steps of a recipe on made-up packs: tokens/s, MFU, memory.
 
 No data is read: a text step has packs of documents of equal length (four by default), a multimodal step also images in
-each pack, all of one grid of tiles. TFLOP/s are the model's on each device, a token going through its own experts alone;
+each pack, all of one grid of tiles. TFLOP/s are the model's on each device, a token going through its own experts only.
 MFU is their ratio to what the devices can do (megavl/plan/hardware.py; measured at start where it is not known). Times
 are the median of the timed steps, with the fastest and the slowest beside it.
 """

@@ -1,7 +1,7 @@
 """Alignment of everything that lies in DeepSpeed's flat buffers.
 
-cuBLAS has its fast Hopper kernels for operands that begin on 16 bytes, and grouped_mm refuses others. 128 bytes is a whole
-memory transaction.
+cuBLAS has its fast Hopper kernels for operands that begin on 16 bytes, and grouped_mm refuses others. 128 bytes are a
+whole memory transaction.
 """
 
 from collections import Counter

@@ -1,9 +1,9 @@
 """Matrix products of a run beside what their shapes reach alone.
 
 A product fails if its kernel is one of Ampere's or has narrow loads, or if it runs below 85 % of its own ceiling: the
-same operation on the same shapes and layouts, on fresh and aligned tensors, in the same process. Only products of 16-bit
-operands are judged, for fp32 products do not use Hopper's matrix units. Products below 10 GFLOP have no ceiling: they take
-less than 13 us on a Hopper GPU, and a large part of that is the start and the end of the kernel.
+same operation on the same shapes and layouts, on fresh and aligned tensors, in the same process. Only products of
+16-bit operands are judged, for fp32 products do not use Hopper's matrix units. Products below 10 GFLOP have no ceiling:
+they take less than 13 us on a Hopper GPU, and a large part of that is the start and the end of the kernel.
 """
 
 import re
@@ -117,8 +117,8 @@ def failures(products: Sequence[Product], capability_major: int) -> list[str]:
 
 
 def ceilings(traffic: Traffic, least_flops: float, device: torch.device) -> dict[tuple[str, Shapes], float]:
-    """FLOP/s of each product of 16-bit operands alone, on tensors of the same layout. Of several layouts of one shape, the
-    slowest counts: the profiler does not tell them apart."""
+    """FLOP/s of each product of 16-bit operands alone, on tensors of the same layout. The slowest of several layouts of
+    one shape counts: the profiler does not tell them apart."""
     found = {}
     for key, layouts in traffic.operands.items():
         operation, shapes = key

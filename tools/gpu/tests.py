@@ -3,7 +3,6 @@
 import re
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 from gpu.results import Finding, Results, Setting, Skipped, Table
@@ -35,8 +34,10 @@ def marked_files(root: Path) -> list[str]:
 
 def outcome(file: str) -> Finding:
     """The last line of pytest, and the tests that failed."""
-    if find_spec("pytest") is None:
-        raise Skipped("pytest is not installed")
+    try:
+        import pytest  # noqa: F401
+    except ImportError as error:
+        raise Skipped(f"pytest does not import: {error}") from error
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "--tb=short", file]
     done = subprocess.run(command, cwd=_ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     print(done.stdout, flush=True)
