@@ -15,7 +15,7 @@ from torch.autograd import DeviceType
 ROOT = Path(__file__).parents[2]
 GIB = 1 << 30
 # States of the project, not of the tool: other tests keep them.
-STATES = {*(("offsets", model) for model in ("vl_7b", "vl_1b", "vl2_small", "vl2_tiny"))} | {
+STATES = {("offsets", "vl_7b"), ("offsets", "vl2_small")} | {
     (f"slices.{model}", "text: towers") for model in ("vl_7b", "vl_1b", "vl2_small", "vl2_tiny")
 }
 AMPERE_KERNEL = "void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm_bf16_128x256_64x3_nt_align2>(Params)"

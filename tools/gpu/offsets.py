@@ -14,6 +14,8 @@ from gpu.run import MODELS, Run, build, start, tiny
 from megavl.runtime.state import MOMENTS, fragments
 
 ALIGNMENT_BYTES = 128
+# One of each family.
+_REHEARSED = ("vl_7b", "vl2_small")
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Place:
 def run(setting: Setting, results: Results, subject: str) -> None:
     """Measure the engines of tiny models, each with the optimizer groups of its recipe: bf16, ZeRO-1."""
     env = start()
-    for model in MODELS:
+    for model in _REHEARSED if setting.rehearse else MODELS:
         results.measure(model, lambda model=model: finding(build(tiny(model), env), setting))
 
 

@@ -124,11 +124,12 @@ def ceilings(traffic: Traffic, least_flops: float, device: torch.device) -> dict
         operation, shapes = key
         if len(shapes) != 2 or flops(shapes) < max(least_flops, 1):
             continue
-        rates = [
-            flops(shapes) / seconds_of(product_of(operation, layout, device), device)
-            for layout in layouts
-            if all(operand.dtype in _HALF for operand in layout)
-        ]
+        half = [layout for layout in layouts if all(operand.dtype in _HALF for operand in layout)]
+        try:
+            rates = [flops(shapes) / seconds_of(product_of(operation, layout, device), device) for layout in half]
+        except RuntimeError as error:  # the other products keep theirs
+            print(f"no ceiling of {operation} {shapes}: {error}", flush=True)
+            continue
         if rates:
             found[key] = min(rates)
     return found

@@ -14,6 +14,7 @@ T = TypeVar("T")
 # Exit code of a stage whose device cannot be used any more: it is started again for the rest of its measurements.
 RESTART = 75
 _LONGEST = 600
+_PROJECT, _PACKAGES = str(Path(__file__).parents[2]), "site-packages"
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,10 @@ class Results:
         """
         print("".join(traceback.format_exception(error)), flush=True)
         last = traceback.format_exception_only(error)[-1].strip().splitlines()
-        place = traceback.extract_tb(error.__traceback__)[-1]
+        frames = traceback.extract_tb(error.__traceback__)
+        # The last line of the project, below which torch's own are.
+        ours = [frame for frame in frames if _PROJECT in frame.filename and _PACKAGES not in frame.filename]
+        place = (ours or frames)[-1]
         where = f"{Path(place.filename).name}:{place.lineno}"
         self._record(name, "failed", Finding(f"{last[0] if last else type(error).__name__} ({where})"))
         error.__traceback__ = None  # its frames hold tensors

@@ -25,5 +25,5 @@ def places(caught: list[warnings.WarningMessage]) -> Counter[str]:
     return Counter(
         f"{'/'.join(Path(each.filename).parts[-3:])}:{each.lineno}"
         for each in caught
-        if "synchronizing" in str(each.message).lower()
+        if "called a synchronizing" in str(each.message)
     )
