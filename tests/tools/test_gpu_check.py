@@ -14,10 +14,6 @@ from torch.autograd import DeviceType
 
 ROOT = Path(__file__).parents[2]
 GIB = 1 << 30
-# States of the project, not of the tool: other tests keep them.
-STATES = {("offsets", "vl_7b"), ("offsets", "vl2_small")} | {
-    (f"slices.{model}", "text: towers") for model in ("vl_7b", "vl_1b", "vl2_small", "vl2_tiny")
-}
 AMPERE_KERNEL = "void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm_bf16_128x256_64x3_nt_align2>(Params)"
 HOPPER_KERNEL = "nvjet_sm90_tst_128x256_64x4_2x1_v_bz_coopA_NTN"
 
@@ -47,11 +43,10 @@ def test_a_rehearsal_runs_every_stage(tmp_path):
     stages = {stage["name"]: stage for stage in report["stages"]}
     assert list(stages) == [stage.name for stage in STAGES], done.stdout + done.stderr
     found = {(stage, each["name"]): each for stage in stages for each in stages[stage]["measurements"]}
-    failed = {key for key, each in found.items() if each["status"] == "failed"}
-    assert failed <= STATES, page
-    assert done.returncode == bool(failed)
+    assert [(key, each["line"]) for key, each in found.items() if each["status"] == "failed"] == [], done.stdout
+    assert done.returncode == 0
     for name, stage in stages.items():
-        expected = "failed" if any(key[0] == name for key in failed) else "skipped" if name == "tests" else "passed"
+        expected = "skipped" if name == "tests" else "passed"  # all tests marked gpu are skipped on a CPU
         assert (name, stage["status"], stage["line"]) == (name, expected, ""), page
         assert f"| **{name}** |  | **{expected}** |" in page
     for key, each in found.items():

@@ -2,18 +2,18 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 
-from gpu.results import Finding, Results, Setting
+from gpu.results import Finding, Results, Setting, Skipped
 
 _ROOT = Path(__file__).parents[2]
-# What a run reads its data with; the training itself needs neither.
-_DATA_MODULES = ("gpu.debug_data", "megavl.runtime.loop")
+# A package that launch/pretrain.py imports and the training itself does not need.
+_MISSING = re.compile(r"No module named '((?!megavl)[\w.]+)'")
 _RECIPES = {"vl": "launch/recipes/vl_debug.yaml", "vl2": "launch/recipes/vl2_debug.yaml"}
 # Four micro-batches suffice; a learning rate at which 20 steps show that the model learns.
 _OVERRIDES = (
@@ -36,15 +36,22 @@ class Leg:
 
 
 def run(setting: Setting, results: Results, subject: str) -> None:
-    """Measure the legs of the run; without the packages that read data, 20 steps on made-up packs."""
+    """Measure the legs of the run; where packages that read its data are missing, 20 steps on made-up packs."""
     steps = _REHEARSED_STEPS if setting.rehearse else _STEPS
-    if missing := missing_package():
+    try:
+        from gpu.debug_data import write_data
+    except ImportError as error:
+        missing = error.name or str(error)
+    else:
+        folder = setting.work / f"debug_{subject}"
+        made = results.prepare("data", lambda: (write_data(folder, subject), Finding("tokenizer and two datasets")))
+        missing = _run_legs(setting, results, subject, steps, folder, made)
+    if missing:
         results.measure(f"{steps} steps on made-up packs", lambda: _made_up(subject, steps, setting, missing))
-        return
-    folder = setting.work / f"debug_{subject}"
-    from gpu.debug_data import write_data
 
-    data = results.prepare("data", lambda: (write_data(folder, subject), Finding("tokenizer and two datasets")))
+
+def _run_legs(setting: Setting, results: Results, subject: str, steps: int, folder: Path, data: Sequence[str]) -> str:
+    """Measure each leg. Returns the package for lack of which launch/pretrain.py does not start, "" if it does."""
     here = setting.device
     legs = [Leg(f"{steps} steps", here, steps), Leg("a step more, resumed on a CPU", "cpu", steps + 1)]
     if not setting.rehearse:  # where all legs are on a CPU, the second has shown what the third does
@@ -54,16 +61,8 @@ def run(setting: Setting, results: Results, subject: str) -> None:
     for before, leg in zip([None, *legs], legs, strict=False):
         if not results.measure(leg.name, lambda leg=leg, before=before: train(command, leg, before, folder, setting)):
             break  # it left no checkpoint to go on from
-
-
-def missing_package() -> str:
-    """Name of the first package that reading data needs and this machine lacks, "" if none."""
-    for module in _DATA_MODULES:
-        try:
-            import_module(module)
-        except ImportError as error:
-            return error.name or str(error)
-    return ""
+    last = results.measurements[-1]
+    return last["line"] if last["status"] == "skipped" else ""
 
 
 def train(command: Sequence[str], leg: Leg, before: Leg | None, folder: Path, setting: Setting) -> Finding:
@@ -79,6 +78,8 @@ def train(command: Sequence[str], leg: Leg, before: Leg | None, folder: Path, se
     )
     print(done.stdout, flush=True)
     if done.returncode:
+        if missing := _MISSING.search(done.stdout):
+            raise Skipped(missing[1])
         last = next((line for line in reversed(done.stdout.splitlines()) if line.strip()), "(no output)")
         raise RuntimeError(f"launch/pretrain.py ended with exit code {done.returncode}: {last}")
     rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]

@@ -63,12 +63,14 @@ def judge(found: list[Place], addresses: bool) -> Finding:
 def places(run: Run) -> Iterator[Place]:
     """Where every trainable parameter, fp32 gradient, master and moment begins in DeepSpeed's BF16_Optimizer."""
     optimizer = run.engine.optimizer
-    names = {parameter: name for stage in run.stages for name, parameter in stage.named_parameters()}
+    names = {parameter: name for stage in run.stages for name, parameter in stage.vlm.named_parameters()}
     for number, group in enumerate(optimizer.bf16_groups):
         bf16, masters = optimizer.bf16_groups_flat[number], optimizer.fp32_groups_flat_partition[number]
         gradients = optimizer.fp32_groups_gradients_flat[number]
         for parameter, gradient in zip(group, optimizer.fp32_groups_gradients[number], strict=True):
-            name = names[parameter].removeprefix("vlm.")
+            name = names.get(parameter)
+            if name is None:  # fills a unit after a parameter, and nothing reads it
+                continue
             yield Place("parameters", name, parameter.data_ptr() - bf16.data_ptr(), parameter.data_ptr())
             yield Place("gradients", name, gradient.data_ptr() - gradients.data_ptr(), gradient.data_ptr())
             if parameter._hp_mapping is not None:

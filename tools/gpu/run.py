@@ -20,6 +20,7 @@ from megavl.parallel.groups import Mesh
 from megavl.runtime.balance import Balance
 from megavl.runtime.engine import build_engine
 from megavl.runtime.env import Env, read_env, start_process_group
+from megavl.runtime.feed import Feed
 from megavl.runtime.mesh import mesh_of
 from megavl.runtime.pipeline import Pipeline, build_stages
 
@@ -136,8 +137,8 @@ def build(config: RunConfig, env: Env) -> Run:
     return Run(config, env, mesh, ops, stages, engine, pipeline, Balance(stages, config, mesh))
 
 
-def summed_loss(stages: Sequence[nn.Module], batch: StepBatch, index: int = 0) -> torch.Tensor:
-    """Summed loss of one micro-batch through the stages of one process, without an engine: float32 []."""
+def summed_loss(stages: Sequence[nn.Module], batch: StepBatch) -> torch.Tensor:
+    """Summed loss of the first micro-batch through the stage of one process, without an engine: float32 []."""
     (stage,) = stages
-    stage.micro_batches = batch.micro_batches
-    return stage(index=torch.tensor([index]))
+    stage.micro_batches = Feed(batch.micro_batches[:1], next(stage.parameters()).device).batches()
+    return stage()
