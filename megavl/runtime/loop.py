@@ -38,9 +38,9 @@ def train(config: RunConfig, env: Env) -> None:
 
     Raises RunError with the same message on every rank when the run cannot go on.
     """
-    mesh = mesh_of(config.parallel, env.world)
+    mesh = mesh_of(config, env.world, env.device)
     ops = choose(env.device)
-    sampler = together(lambda: Sampler(config.data, config.model, config.train))
+    sampler = together(lambda: Sampler(config.data, config.model, config.train), mesh.control)
 
     stages = build_stages(config, mesh, ops, env.device)
     engine = build_engine(stages, config, mesh)
@@ -55,7 +55,7 @@ def train(config: RunConfig, env: Env) -> None:
         announce(sampler, first_step, repacked)
     balance = Balance(stages, config, mesh)
     metrics = Metrics(config, env)
-    bad_images = BadImages(config, state.get("bad_images", 0))
+    bad_images = BadImages(config, state.get("bad_images", 0), mesh.control)
     has_stem = any(stage.vlm.stem is not None for stage in stages)
     images = _images_of(mesh.tp) if has_stem else None
     pin_memory = env.device.type == "cuda"
@@ -64,7 +64,9 @@ def train(config: RunConfig, env: Env) -> None:
     try:
         for step in range(first_step, config.train.steps):
             started = time.perf_counter()
-            batch, replaced = together_with_remarks(lambda: next(batches), lambda batch: batch.bad_images or None)
+            batch, replaced = together_with_remarks(
+                lambda: next(batches), lambda batch: batch.bad_images or None, mesh.control
+            )
             bad_images.record(step, itertools.chain(*replaced))
             lr = config.optim.lr * schedule_ratio(config.optim.schedule, step, config.train.steps)
             set_learning_rate(engine.basic_optimizer, lr)
@@ -94,10 +96,10 @@ def resume(
     held = fragments(engine, stages, mesh.dp.rank)
     if newest is None:
         if config.checkpoint.init_from is not None:
-            load_weights(config.checkpoint.init_from, held, config.model)
+            load_weights(config.checkpoint.init_from, held, config.model, mesh.control)
         return {"step": 0}
     state = read_state(newest)
-    load(newest, held, config.model)
+    load(newest, held, config.model, mesh.control)
     set_optimizer_step(engine, state["optimizer_step"])
     if dist.get_rank() == 0:
         print(f"resumed from {newest}", *differences(state["config"], dump_run(config)), sep="\n  ", flush=True)
@@ -117,7 +119,8 @@ def keep(
     data is known, and nothing else in a run is random. `progress` is what else a resumed run wants to know: the images
     that were replaced so far ("bad_images"), and, so that it need not find it anew, the sampler's position ("data")."""
     state = {"optimizer_step": done, "config": dump_run(config), **progress}
-    return save(checkpoints, done, fragments(engine, stages, mesh.dp.rank), state, config.checkpoint.keep)
+    held = fragments(engine, stages, mesh.dp.rank)
+    return save(checkpoints, done, held, state, config.checkpoint.keep, mesh.control)
 
 
 def _images_of(tp: TensorAxis) -> ImageShare:

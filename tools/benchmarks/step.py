@@ -30,7 +30,7 @@ from megavl.parallel.groups import Mesh
 from megavl.plan.cost import step_flops
 from megavl.runtime.balance import Balance
 from megavl.runtime.engine import build_engine
-from megavl.runtime.env import Env, read_env, start_process_group
+from megavl.runtime.env import Env, process_group, read_env
 from megavl.runtime.mesh import mesh_of
 from megavl.runtime.metrics import memory_bytes, peak
 from megavl.runtime.pipeline import Pipeline, build_stages
@@ -132,12 +132,12 @@ def run(args: argparse.Namespace) -> None:
         grid = grid_of(config, args.grid)
     except ConfigError as error:
         sys.exit(f"error: {error}" if env.rank == 0 else 1)
-    start_process_group(env, timeout=timedelta(minutes=10))
-    benchmark(config, env, args, grid)
+    with process_group(env, timeout=timedelta(seconds=config.train.timeout_s)):
+        benchmark(config, env, args, grid)
 
 
 def benchmark(config: RunConfig, env: Env, args: argparse.Namespace, grid: Grid) -> None:
-    mesh = mesh_of(config.parallel, env.world)
+    mesh = mesh_of(config, env.world, env.device)
     ops = choose(env.device)
     stages = build_stages(config, mesh, ops, env.device)
     engine = build_engine(stages, config, mesh)
