@@ -48,10 +48,11 @@ class Env:
         if visible == 1 and listed and "," not in listed:
             return 0  # srun --gpus-per-task shows each task its own device only, whatever its local rank
         if self.local_rank >= visible:
+            setting = f"CUDA_VISIBLE_DEVICES={listed}" if listed else "CUDA_VISIBLE_DEVICES is not set"
             raise LaunchError(
-                f"rank {self.rank} has local rank {self.local_rank}, but sees {visible} CUDA devices "
-                f"(CUDA_VISIBLE_DEVICES={listed or 'is not set'}), so it has none of its own: start one process for "
-                "each device of a node, or give each task its own device (srun --gpus-per-task=1)"
+                f"rank {self.rank} has local rank {self.local_rank}, but the number of visible CUDA devices is {visible} "
+                f"({setting}), so it has none of its own: start at most one process for each device of a node, or give "
+                "each task its own device (srun --gpus-per-task=1)"
             )
         return self.local_rank
 
