@@ -50,7 +50,7 @@ class Env:
         if self.local_rank >= visible:
             setting = f"CUDA_VISIBLE_DEVICES={listed}" if listed else "CUDA_VISIBLE_DEVICES is not set"
             raise LaunchError(
-                f"rank {self.rank} has local rank {self.local_rank}, but the number of visible CUDA devices is {visible} "
+                f"rank {self.rank} has local rank {self.local_rank}, but the visible CUDA devices number {visible} "
                 f"({setting}), so it has none of its own: start at most one process for each device of a node, or give "
                 "each task its own device (srun --gpus-per-task=1)"
             )

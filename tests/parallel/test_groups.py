@@ -1,6 +1,5 @@
 """Process groups of a mesh: their members, their number, their first collective."""
 
-from datetime import timedelta
 from unittest import mock
 
 import pytest
@@ -99,16 +98,3 @@ def test_every_axis_of_several_ranks_is_connected_once(pool):
     for several, connected in pool.run(4, first_collectives, Topology(pp=2, dp=2, tp=1)):
         assert several == ["pp", "dp", "edp", "model"]
         assert sorted(connected) == sorted(several)
-
-
-def timeouts() -> list[float]:
-    """Seconds, of the control group and of an axis."""
-    mesh = build_mesh(
-        Topology(1, dist.get_world_size(), 1), timeout=timedelta(seconds=70), control_timeout=timedelta(seconds=80)
-    )
-    backends = [group._get_backend(torch.device("cpu")) for group in (mesh.control, mesh.dp.group)]
-    return [backend.options._timeout.total_seconds() for backend in backends]
-
-
-def test_control_messages_and_axes_have_their_own_timeouts(pool):
-    assert pool.run(2, timeouts) == [[80.0, 70.0]] * 2
