@@ -163,19 +163,20 @@ def _micro_batch(step: int, numbers: list[int], model: ModelConfig, mesh: Mesh) 
         for number in numbers
         for tile in range(sum(grid.tiles for grid in _grids(step, number, model)))
     ]
-    high = torch.stack(pixels) if pixels else torch.zeros(0, 3, 32, 32)  # [tiles, 3, 32, 32]
-    side = model.siglip.image_size
     if mesh.tp.shares_images:
-        mine = tile_share(len(high), mesh.tp.rank, mesh.tp.size)
-        high = high[mine.start : mine.stop]
-    return Batch(
+        mine = tile_share(len(pixels), mesh.tp.rank, mesh.tp.size)
+        pixels = pixels[mine.start : mine.stop]
+    high = torch.stack(pixels or [torch.zeros(3, 32, 32)])  # [tiles, 3, 32, 32], a blank one for none
+    side = model.siglip.image_size
+    towers = {} if step % 2 else {"sam": high, "siglip": high[:, :, ::2, ::2][:, :, :side, :side]}
+    return Batch.of(
+        Tiling(model),
         tokens=torch.cat([pack[0] for pack in packs]),
         labels=torch.cat([pack[1] for pack in packs]),
-        positions=torch.cat([torch.arange(length) for length in lengths]),
-        cu_seqlens=torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32),
+        lengths=lengths,
         packs=len(packs),
-        grids=tuple(grids),
-        pixels={"sam": high, "siglip": high[:, :, ::2, ::2][:, :, :side, :side]} if mesh.pp.rank == 0 else None,
+        grids=grids,
+        pixels=towers if mesh.pp.rank == 0 else None,
     )
 
 
