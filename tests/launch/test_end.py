@@ -49,5 +49,5 @@ def test_an_error_of_one_rank_ends_both_at_once():
     started = time.monotonic()
     (code, _, errors), (failed, _, failure) = run("raise KeyError('a defect')")
     assert failed == 1 and "KeyError: 'a defect'" in failure
-    assert code == 1 and "closed by peer" in errors
+    assert code == 1 and "gloo" in errors  # closed, reset or broken, by the way the sockets end
     assert time.monotonic() - started < 300  # half the timeout of the collective
