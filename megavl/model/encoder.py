@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from megavl.batch import tile_share
 from megavl.model.sam import Sam
 from megavl.model.siglip import Siglip
-from megavl.ops.zero_gradient import with_zero_gradients
 from megavl.parallel.collectives import join_shares, summing_gradients
 from megavl.parallel.groups import TensorAxis
 
@@ -38,9 +37,7 @@ class Encoder:
         if not (self._tp.shares_images and tiles):
             return self._encode(pixels, lambda module: module)
         mine = self._encode(pixels, lambda module: summing_gradients(module, self._tp))
-        if not share:
-            mine = with_zero_gradients(mine.new_zeros(0, *mine.shape[1:]), mine)  # [0, tile_features, D]
-        return join_shares(mine, tiles, self._tp)
+        return join_shares(mine, tiles, self._tp)  # the features of a blank tile are beyond the last one
 
     def _encode(self, pixels: Mapping[str, Tensor], called: Callable[[nn.Module], _Layer]) -> Tensor:
         siglip = called(self._siglip)(pixels["siglip"])  # [tiles, G * G, W_siglip]

@@ -116,8 +116,8 @@ def _clip_and_keep_norm(engine: deepspeed.DeepSpeedEngine, mesh: Mesh) -> None:
 
 
 def _zero_grad(optimizer, zero_grad: Callable[..., None], *args: bool) -> None:
-    """ZeRO-3 copies the first gradient of a step over that of the step before. A text step has none for the towers: they
-    would keep the gradient of the last multimodal step."""
+    """ZeRO-3 copies the first gradient of a step over that of the step before. A text step has none for the towers:
+    they would keep the gradient of the last multimodal step."""
     zero_grad(*args)
     optimizer.grad_partitions_flat_buffer.zero_()
 

@@ -12,6 +12,7 @@ from megavl.ops.attention import reference_attention
 from megavl.ops.dispatch import choose
 from megavl.ops.grouped import Groups, reference_grouped_linear
 from megavl.ops.norm import rms_norm
+from tests.ops.hopper import hopper
 
 CUDA = torch.device("cuda")
 
@@ -30,12 +31,10 @@ def stand_in(monkeypatch, name: str, **attributes) -> None:
 
 
 @pytest.fixture
-def bare_gpu(monkeypatch):
+def bare_gpu():
     """A Hopper GPU without flash-attn, apex and grouped_gemm."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Stand-in")
-    for name in ("flash_attn", "fused_layer_norm_cuda", "grouped_gemm"):
-        monkeypatch.setitem(sys.modules, name, None)
+    with hopper():
+        yield
 
 
 def test_cpu_is_served_by_torch():

@@ -30,7 +30,7 @@ from megavl.config.run import (
     TrainConfig,
 )
 from megavl.config.tiles import Grid, Tiling
-from megavl.ops.dispatch import choose
+from megavl.ops.dispatch import Ops, choose
 from megavl.parallel.cross_entropy import IGNORED
 from megavl.parallel.groups import Mesh
 from megavl.runtime.balance import Balance, Load
@@ -202,12 +202,12 @@ def step_batch(step: int, config: RunConfig, mesh: Mesh) -> StepBatch:
     )
 
 
-def set_up(config: RunConfig):
-    """(mesh, stages, engine, pipeline) of this rank. Collective."""
+def set_up(config: RunConfig, ops: Ops | None = None):
+    """(mesh, stages, engine, pipeline) of this rank, with a CPU's operators unless others are given. Collective."""
     start_deepspeed("gloo")
     cpu = torch.device("cpu")
     mesh = mesh_of(config, dist.get_world_size(), cpu)
-    ops = choose(cpu)
+    ops = ops or choose(cpu)
     stages = build_stages(config, mesh, ops, cpu)
     # The SAM branch counts from the start: its scale begins at zero, which would hide it.
     for stage in stages:
