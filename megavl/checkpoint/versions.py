@@ -14,4 +14,5 @@ class RecordingWriter(FileSystemWriter):
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         super().finish(metadata, results)
-        metadata.storage_data = {result.index: result.storage_data for written in results for result in written}
+        if metadata.storage_data is None:
+            metadata.storage_data = {result.index: result.storage_data for written in results for result in written}

@@ -5,7 +5,7 @@
 | `all_gather_single`     | `all_gather_single`     | `all_gather_into_tensor`      |
 | `reduce_scatter_single` | `reduce_scatter_single` | `reduce_scatter_tensor`       |
 
-torch 2.13 keeps the old names, which emit a FutureWarning on each call. Arguments and results are the same.
+torch 2.13 keeps the old names, which emit a FutureWarning. Arguments and results are the same.
 """
 
 from collections.abc import Callable
