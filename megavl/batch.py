@@ -1,39 +1,91 @@
 """Batch: the one noun that crosses rooms."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from megavl.config.tiles import Grid
+from megavl.config.tiles import Grid, Tiling
 
 Kind = Literal["text", "multimodal"]
 
 
 @dataclass(frozen=True)
+class ImagePlaces:
+    """Positions of what images bring among the tokens of a micro-batch, int64.
+
+    features:   [tiles * tile_features], in the order of the tiles
+    newlines:   [newlines] of tiled images, else [0]
+    separators: [separators] of tiled images, else [0]
+    """
+
+    features: Tensor
+    newlines: Tensor
+    separators: Tensor
+
+
+@dataclass(frozen=True)
 class Batch:
-    """One micro-batch: packs of documents laid end to end, `T` tokens in all.
+    """One micro-batch: packs of documents laid end to end, `T` tokens in all. `Batch.of` makes it from its parts.
+
+    What the host knows of it (lengths, packs, grids) stays numbers, so that no layer asks a device.
 
     tokens:     int64 [T]; an image is a run of placeholders, as many as its grid takes
     labels:     int64 [T]; the token that position t should predict, -100 where nothing is supervised
     positions:  int64 [T]; restart at 0 with every document
     cu_seqlens: int32 [N + 1]; document n is tokens[cu_seqlens[n]:cu_seqlens[n + 1]]; the last entry is T
+    lengths:    N tokens counts, one for each document, T in all
     packs:      how many; each has T / packs tokens
     grids:      of each image, in the order of the placeholders; DeepSeek-VL's have no local tile
+    places:     where the features of the images stand among the tokens
     pixels:     tower name ("siglip", "sam") -> float32 [tiles, 3, S, S], normalised: the tiles of all images, of each
-                the overview first; there may be none. None on ranks that do not hold the stem. Where the tensor ranks
-                share the tiles (`parallel.vision: sharded`), only those of `tile_share`
+                the overview first. Where the tensor ranks share the tiles (`parallel.vision: sharded`), only those of
+                `tile_share`. Empty in a text step: the towers do not run. In a multimodal step a rank without tiles
+                of its own has one blank tile, whose features go nowhere, so that the backward pass has the same
+                gradients, and so the same messages, on every rank. None on ranks that do not hold the stem
     """
 
     tokens: Tensor
     labels: Tensor
     positions: Tensor
     cu_seqlens: Tensor
+    lengths: tuple[int, ...]
     packs: int
     grids: tuple[Grid, ...]
+    places: ImagePlaces
     pixels: Mapping[str, Tensor] | None
+
+    @classmethod
+    def of(
+        cls,
+        tiling: Tiling,
+        tokens: Tensor,
+        labels: Tensor,
+        lengths: Sequence[int],
+        packs: int,
+        grids: Sequence[Grid] = (),
+        pixels: Mapping[str, Tensor] | None = None,
+    ) -> "Batch":
+        """A micro-batch in host memory, whose documents have the given lengths.
+
+        Raises:
+            ValueError: the images do not fill the placeholders among the tokens.
+        """
+        documents = torch.tensor([0, *lengths])
+        borders = documents.cumsum(0)  # [N + 1]
+        return cls(
+            tokens=tokens,
+            labels=labels,
+            positions=torch.arange(len(tokens)) - borders[:-1].repeat_interleave(documents[1:]),  # [T]
+            cu_seqlens=borders.int(),
+            lengths=tuple(lengths),
+            packs=packs,
+            grids=tuple(grids),
+            places=ImagePlaces(*map(torch.from_numpy, tiling.places(tokens.numpy(), grids))),
+            pixels=pixels,
+        )
 
     @property
     def tiles(self) -> int:
@@ -56,6 +108,7 @@ class Batch:
             labels=change(self.labels),
             positions=change(self.positions),
             cu_seqlens=change(self.cu_seqlens),
+            places=ImagePlaces(*map(change, (self.places.features, self.places.newlines, self.places.separators))),
             pixels=self.pixels and {tower: change(pixels) for tower, pixels in self.pixels.items()},
         )
 

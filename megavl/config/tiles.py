@@ -5,6 +5,7 @@ Source: `select_best_resolution` and `tokenize_with_images` (processing_deepseek
 selection (least padding); the released models were trained with the code's: the most pixels of the image that are kept.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,9 +40,11 @@ class Tiling:
 
     def __init__(self, model: ModelConfig) -> None:
         self._size, self._side, self._tiling = model.siglip.image_size, model.feature_grid, model.tiling
+        self._placeholder = model.image_token_id
         self.grids = (Grid(0, 0),) if self._tiling is None else _candidates(self._tiling.max_tiles)
+        self._layouts = {grid: self.layout(grid) for grid in self.grids}
         self.tiles = np.array([grid.tiles for grid in self.grids])
-        self.tokens = np.array([len(self.layout(grid)) for grid in self.grids])
+        self.tokens = np.array([len(layout) for layout in self._layouts.values()])
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -93,6 +96,33 @@ class Tiling:
             .reshape(grid.rows * side, grid.columns * side)
         )
         return np.concatenate((_lines(overview), [SEPARATOR], _lines(stitched)))
+
+    def places(self, tokens: np.ndarray, grids: Sequence[Grid]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Positions, among the tokens int64 [T], of what the images with these grids bring: int64 [tiles *
+        tile_features] of the features in the order of the tiles, then those of the newlines and of the separators.
+
+        Raises:
+            ValueError: the images do not fill the placeholders.
+        """
+        slots = np.flatnonzero(tokens == self._placeholder)  # [placeholders]
+        expected = sum(len(self._layouts[grid]) for grid in grids)
+        if len(slots) != expected:
+            raise ValueError(
+                f"{len(slots)} placeholder tokens (id {self._placeholder}) for {len(grids)} images that take "
+                f"{expected}: features would land on the wrong tokens. Every image needs its own run of placeholders, "
+                "and no text may hold their id."
+            )
+        features, newlines, separators = [], [], []
+        for grid in grids:
+            layout = self._layouts[grid]
+            run, slots = slots[: len(layout)], slots[len(layout) :]
+            places = np.empty(grid.tiles * self._side**2, dtype=np.int64)
+            places[layout[layout >= 0]] = run[layout >= 0]
+            features.append(places)
+            newlines.append(run[layout == NEWLINE])
+            separators.append(run[layout == SEPARATOR])
+        nothing = np.empty(0, dtype=np.int64)
+        return tuple(np.concatenate([nothing, *parts]) for parts in (features, newlines, separators))
 
 
 def _lines(features: np.ndarray) -> np.ndarray:

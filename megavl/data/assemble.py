@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megavl.batch import BadImage, Batch, Kind, tile_share
+from megavl.batch import BadImage, Batch, ImagePlaces, Kind, tile_share
 from megavl.config.model import ModelConfig
 from megavl.config.tiles import Grid, Tiling
 from megavl.data import image
@@ -58,20 +58,24 @@ class Assembled:
     def __reduce__(self) -> tuple:
         """From a worker process pixels come as shared memory, the rest by value: shared memory is an open file, and a
         step may have hundreds of micro-batches."""
-        batch = self.batch
+        batch, places = self.batch, self.batch.places
         fields = (batch.tokens, batch.labels, batch.positions, batch.cu_seqlens)
-        arrays = tuple(field.numpy() for field in fields)
-        return _arrived, (arrays, batch.packs, batch.grids, batch.pixels, self.bad_images)
+        of_images = (places.features, places.newlines, places.separators)
+        arrays = tuple(tuple(field.numpy() for field in group) for group in (fields, of_images))
+        return _arrived, (*arrays, batch.lengths, batch.packs, batch.grids, batch.pixels, self.bad_images)
 
 
 def _arrived(
     fields: tuple[np.ndarray, ...],
+    of_images: tuple[np.ndarray, ...],
+    lengths: tuple[int, ...],
     packs: int,
     grids: tuple[Grid, ...],
     pixels: Mapping[str, Tensor] | None,
     bad_images: tuple[BadImage, ...],
 ) -> Assembled:
-    return Assembled(Batch(*map(torch.from_numpy, fields), packs, grids, pixels), bad_images)
+    places = ImagePlaces(*map(torch.from_numpy, of_images))
+    return Assembled(Batch(*map(torch.from_numpy, fields), lengths, packs, grids, places, pixels), bad_images)
 
 
 class Assembler:
@@ -118,17 +122,17 @@ class Assembler:
                 borders.append(stop)
             if borders[-1] < (number + 1) * self._seq_len:
                 borders.append((number + 1) * self._seq_len)
-        lengths = np.diff(borders)
-        positions = np.arange(size) - np.repeat(borders[:-1], lengths)
         places = list(self._places(kind, packs))
-        pixels, bad_images = (None, ()) if self._images is None else self._decode(first, places, room)
-        batch = Batch(
+        pixels, bad_images = None, ()
+        if self._images is not None:
+            pixels, bad_images = ({}, ()) if kind == "text" else self._decode(first, places, room)
+        batch = Batch.of(
+            self._tiling,
             tokens=torch.from_numpy(tokens),
             labels=torch.from_numpy(labels),
-            positions=torch.from_numpy(positions),
-            cu_seqlens=torch.tensor(borders, dtype=torch.int32),
+            lengths=np.diff(borders).tolist(),
             packs=len(packs),
-            grids=tuple(place.grid for place in places),
+            grids=[place.grid for place in places],
             pixels=pixels,
         )
         return Assembled(batch, bad_images)
@@ -154,10 +158,14 @@ class Assembler:
     def _decode(
         self, first: int, places: Sequence[_Place], room: Room
     ) -> tuple[Mapping[str, Tensor], tuple[BadImage, ...]]:
-        """Pixels of this rank's share of the tiles, in order, and what had to be replaced."""
+        """Pixels of this rank's share of the tiles, in order, and what had to be replaced; one blank tile where the
+        share is empty."""
         borders = np.cumsum([0, *(place.grid.tiles for place in places)]).tolist()
         mine = tile_share(borders[-1], self._images.rank, self._images.size)
-        pixels, bad_images = room(len(mine)), []
+        pixels, bad_images = room(max(1, len(mine))), []
+        if not mine:
+            for stack in pixels.values():
+                stack.zero_()
         for place, start, stop in zip(places, borders, borders[1:], strict=False):
             here = range(max(start, mine.start), min(stop, mine.stop))
             if not here:

@@ -141,9 +141,9 @@ class Loader:
         if isinstance(arrived, DataError):
             raise arrived
         if self._places is not None:
-            pixels = arrived.batch.pixels["siglip"]
-            # What is pinned is a copy, and no image needs no memory.
-            self._places.give_back(request.place, None if self._pin_memory or not len(pixels) else pixels)
+            pixels = arrived.batch.pixels.get("siglip")
+            # The place is free at once if the pixels were copied to pinned memory, or if there are none.
+            self._places.give_back(request.place, None if self._pin_memory else pixels)
         return arrived
 
     def _wait(self) -> Assembled | DataError:

@@ -60,8 +60,6 @@ class PlaceMemory:
 
     def room(self, place: int, tiles: int) -> dict[str, Tensor]:
         """Room for the pixels of some tiles in a place: tower -> float32 [tiles, 3, S, S]."""
-        if not tiles:
-            return image.room(self._model, 0, torch.empty(0))
         numbers = image.numbers(self._model, tiles)
         if place not in self._memory or len(self._memory[place]) < numbers:
             self._memory[place] = torch.empty(numbers).share_memory_()

@@ -35,5 +35,5 @@ class Attention(nn.Module):
         v = self.v_proj(h).unflatten(1, (self.kv_heads, self.head_width))  # [T, kv_heads / tp, d]
         cos, sin = rotation(batch.positions, self.head_width, self.theta)
         q, k = rotate_halves(q, cos, sin), rotate_halves(k, cos, sin)
-        attended = self.ops.attention(q, k, v, batch.cu_seqlens)  # [T, heads / tp, d]
+        attended = self.ops.attention(q, k, v, batch.cu_seqlens, batch.lengths)  # [T, heads / tp, d]
         return self.o_proj(attended.flatten(1))  # [T, heads * d / tp] -> [T, D]

@@ -48,7 +48,7 @@ class LatentAttention(nn.Module):
         q_nope, q_rope = q.split((mla.nope_width, mla.rope_width), dim=2)
         q = torch.cat((q_nope, rotate_pairs(q_rope, cos, sin)), dim=2)
         k = torch.cat((k_nope, k_rope), dim=2)  # [T, heads / tp, nope + rope]
-        attended = self.ops.attention(q, k, v, batch.cu_seqlens)  # [T, heads / tp, value]
+        attended = self.ops.attention(q, k, v, batch.cu_seqlens, batch.lengths)  # [T, heads / tp, value]
         return self.o_proj(attended.flatten(1))  # [T, heads * value / tp] -> [T, D]
 
     def _latent(self, h: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from megavl.config.model import MoeConfig
 from megavl.model.mlp import Mlp
 from megavl.ops.dispatch import Ops
 from megavl.ops.grouped import Groups
+from megavl.ops.zero_gradient import with_zero_gradients
 from megavl.parallel.collectives import (
     all_gather,
     copy,
@@ -140,9 +141,11 @@ class Experts(nn.Module):
         self.down_proj = stacked(width, hidden, 2)
 
     def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
-        """counts: int64 [E / ep], rows of each expert."""
+        """counts: int64 [E / ep], rows of each expert. N may be 0: the experts then get gradients of zeros."""
         weights = (self.gate_proj, self.up_proj, self.down_proj)
         gate, up, down = weights if self.ep.cut_width else (copy(weight, self.tp) for weight in weights)
+        if not len(rows):
+            return with_zero_gradients(rows, gate, up, down)
         product, groups = self.ops.grouped_linear, Groups(counts)
         return product(self.ops.swiglu(product(rows, gate, groups), product(rows, up, groups)), down, groups)  # [N, D]
 

@@ -18,14 +18,15 @@ class SamAttention(nn.Module):
     4.1): [B, side, side, W] -> [B, side, side, W].
 
     The score of query (h, w) and key (h', w') is q k / sqrt(d) + q R_h[h - h'] + q R_w[w - w']. The last two terms ride
-    in 2 * side channels beside the d of each head: the query carries its terms for every row and column, the key says
-    in one-hot form where it stands. Fused attention then serves it, and no [N, N] bias exists: at full size that is
-    0.8 GB in fp32, for each image and global block.
+    in 2 * C channels beside the d of each head: the query carries its terms for every row and column, the key says in
+    one-hot form where it stands. Fused attention then serves it, and no [N, N] bias exists: at full size that is 0.8 GB
+    in fp32, for each image and global block. C is `side` rounded up to a multiple of 8, for kernels that read bf16 in
+    units of 16 bytes: a window of 14 would leave every product behind it misaligned.
     """
 
     def __init__(self, config: SamConfig, side: int):
         super().__init__()
-        self.heads, self.side = config.heads, side
+        self.heads, self.side, self.spare = config.heads, side, -side % 8
         head_width = config.width // config.heads
         self.qkv = nn.Linear(config.width, 3 * config.width)
         self.proj = nn.Linear(config.width, config.width)
@@ -33,27 +34,31 @@ class SamAttention(nn.Module):
         self.rel_pos_w = nn.Parameter(torch.empty(2 * side - 1, head_width))
 
     def relative_scores(self, q: Tensor) -> Tensor:
-        """q [B, heads, N, d] against each row and each column of keys: [B, heads, N, 2 * side]."""
+        """q [B, heads, N, d] against each row and each column of keys: [B, heads, N, 2 * C]."""
         steps = torch.arange(self.side, device=q.device)
         distance = steps[:, None] - steps + self.side - 1  # [query, key], from 0 to 2 * side - 2
         q = q.unflatten(2, (self.side, self.side))  # [B, heads, side, side, d]
-        rows = torch.einsum("bnhwd,hkd->bnhwk", q, self.rel_pos_h[distance])
-        columns = torch.einsum("bnhwd,wkd->bnhwk", q, self.rel_pos_w[distance])
-        return torch.cat((rows, columns), dim=-1).flatten(2, 3)  # [B, heads, N, 2 * side]
+        of_rows, of_columns = (
+            F.pad(positions[distance], (0, 0, 0, self.spare))  # [side, C, d]
+            for positions in (self.rel_pos_h, self.rel_pos_w)
+        )
+        rows = torch.einsum("bnhwd,hkd->bnhwk", q, of_rows)  # [B, heads, side, side, C]
+        columns = torch.einsum("bnhwd,wkd->bnhwk", q, of_columns)  # [B, heads, side, side, C]
+        return torch.cat((rows, columns), dim=-1).flatten(2, 3)  # [B, heads, N, 2 * C]
 
     def places(self, k: Tensor) -> Tensor:
-        """Row and column of each key in one-hot form: [B, heads, N, 2 * side]."""
-        one_hot = torch.eye(self.side, dtype=k.dtype, device=k.device)
-        rows, columns = one_hot.repeat_interleave(self.side, dim=0), one_hot.repeat(self.side, 1)  # [N, side] each
-        return torch.cat((rows, columns), dim=1).expand(*k.shape[:2], -1, -1)  # [B, heads, N, 2 * side]
+        """Row and column of each key in one-hot form: [B, heads, N, 2 * C]."""
+        one_hot = torch.eye(self.side, self.side + self.spare, dtype=k.dtype, device=k.device)
+        rows, columns = one_hot.repeat_interleave(self.side, dim=0), one_hot.repeat(self.side, 1)  # [N, C] each
+        return torch.cat((rows, columns), dim=1).expand(*k.shape[:2], -1, -1)  # [B, heads, N, 2 * C]
 
     def forward(self, x: Tensor) -> Tensor:
         head_width = x.shape[3] // self.heads
         qkv = self.qkv(x.flatten(1, 2)).unflatten(2, (3, self.heads, head_width))  # [B, N, 3, heads, d]
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, heads, N, d] each
-        q = torch.cat((q * head_width**-0.5, self.relative_scores(q)), dim=-1)  # [B, heads, N, d + 2 * side]
-        k = torch.cat((k, self.places(k)), dim=-1)  # [B, heads, N, d + 2 * side]
-        v = F.pad(v, (0, 2 * self.side))  # [B, heads, N, d + 2 * side]: fused kernels want one width
+        q = torch.cat((q * head_width**-0.5, self.relative_scores(q)), dim=-1)  # [B, heads, N, d + 2 * C]
+        k = torch.cat((k, self.places(k)), dim=-1)  # [B, heads, N, d + 2 * C]
+        v = F.pad(v, (0, 2 * (self.side + self.spare)))  # [B, heads, N, d + 2 * C]: fused kernels want one width
         attended = F.scaled_dot_product_attention(q, k, v, scale=1.0)[..., :head_width]  # [B, heads, N, d]
         merged = attended.transpose(1, 2).flatten(2)  # [B, N, W]
         return self.proj(merged).unflatten(1, (self.side, self.side))  # [B, side, side, W]
@@ -130,8 +135,8 @@ def _neck(config: SamConfig) -> nn.Sequential:
 
 
 class Sam(nn.Module):
-    """Normalised pixels float32 [I, 3, S, S] -> features [I, output_grid^2, 4 * neck_width] in the parameters' dtype; I
-    may be 0. `output_grid`: patches along a side of SigLIP's image, to whose tokens these are joined."""
+    """Normalised pixels float32 [I, 3, S, S] -> features [I, output_grid^2, 4 * neck_width] in the parameters' dtype.
+    `output_grid`: patches along a side of SigLIP's image, to whose tokens these are joined."""
 
     def __init__(self, config: SamConfig, output_grid: int):
         super().__init__()

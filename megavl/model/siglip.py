@@ -57,7 +57,7 @@ class SiglipBlock(nn.Module):
 
 
 class Siglip(nn.Module):
-    """Normalised pixels float32 [I, 3, S, S] -> features [I, G * G, W] in the parameters' dtype; I may be 0."""
+    """Normalised pixels float32 [I, 3, S, S] -> features [I, G * G, W] in the parameters' dtype."""
 
     def __init__(self, config: SiglipConfig):
         super().__init__()

@@ -1,7 +1,7 @@
 """Products of rows with the matrix of the expert that each belongs to, of all experts at once.
 
 Every implementation has one signature, `GroupedLinear`:
-    x:      [N, d_in], sorted by expert; N may be 0
+    x:      [N, d_in], sorted by expert; N is at least 1
     weight: [E, d_out, d_in]
     groups: how many rows each expert has, N in all
     returns [N, d_out]; the gradient of an expert without rows is zeros
@@ -46,15 +46,15 @@ _WIDTH_MULTIPLE = 8
 
 
 def _served(x: Tensor, weight: Tensor) -> bool:
-    """By kernels for bf16. The strides of a matrix without rows are none that they take."""
+    """Whether the bf16 kernels accept these operands."""
     d_out, d_in = weight.shape[1:]
-    return x.dtype == torch.bfloat16 and not (d_out % _WIDTH_MULTIPLE or d_in % _WIDTH_MULTIPLE) and len(x) > 0
+    return x.dtype == torch.bfloat16 and not (d_out % _WIDTH_MULTIPLE or d_in % _WIDTH_MULTIPLE)
 
 
 def reference_grouped_linear(x: Tensor, weight: Tensor, groups: Groups) -> Tensor:
-    """One product per expert: exact, any device and dtype."""
+    """One product per expert that has rows: exact, any device and dtype."""
     experts = zip(x.split(groups.sizes), weight.unbind(), strict=True)
-    return torch.cat([F.linear(rows, matrix) for rows, matrix in experts])  # [N, d_out]
+    return torch.cat([F.linear(rows, matrix) for rows, matrix in experts if len(rows)])  # [N, d_out]
 
 
 class _GroupedMm(Function):
@@ -83,8 +83,7 @@ class _GroupedMm(Function):
 
 
 def grouped_mm_linear(clears_empty: bool) -> GroupedLinear:
-    """torch's grouped_mm for bf16 and widths in units of 16 bytes, the reference for all others, and where there is no
-    row at all.
+    """torch's grouped_mm for bf16 and widths in units of 16 bytes, the reference for all others.
 
     clears_empty: the kernel of this device leaves arbitrary values in the gradient of an expert without rows
     """

@@ -166,10 +166,12 @@ def shared_weight(weight: Tensor, tp: TensorAxis) -> Tensor:
 
 def join_shares(x: Tensor, total: int, axis: Axis) -> Tensor:
     """Shares of `total` rows, which every rank then continues with: [share, ...] -> [total, ...]. The shares are those
-    of `megavl.batch.tile_share`: only the last ones are short, so that padding them leaves the rows in order."""
-    each = -(-total // axis.size)
-    padding = x.new_zeros(each - len(x), *x.shape[1:])
-    return _Join.apply(torch.cat((x, padding)), axis)[:total]
+    of `megavl.batch.tile_share`: only the last ones are short, so that padding them leaves the rows in order. A rank
+    whose share is empty brings one row of its own, which is cut off with the padding."""
+    missing = -(-total // axis.size) - len(x)
+    if missing:
+        x = torch.cat((x, x.new_zeros(missing, *x.shape[1:])))  # [ceil(total / size), ...]
+    return _Join.apply(x, axis)[:total]
 
 
 def summing_gradients(module: nn.Module, axis: Axis) -> Callable[..., Tensor]:

@@ -171,10 +171,12 @@ class Dispatch:
         received = torch.empty_like(sent)
         dist.all_to_all_single(received, sent, group=self._ep.group)
         self.counts = received.sum(0)  # [total / ep]
-        # The one time that a GPU is waited for: the exchange takes its sizes from the processor.
+        # The only device-to-host sync of a layer: all_to_all_single needs its split sizes on the host.
         to_ranks, from_ranks = torch.stack((sent.sum(1), received.sum(1))).tolist()
         self._there = _Transfer(to_ranks, from_ranks, self._ep)
         self._there_dual = self._there.dual()
+        if not sum(from_ranks):
+            return
         expert = torch.arange(len(self.counts), device=received.device).repeat(self._ep.size)  # [total]
         rows = expert.repeat_interleave(received.flatten(), output_size=sum(from_ranks))  # [N]
         self._by_expert, self._by_rank = _sorting(rows)
@@ -189,7 +191,7 @@ class Dispatch:
         if self._ep.size == 1:
             return under_way
         rows = _Finish.apply(under_way, self._there, self._there_dual)  # [N, D]
-        return _Permute.apply(rows, self._by_expert, self._by_rank)
+        return _Permute.apply(rows, self._by_expert, self._by_rank) if len(rows) else rows
 
     def combine(self, rows: Tensor, weights: Tensor) -> Tensor:
         """What the experts made of those rows, back at their tokens and added up: [T, D] in the dtype of the weights.
@@ -197,7 +199,7 @@ class Dispatch:
         weights: float32 [T, k], of each token's experts
         """
         if self._ep.size > 1:
-            rows = _Permute.apply(rows, self._by_rank, self._by_expert)
+            rows = _Permute.apply(rows, self._by_rank, self._by_expert) if len(rows) else rows
             back = self._there.dual()
             dual = back.dual()
             rows = _Finish.apply(_Start.apply(rows, back, dual), back, dual)  # [T * k, D]

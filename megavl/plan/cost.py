@@ -276,9 +276,12 @@ def _sam_block(walk: _Walk, block: str, sam: SamConfig, tiles: int, side: int) -
     rows, padded_rows = tiles * sam.grid**2, squares * side**2
     walk.layer_norm(f"{block}.norm1")
     walk.linear(padded_rows, width, {f"{block}.attn.qkv": 3 * width}, bias=True)
-    # Each query meets `side` relative positions in either direction.
-    walk.multiply({f"{block}.attn.rel_pos_{way}": 2 * padded_rows * side * width for way in "hw"})
-    walk.attend(squares * side**4, width, width, carried=sam.heads * 2 * side)
+    # Each query meets `side` relative positions in either direction, filled up with zeros to a multiple of 8.
+    positions, spare, live = [f"{block}.attn.rel_pos_{way}" for way in "hw"], -side % 8, walk.live
+    walk.multiply(dict.fromkeys(positions, 2 * padded_rows * side * width))
+    zeros = 2 * padded_rows * spare * width
+    walk.spare(2 * zeros, (2 * live + sum(map(walk.trains, positions))) * zeros)
+    walk.attend(squares * side**4, width, width, carried=sam.heads * 2 * (side + spare))
     walk.linear(padded_rows, width, {f"{block}.attn.proj": width}, bias=True)
     walk.layer_norm(f"{block}.norm2")
     walk.linear(rows, width, {f"{block}.mlp.lin1": sam.mlp_width}, bias=True)

@@ -6,6 +6,7 @@ One engine holds all stages of the rank. Backward passes (ours or the pipeline s
 
 import itertools
 import sys
+from collections.abc import Callable
 from functools import partial
 
 import deepspeed
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from megavl.config.run import RunConfig
 from megavl.parallel.groups import Mesh
 from megavl.parallel.shard import shard_of
+from megavl.runtime.alignment import spaced
 from megavl.runtime.experts import announce_experts
 from megavl.runtime.optim import build_optimizer, groups_of, parameter_groups
 
@@ -96,8 +98,12 @@ def deepspeed_config(config: RunConfig) -> dict:
 
 def _clip_and_keep_norm(engine: deepspeed.DeepSpeedEngine, mesh: Mesh) -> None:
     """Without ZeRO DeepSpeed sums the norm in fp32 and drops it after clipping; this sums in fp64, as ZeRO does, and
-    keeps it."""
-    parameters = [parameter for parameter in engine.module.parameters() if parameter.grad is not None]
+    keeps it. The towers have no gradient after a text step: Adam would pass them over, while a gradient of zeros still
+    moves them, as it does in ZeRO's buffers."""
+    parameters = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
     counted = [p for p in parameters if mesh.tp.rank == 0 or is_model_parallel_parameter(p)]
     experts = _squared_norm([p.grad for p in counted if is_moe_param(p)], engine.device)
     dist.all_reduce(experts, group=mesh.ep.group)
@@ -107,6 +113,13 @@ def _clip_and_keep_norm(engine: deepspeed.DeepSpeedEngine, mesh: Mesh) -> None:
     if norm > engine.gradient_clipping():
         torch._foreach_mul_([p.grad for p in parameters], (engine.gradient_clipping() / (norm + 1e-6)).item())
     engine._global_grad_norm = norm
+
+
+def _zero_grad(optimizer, zero_grad: Callable[..., None], *args: bool) -> None:
+    """ZeRO-3 copies the first gradient of a step over that of the step before. A text step has none for the towers:
+    they would keep the gradient of the last multimodal step."""
+    zero_grad(*args)
+    optimizer.grad_partitions_flat_buffer.zero_()
 
 
 def _squared_norm(grads: list[Tensor], device: torch.device) -> Tensor:
@@ -123,6 +136,13 @@ def build_engine(stages: nn.ModuleList, config: RunConfig, mesh: Mesh) -> deepsp
         parameter.model_parallel = True  # DeepSpeed's mark: counted in the norm on every tensor rank
     named_parameters = itertools.chain.from_iterable(stage.vlm.named_parameters() for stage in stages)
     groups = parameter_groups(named_parameters, anchors, config.optim)
+    if config.parallel.zero:
+        read = set(stages.parameters())
+        for group in groups:
+            group["params"] = spaced(group["params"], config.parallel.zero, mesh.dp.size)
+        # DeepSpeed knows the parameters of modules only.
+        all_of_them = itertools.chain.from_iterable(group["params"] for group in groups)
+        stages[0].spacers = nn.ParameterList(parameter for parameter in all_of_them if parameter not in read)
     if config.model.decoder.moe is not None:
         announce_experts(stages, groups, mesh, config.model.decoder.moe.experts)
     engine, *_ = deepspeed.initialize(
@@ -135,4 +155,6 @@ def build_engine(stages: nn.ModuleList, config: RunConfig, mesh: Mesh) -> deepsp
     )
     if config.parallel.zero == 0:
         engine.clip_fp32_gradients = partial(_clip_and_keep_norm, engine, mesh)
+    if config.parallel.zero == 3:
+        engine.optimizer.zero_grad = partial(_zero_grad, engine.optimizer, engine.optimizer.zero_grad)
     return engine

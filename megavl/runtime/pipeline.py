@@ -2,10 +2,10 @@
 
 Schedules are torch.distributed.pipelining's: 1F1B, or interleaved 1F1B with several stages on each rank (Megatron-LM,
 arXiv 2104.04473, section 2.2). They carry fixed-shape hidden states only; token ids, document borders and images stay
-with the rank, which looks them up by the number of the micro-batch.
+with the rank: each of its stages takes the micro-batches in their order.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 
 import deepspeed
 import torch
@@ -17,42 +17,40 @@ from megavl.config.run import RunConfig
 from megavl.model.init import initialise
 from megavl.model.vlm import VLM
 from megavl.ops.dispatch import Ops
+from megavl.ops.zero_gradient import with_zero_gradients
 from megavl.parallel.groups import Mesh
 from megavl.plan.partition import split_layers
+from megavl.runtime.alignment import ELEMENTS
+from megavl.runtime.feed import Feed
 from megavl.runtime.optim import freeze, groups_of
 from megavl.runtime.recompute import recompute_blocks
 
 
 class Stage(nn.Module):
-    """A slice of the model list, called with the number of a micro-batch.
+    """A slice of the model list over the micro-batches of a step.
 
-    It carries one anchor for each optimizer group of the model: a zero that takes part in the forward pass. Whatever is
-    frozen, and whichever parameters live here, DeepSpeed then finds the same groups on every rank, and the schedule a
-    gradient on every stage.
+    It carries one anchor for each optimizer group of the model: parameters that are not read and get gradients of
+    zeros. Whatever is frozen, and whichever parameters live here, DeepSpeed then finds the same groups on every rank,
+    and the schedule a gradient on every stage.
+
+    micro_batches: those of the step in their order, on the device of the stage; each call takes the next one
     """
 
     def __init__(self, vlm: VLM, groups: int):
         super().__init__()
         self.vlm = vlm
-        self.anchors = nn.ParameterList(nn.Parameter(torch.zeros(1)) for _ in range(groups))
-        self.micro_batches: Sequence[Batch] = ()
+        self.anchors = nn.ParameterList(nn.Parameter(torch.zeros(ELEMENTS)) for _ in range(groups))
+        self.micro_batches: Iterator[Batch] = iter(())
         if vlm.stem is not None and vlm.routers:
-            # Routers count in the backward pass, which would not come by where nothing below them trains.
-            vlm.stem.register_forward_hook(lambda _stem, _inputs, h: h + self._zero())
+            # Routers count in their backward pass. If nothing upstream is trainable, autograd skips it.
+            vlm.stem.register_forward_hook(lambda _stem, _inputs, h: with_zero_gradients(h, *self.anchors))
 
-    def _zero(self) -> Tensor:
-        """float32 [], of which every anchor takes part."""
-        return 0.0 * sum(anchor.sum() for anchor in self.anchors)
-
-    def forward(self, *hidden: Tensor, index: Tensor) -> Tensor:
+    def forward(self, *hidden: Tensor) -> Tensor:
         """hidden: nothing on the first stage, else [T, D] (or [T / tp, D] under sequence parallelism)
-        index: int64 [1], number of the micro-batch
         returns: hidden states for the next stage, or float32 [] on the last: summed -log p of the supervised tokens
         """
-        # Moved when its turn comes: the images of a whole step would fill a device.
-        batch = self.micro_batches[index.item()].to(self.anchors[0].device)
-        output = self.vlm(hidden[0] if hidden else None, batch)
-        return output + self._zero()
+        output = self.vlm(hidden[0] if hidden else None, next(self.micro_batches))
+        return with_zero_gradients(output, *self.anchors)
 
 
 def build_stages(config: RunConfig, mesh: Mesh, ops: Ops, device: torch.device) -> nn.ModuleList:
@@ -122,22 +120,24 @@ class Pipeline:
         gradients over the data axis, so each rank's share is taken times its size.
         """
         self._normaliser = batch.supervised_tokens / self._mesh.dp.size
+        feed = Feed(batch.micro_batches, self._engine.device)
         for stage in self._stages:
-            stage.micro_batches = batch.micro_batches
+            stage.micro_batches = feed.texts() if stage.vlm.stem is None else feed.batches()
         with self._products:
-            losses = self._forward_backward(torch.arange(len(batch.micro_batches)))
+            losses = self._forward_backward(len(batch.micro_batches))
         if not losses:
             return torch.zeros((), device=self._engine.device)
         return torch.stack([loss.detach() for loss in losses]).sum() / self._mesh.dp.size
 
-    def _forward_backward(self, indices: Tensor) -> list[Tensor]:
+    def _forward_backward(self, micro_batches: int) -> list[Tensor]:
         """Scaled loss of each micro-batch; none on ranks without the last stage."""
         losses: list[Tensor] = []
         if self._schedule is not None:
-            self._schedule.step(index=indices, target=indices, losses=losses, return_outputs=False)
+            # The loss is computed in the last stage: the target is there for the schedule's sake.
+            self._schedule.step(target=torch.zeros(micro_batches), losses=losses, return_outputs=False)
             return losses
-        for index in indices.split(1):
-            loss = self._scaled(self._engine(index=index))
+        for _ in range(micro_batches):
+            loss = self._scaled(self._engine())
             self._engine.backward(loss, scale_wrt_gas=False)
             losses.append(loss)
         return losses

@@ -38,7 +38,7 @@ def layer(tp: TensorAxis) -> LatentAttention:
 
 def batch() -> Batch:
     tokens = [torch.zeros(length, dtype=torch.int64) for length in (7, 1, 16)]
-    return tiny.pack(tokens, {"siglip": torch.empty(0)}, image_token_id=1)
+    return tiny.pack(tokens, {"siglip": torch.empty(0)}, tiny.MLA_SOFTMAX)
 
 
 def run(attention: LatentAttention, x: torch.Tensor, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

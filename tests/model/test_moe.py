@@ -11,12 +11,14 @@ from torch.utils.checkpoint import checkpoint
 
 from megavl.batch import Batch
 from megavl.config.model import MoeConfig
+from megavl.config.tiles import Tiling
 from megavl.model import moe
 from megavl.model.moe import Experts, Moe, Router
 from megavl.ops.dispatch import choose
 from megavl.parallel.groups import ExpertAxis, TensorAxis, build_mesh
 from megavl.parallel.shard import shard_of
 from megavl.parallel.topology import Topology
+from tests.model import tiny
 
 OPS = choose(torch.device("cpu"))
 D, T, PACKS = 12, 24, 3
@@ -27,8 +29,8 @@ AUXILIARY_SCALE = 0.7
 
 
 def batch(packs: int = PACKS) -> Batch:
-    nothing = torch.empty(0)
-    return Batch(nothing, nothing, nothing, nothing, packs, (), None)
+    tokens = torch.zeros(T, dtype=torch.int64)
+    return Batch.of(Tiling(tiny.MHA_SOFTMAX), tokens, labels=tokens, lengths=[T], packs=packs)
 
 
 def random(seed: int, *shape: int) -> Tensor:

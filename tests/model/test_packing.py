@@ -15,9 +15,9 @@ def packed_and_alone(config):
     alone, start, image = [], 0, 0
     for text, tokens in zip(TEXTS, documents, strict=True):
         mine = {name: value[image : image + len(text) - 1] for name, value in images.items()}
-        alone.append((slice(start, start + len(tokens)), tiny.pack([tokens], mine, config.image_token_id)))
+        alone.append((slice(start, start + len(tokens)), tiny.pack([tokens], mine, config)))
         start, image = start + len(tokens), image + len(text) - 1
-    return tiny.pack(documents, images, config.image_token_id), alone
+    return tiny.pack(documents, images, config), alone
 
 
 @pytest.mark.parametrize("config", [tiny.HYBRID, tiny.SIGLIP_ONLY, tiny.GROUPED], ids=lambda config: config.name)
@@ -38,7 +38,7 @@ def test_borders_and_positions_matter():
     logits = model.logits(batch)
     total = len(batch.tokens)
     for changed in (
-        {"cu_seqlens": torch.tensor([0, total], dtype=torch.int32)},
+        {"cu_seqlens": torch.tensor([0, total], dtype=torch.int32), "lengths": (total,)},
         {"positions": torch.arange(total) * 2},
     ):
         other = model.logits(type(batch)(**{**vars(batch), **changed}))

@@ -5,7 +5,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megavl.config.model import ModelConfig
-from megavl.config.tiles import Grid
 from tests.model import reference, tiny
 
 CONFIGS = pytest.mark.parametrize(
@@ -32,7 +31,7 @@ def test_tower_and_adaptor_features(config):
     ours, theirs = pair(config)
     pixels = tiny.pixels(config, images=3, seed=2)
     expected = reference.image_features(theirs, pixels)
-    features = ours.stem.image_features(pixels, [Grid(0, 0)] * 3).unflatten(0, (3, -1))
+    features = ours.stem.encode(pixels, 3)
     errors = {"adaptor": worst(features, expected["adaptor"])}
     errors["siglip"] = worst(ours.stem.siglip(pixels["siglip"]), expected["siglip"])
     if config.sam:
@@ -47,9 +46,7 @@ def test_logits(config, text):
     ours, theirs = pair(config)
     tokens = tiny.document(config, text, seed=3)
     pixels = tiny.pixels(config, images=len(text) - 1, seed=4)
-    error = worst(
-        ours.logits(tiny.pack([tokens], pixels, config.image_token_id)), reference.logits(theirs, tokens, pixels)
-    )
+    error = worst(ours.logits(tiny.pack([tokens], pixels, config)), reference.logits(theirs, tokens, pixels))
     assert error < 5e-6  # measured 7.6e-7
 
 
@@ -60,7 +57,7 @@ def test_loss_and_all_gradients(config):
     texts = ((7, 5, 6), (9,), (4, 8))
     documents = [tiny.document(config, text, seed) for seed, text in enumerate(texts)]
     images = tiny.pixels(config, images=3, seed=5)
-    batch = tiny.pack(documents, images, config.image_token_id)
+    batch = tiny.pack(documents, images, config)
 
     loss = ours(None, batch)
     loss.backward()

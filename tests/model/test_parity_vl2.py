@@ -55,7 +55,7 @@ def test_features_and_their_layout():
     expected = theirs.embed(tokens, pixels["siglip"], GRIDS)
     tower = worst(ours.stem.siglip(pixels["siglip"]), theirs.vision(pixel_values=pixels["siglip"]).last_hidden_state)
     features = worst(ours.stem.encode(pixels, tiles(GRIDS)), theirs.features(pixels["siglip"]).flatten(1, 2))
-    stem = worst(ours.stem(None, tiny.pack([tokens], pixels, config.image_token_id, GRIDS)), expected)
+    stem = worst(ours.stem(None, tiny.pack([tokens], pixels, config, GRIDS)), expected)
     assert max(tower, features, stem) < 2e-6, (tower, features, stem)  # measured 3.3e-7
 
 
@@ -65,7 +65,7 @@ def test_logits(config, grids):
     ours, theirs = pair(config)
     tokens = tiny.document(config, (7, 5, 6)[: len(grids) + 1], 3, grids)
     pixels = tiny.pixels(config, tiles(grids), seed=4)
-    logits = ours.logits(tiny.pack([tokens], pixels, config.image_token_id, grids))
+    logits = ours.logits(tiny.pack([tokens], pixels, config, grids))
     assert worst(logits, theirs(tokens, pixels["siglip"], grids)) < 5e-6  # measured 9.6e-7
 
 
@@ -77,7 +77,7 @@ def test_loss_and_all_gradients(config):
     documents = [tiny.document(config, text, seed, grids) for seed, (text, grids) in enumerate(cases)]
     grids = tuple(grid for _, group in cases for grid in group)
     images = tiny.pixels(config, tiles(grids), seed=5)
-    batch = tiny.pack(documents, images, config.image_token_id, grids)
+    batch = tiny.pack(documents, images, config, grids)
 
     loss = ours(None, batch)
     loss.backward()
@@ -127,5 +127,5 @@ def test_a_wrong_part_is_noticed(monkeypatch, wrong, least):
         case "exact GELU in the tower":
             for block in ours.stem.siglip.blocks:
                 block.mlp.approximation = "none"
-    logits = ours.logits(tiny.pack([tokens], pixels, config.image_token_id, grids))
+    logits = ours.logits(tiny.pack([tokens], pixels, config, grids))
     assert worst(logits, theirs(tokens, pixels["siglip"], grids)) > least

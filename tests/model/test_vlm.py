@@ -19,7 +19,7 @@ CONFIG = tiny.HYBRID
 
 def batch():
     tokens = tiny.document(CONFIG, (6, 7), seed=0)
-    return tiny.pack([tokens], tiny.pixels(CONFIG, 1, seed=0), CONFIG.image_token_id)
+    return tiny.pack([tokens], tiny.pixels(CONFIG, 1, seed=0), CONFIG)
 
 
 @pytest.mark.parametrize("cuts", [(0, 1, 2, 3, 4), (0, 2, 4), (0, 1, 4), (0, 3, 4)])
@@ -104,7 +104,7 @@ def test_bfloat16_follows_fp32():
 def test_cuda_follows_cpu(dtype, bound, config, grids):
     device = torch.device("cuda")
     tokens = tiny.document(config, (6, 7)[: len(grids) + 1], 0, grids)
-    data = tiny.pack([tokens], tiny.pixels(config, sum(grid.tiles for grid in grids), 0), config.image_token_id, grids)
+    data = tiny.pack([tokens], tiny.pixels(config, sum(grid.tiles for grid in grids), 0), config, grids)
     model = VLM(config, tiny.ONE, choose(device), 0, config.layers)
     whole = tiny.random_model(config)
     model.load_state_dict(whole.state_dict())

@@ -136,19 +136,18 @@ def document(config: ModelConfig, text: tuple[int, ...], seed: int, grids: tuple
 
 
 def pack(
-    documents: list[Tensor], images: dict[str, Tensor], image_token_id: int, grids: tuple[Grid, ...] | None = None
+    documents: list[Tensor], images: dict[str, Tensor], config: ModelConfig, grids: tuple[Grid, ...] | None = None
 ) -> Batch:
     """Documents end to end. Each token's label is the next one, except before an image and at a document's end. `grids`
     of the images are those of DeepSeek-VL where none are given."""
     labels = [torch.cat((tokens[1:], torch.tensor([-100]))) for tokens in documents]
-    lengths = torch.tensor([0] + [len(tokens) for tokens in documents])
     flat = torch.cat(labels)
-    return Batch(
+    return Batch.of(
+        Tiling(config),
         tokens=torch.cat(documents),
-        labels=flat.masked_fill(flat == image_token_id, -100),
-        positions=torch.cat([torch.arange(len(tokens)) for tokens in documents]),
-        cu_seqlens=lengths.cumsum(0).int(),
+        labels=flat.masked_fill(flat == config.image_token_id, -100),
+        lengths=[len(tokens) for tokens in documents],
         packs=1,
         grids=(Grid(0, 0),) * len(images["siglip"]) if grids is None else grids,
-        pixels=images,
+        pixels=images if len(images["siglip"]) else {},
     )

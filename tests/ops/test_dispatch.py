@@ -12,6 +12,7 @@ from megavl.ops.attention import reference_attention
 from megavl.ops.dispatch import choose
 from megavl.ops.grouped import Groups, reference_grouped_linear
 from megavl.ops.norm import rms_norm
+from tests.ops.hopper import hopper
 
 CUDA = torch.device("cuda")
 
@@ -19,7 +20,7 @@ CUDA = torch.device("cuda")
 def qkv(dtype: torch.dtype):
     generator = torch.Generator().manual_seed(0)
     cu_seqlens = torch.tensor([0, 3, 7], dtype=torch.int32)
-    return *(torch.randn(7, heads, 8, generator=generator).to(dtype) for heads in (4, 2, 2)), cu_seqlens
+    return *(torch.randn(7, heads, 8, generator=generator).to(dtype) for heads in (4, 2, 2)), cu_seqlens, (3, 4)
 
 
 def stand_in(monkeypatch, name: str, **attributes) -> None:
@@ -30,12 +31,10 @@ def stand_in(monkeypatch, name: str, **attributes) -> None:
 
 
 @pytest.fixture
-def bare_gpu(monkeypatch):
+def bare_gpu():
     """A Hopper GPU without flash-attn, apex and grouped_gemm."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Stand-in")
-    for name in ("flash_attn", "fused_layer_norm_cuda", "grouped_gemm"):
-        monkeypatch.setitem(sys.modules, name, None)
+    with hopper():
+        yield
 
 
 def test_cpu_is_served_by_torch():
@@ -59,13 +58,13 @@ def test_flash_attn_serves_half_precision(bare_gpu, monkeypatch, dtype, fused):
 
     def flash_attn_varlen_func(q, k, v, cu_q, cu_k, longest_q, longest_k, causal):
         calls.append((longest_q, longest_k, causal, cu_q is cu_k))
-        return reference_attention(q, k, v, cu_q)
+        return reference_attention(q, k, v, cu_q, (3, 4))
 
     stand_in(monkeypatch, "flash_attn", flash_attn_varlen_func=flash_attn_varlen_func)
     ops = choose(CUDA)
     assert "flash-attn" in ops.lines[0]
     assert torch.equal(ops.attention(*qkv(dtype)), reference_attention(*qkv(dtype)))
-    assert calls == ([(7, 7, True, True)] if fused else [])
+    assert calls == ([(4, 4, True, True)] if fused else [])
 
 
 def test_torch_varlen_serves_without_flash_attn(bare_gpu, monkeypatch):
@@ -73,7 +72,7 @@ def test_torch_varlen_serves_without_flash_attn(bare_gpu, monkeypatch):
 
     def varlen_attn(q, k, v, cu_q, cu_k, longest_q, longest_k, *, window_size, enable_gqa):
         calls.append((longest_q, longest_k, window_size, enable_gqa))
-        return reference_attention(q, k, v, cu_q)
+        return reference_attention(q, k, v, cu_q, (3, 4))
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
     ops = choose(CUDA)
@@ -81,7 +80,7 @@ def test_torch_varlen_serves_without_flash_attn(bare_gpu, monkeypatch):
     assert "flash-attn does not import" in ops.lines[0]
     ops.attention(*qkv(torch.bfloat16))
     ops.attention(*qkv(torch.float32))
-    assert calls == [(7, 7, (-1, 0), True)]
+    assert calls == [(4, 4, (-1, 0), True)]
 
 
 def test_reference_serves_a_torch_without_varlen(bare_gpu, monkeypatch):

@@ -90,11 +90,11 @@ def make_batch(model: ModelConfig, documents: list[tuple[int, int]]) -> Batch:
     )
     towers = {"siglip": model.siglip} | ({"sam": model.sam} if model.sam else {})
     tiles = total * tiling.grids[-1].tiles
-    return Batch(
+    return Batch.of(
+        tiling,
         tokens=tokens,
         labels=tokens.where(tokens != model.image_token_id, -100),
-        positions=torch.cat([torch.arange(length) for length in lengths]),
-        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).int(),
+        lengths=lengths,
         packs=1,
         grids=(tiling.grids[-1],) * total,
         pixels={name: torch.randn(tiles, 3, tower.image_size, tower.image_size) for name, tower in towers.items()},

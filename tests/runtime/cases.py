@@ -30,7 +30,7 @@ from megavl.config.run import (
     TrainConfig,
 )
 from megavl.config.tiles import Grid, Tiling
-from megavl.ops.dispatch import choose
+from megavl.ops.dispatch import Ops, choose
 from megavl.parallel.cross_entropy import IGNORED
 from megavl.parallel.groups import Mesh
 from megavl.runtime.balance import Balance, Load
@@ -163,19 +163,20 @@ def _micro_batch(step: int, numbers: list[int], model: ModelConfig, mesh: Mesh) 
         for number in numbers
         for tile in range(sum(grid.tiles for grid in _grids(step, number, model)))
     ]
-    high = torch.stack(pixels) if pixels else torch.zeros(0, 3, 32, 32)  # [tiles, 3, 32, 32]
-    side = model.siglip.image_size
     if mesh.tp.shares_images:
-        mine = tile_share(len(high), mesh.tp.rank, mesh.tp.size)
-        high = high[mine.start : mine.stop]
-    return Batch(
+        mine = tile_share(len(pixels), mesh.tp.rank, mesh.tp.size)
+        pixels = pixels[mine.start : mine.stop]
+    high = torch.stack(pixels or [torch.zeros(3, 32, 32)])  # [tiles, 3, 32, 32], a blank one for none
+    side = model.siglip.image_size
+    towers = {} if step % 2 else {"sam": high, "siglip": high[:, :, ::2, ::2][:, :, :side, :side]}
+    return Batch.of(
+        Tiling(model),
         tokens=torch.cat([pack[0] for pack in packs]),
         labels=torch.cat([pack[1] for pack in packs]),
-        positions=torch.cat([torch.arange(length) for length in lengths]),
-        cu_seqlens=torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32),
+        lengths=lengths,
         packs=len(packs),
-        grids=tuple(grids),
-        pixels={"sam": high, "siglip": high[:, :, ::2, ::2][:, :, :side, :side]} if mesh.pp.rank == 0 else None,
+        grids=grids,
+        pixels=towers if mesh.pp.rank == 0 else None,
     )
 
 
@@ -201,12 +202,12 @@ def step_batch(step: int, config: RunConfig, mesh: Mesh) -> StepBatch:
     )
 
 
-def set_up(config: RunConfig):
-    """(mesh, stages, engine, pipeline) of this rank. Collective."""
+def set_up(config: RunConfig, ops: Ops | None = None):
+    """(mesh, stages, engine, pipeline) of this rank, with a CPU's operators unless others are given. Collective."""
     start_deepspeed("gloo")
     mesh = mesh_of(config.parallel, dist.get_world_size())
     cpu = torch.device("cpu")
-    ops = choose(cpu)
+    ops = ops or choose(cpu)
     stages = build_stages(config, mesh, ops, cpu)
     # The SAM branch counts from the start: its scale begins at zero, which would hide it.
     for stage in stages:

@@ -58,17 +58,20 @@ def made_up_pack(config: RunConfig, images: int, grid: Grid, mesh: Mesh) -> Batc
         tokens[start : start + placeholders] = model.image_token_id
     labels = tokens.roll(-1)
     labels[labels == model.image_token_id] = IGNORED
-    cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    labels[cu_seqlens[1:].long() - 1] = IGNORED
+    labels[torch.tensor(lengths).cumsum(0) - 1] = IGNORED
     towers = {"siglip": model.siglip} | ({"sam": model.sam} if model.sam else {})
     tiles = images * grid.tiles
     mine = len(tile_share(tiles, mesh.tp.rank, mesh.tp.size)) if mesh.tp.shares_images else tiles
-    pixels = {name: torch.randn(mine, 3, tower.image_size, tower.image_size) for name, tower in towers.items()}
-    return Batch(
+    pixels = {
+        name: torch.randn(max(1, mine), 3, tower.image_size, tower.image_size)
+        for name, tower in towers.items()
+        if images
+    }
+    return Batch.of(
+        tiling,
         tokens=tokens,
         labels=labels,
-        positions=torch.cat([torch.arange(each) for each in lengths]),
-        cu_seqlens=cu_seqlens,
+        lengths=lengths,
         packs=1,
         grids=(grid,) * images,
         pixels=pixels if mesh.pp.rank == 0 else None,
@@ -81,7 +84,6 @@ def made_up_step(config: RunConfig, mesh: Mesh, kind: Kind, images: int, grid: G
     torch.manual_seed(0)
     pack = made_up_pack(config, images, grid, mesh)
     packs = config.train.global_batch
-    lengths = pack.cu_seqlens.diff().long()
     return StepBatch(
         step=0,
         kind=kind,
@@ -90,7 +92,7 @@ def made_up_step(config: RunConfig, mesh: Mesh, kind: Kind, images: int, grid: G
         tokens=packs * config.data.seq_len,
         images=packs * images,
         tiles=packs * pack.tiles,
-        squared_tokens=packs * int((lengths**2).sum()),
+        squared_tokens=packs * sum(length**2 for length in pack.lengths),
     )
 
 

@@ -76,12 +76,11 @@ class ExportedVL2:
 
     def _embed(self, document: Document) -> Tensor:
         """[T, D]."""
-        length = len(document.tokens)
-        batch = Batch(
+        batch = Batch.of(
+            Tiling(self._config),
             tokens=document.tokens,
             labels=document.labels,
-            positions=torch.arange(length),
-            cu_seqlens=torch.tensor([0, length], dtype=torch.int32),
+            lengths=[len(document.tokens)],
             packs=1,
             grids=document.grids,
             pixels=document.pixels,

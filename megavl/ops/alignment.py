@@ -1,0 +1,42 @@
+"""Addresses that kernels can load from 16 bytes at a time.
+
+A kernel for matrices or attention reads 16 bytes with one instruction, provided that a tensor begins at a multiple of
+16 bytes and that its rows do. From any other address it is slower (a GEMM by two to three times) or fails ("misaligned
+address"). Allocations begin at multiples of 64 bytes or more, so only slices can be misaligned.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+BYTES = 16
+
+
+def is_aligned(x: Tensor) -> bool:
+    """Whether `x` begins at a multiple of 16 bytes of its storage, and so does each of its rows."""
+    size = x.element_size()
+    steps = [stride for stride, length in zip(x.stride(), x.shape, strict=True) if length > 1 and stride != 1]
+    return not any(elements * size % BYTES for elements in (x.storage_offset(), *steps))
+
+
+def aligned(x: Tensor) -> Tensor:
+    """`x`, or a contiguous copy if it is misaligned. Rows of an odd width stay so in the copy, which only has another
+    beginning: kernels learn of their width from the strides, but take the beginning on trust."""
+    if is_aligned(x) or x.is_contiguous() and x.storage_offset() * x.element_size() % BYTES == 0:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+class _AlignedGradient(Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return aligned(grad)
+
+
+def with_aligned_gradient(x: Tensor) -> Tensor:
+    """`x` itself; the gradient that comes back to it is `aligned`."""
+    return _AlignedGradient.apply(x)

@@ -1,0 +1,35 @@
+"""Alignment of an optimizer group's flat buffers.
+
+DeepSpeed lays the parameters of a group end to end: in the precision of the model, and in fp32 their gradients, masters
+and moments. One odd size would shift all that follows, and a GEMM on a misaligned weight takes two to three times as
+long, or fails. So a parameter that does not fill whole units of 128 bytes (in bf16) is followed by a spacer that does:
+a parameter that nothing reads and that gets no gradient.
+"""
+
+from collections.abc import Iterable
+
+from torch import nn
+
+# A unit: 128 bytes in bf16, which is a cache line of a GPU; 256 bytes in fp32.
+ELEMENTS = 64
+
+
+def spaced(parameters: Iterable[nn.Parameter], zero: int, ranks: int) -> list[nn.Parameter]:
+    """The parameters of a group with spacers among them, under which each begins at a whole unit on every rank.
+
+    zero:  ZeRO stage, 1 to 3. Stages 1 and 2 lay whole parameters end to end and cut the buffer into equal parts, one
+           for each rank; stage 3 cuts each parameter into equal parts, and a rank lays its parts end to end
+    ranks: of the data axis; those of the experts' replicas are a divisor
+    """
+    parts = ranks if zero == 3 else 1
+    result, total = [], 0
+    for parameter in parameters:
+        part = -(-parameter.numel() // parts)
+        result += [parameter, *_spacer(parameter, -part % ELEMENTS * parts)]
+        total += part + -part % ELEMENTS
+    return result if zero == 3 else [*result, *_spacer(result[0], -total % (ELEMENTS * ranks))]
+
+
+def _spacer(like: nn.Parameter, elements: int) -> list[nn.Parameter]:
+    """A spacer, or none."""
+    return [nn.Parameter(like.new_zeros(elements))] if elements else []

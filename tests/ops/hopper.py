@@ -1,0 +1,21 @@
+"""A stand-in for a Hopper GPU whose machine has no library beside torch."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+LIBRARIES = ("flash_attn", "fused_layer_norm_cuda", "grouped_gemm")
+
+
+@contextmanager
+def hopper() -> Iterator[None]:
+    """While entered, `choose` finds what such a machine has."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in LIBRARIES:
+            patch.setitem(sys.modules, name, None)
+        patch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+        patch.setattr(torch.cuda, "get_device_name", lambda device: "Stand-in")
+        yield

@@ -1,0 +1,78 @@
+"""No layer asks a device for a value inside a micro-batch: fake tensors have none, and raise when they are asked.
+
+The stage runs with the operators of a Hopper GPU, forward and backward.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+from megavl.batch import Batch
+from megavl.config.model import ModelConfig
+from megavl.config.tiles import Grid
+from megavl.model.vlm import VLM
+from megavl.ops.dispatch import Ops, choose
+from megavl.ops.grouped import reference_grouped_linear
+from megavl.parallel.groups import TensorAxis
+from megavl.runtime.feed import Feed
+from megavl.runtime.pipeline import Stage
+from tests.model import tiny
+from tests.ops.hopper import hopper
+from tests.runtime.test_kernels import ALIGNED
+
+
+@pytest.fixture(scope="module")
+def ops() -> Ops:
+    with hopper():
+        return choose(torch.device("cuda"))
+
+
+def batch_of(config: ModelConfig, images: int) -> Batch:
+    """Two documents, the first with images."""
+    grids = (Grid(0, 0) if config.tiling is None else Grid(1, 2),) * images
+    text = tiny.document(config, (5,) * (1 + images), 0, grids)
+    return tiny.pack([text, text[-5:]], tiny.pixels(config, sum(grid.tiles for grid in grids), 0), config, grids)
+
+
+def step(config: ModelConfig, ops: Ops, images: int) -> list[str]:
+    """Names of the parameters that have a gradient after a micro-batch."""
+    fake = FakeTensorMode()
+    batch = batch_of(config, images)._map(fake.from_tensor)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with fake:
+            vlm = VLM(config, TensorAxis(), ops, 0, config.layers)
+            stage = Stage(vlm, groups=2)
+            stage.micro_batches = Feed([batch], torch.device("cpu")).batches()
+            stage().backward()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    return [name for name, parameter in vlm.named_parameters() if parameter.grad is not None]
+
+
+@pytest.mark.parametrize("images", [0, 2])
+@pytest.mark.parametrize("model", ALIGNED)
+def test_a_micro_batch_reads_nothing(ops, model, images):
+    with_gradients = step(ALIGNED[model], ops, images)
+    assert any(name.startswith("stem.siglip") for name in with_gradients) == bool(images)
+    assert {"head.proj.weight", "stem.embedding.weight"} < set(with_gradients)
+
+
+def test_a_read_would_be_noticed(ops):
+    with pytest.raises(DataDependentOutputException):
+        step(ALIGNED["small"], dataclasses.replace(ops, grouped_linear=reference_grouped_linear), images=0)
+
+
+def test_a_feed_gives_the_micro_batches_in_their_order():
+    config = ALIGNED["vl"]
+    given = [batch_of(config, images) for images in (1, 0, 2)]
+    feed = Feed(given, torch.device("cpu"))
+    for ours, theirs in zip(feed.batches(), given, strict=True):
+        assert torch.equal(ours.tokens, theirs.tokens) and ours.pixels.keys() == theirs.pixels.keys()
+        assert all(torch.equal(ours.pixels[tower], theirs.pixels[tower]) for tower in theirs.pixels)
+    for ours, theirs in zip(feed.texts(), given, strict=True):
+        assert torch.equal(ours.labels, theirs.labels) and ours.pixels is None
+    without = [dataclasses.replace(batch, pixels=None) for batch in given]
+    assert len(list(Feed(without, torch.device("cpu")).texts())) == 3
