@@ -1,8 +1,8 @@
-"""Products of bf16 tensors on a CPU without bf16 units.
+"""Products of bf16 tensors, summed in fp32 and rounded to bf16 once, on every device.
 
-There torch multiplies bf16 matrices by a plain loop: on an AVX2 CPU at 2 to 5 GFLOP/s, where fp32 reaches 60. So the
-product, and with it its backward pass, is done in fp32 and rounded to bf16 once, which is what a bf16 unit with fp32
-accumulation does.
+On a CPU without bf16 units torch multiplies bf16 matrices by a plain loop: on an AVX2 CPU at 2 to 5 GFLOP/s, where fp32
+reaches 60. There the product, and with it its backward pass, is done in fp32. On a GPU torch lets cuBLAS cut a long
+sum into parts and add these in bf16, which rounds a gradient several times: there this is switched off.
 """
 
 from collections.abc import Callable
@@ -37,13 +37,29 @@ class Float32Products(TorchFunctionMode):
         return function(*args, **kwargs).to(torch.bfloat16)
 
 
+class Float32Sums(AbstractContextManager):
+    """While entered, cuBLAS adds the parts of a bf16 sum in fp32. May be entered again while it is."""
+
+    def __init__(self):
+        self._before: list[bool] = []
+
+    def __enter__(self) -> None:
+        self._before.append(torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction)
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+
+    def __exit__(self, *_: object) -> None:
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = self._before.pop()
+
+
 def _is_bf16(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dtype == torch.bfloat16
 
 
 def products(device: torch.device) -> tuple[AbstractContextManager, str]:
     """The context in which a model runs on `device`, and why."""
-    if device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if device.type == "cuda":
+        return Float32Sums(), "torch, sums of bf16 products in fp32"
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return nullcontext(), "torch"
     return (
         Float32Products(),

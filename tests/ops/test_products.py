@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from megavl.ops.products import Float32Products, products
+from megavl.ops.products import Float32Products, Float32Sums, products
 
 
 def leaf(*shape, seed):
@@ -65,3 +65,15 @@ def test_choice():
     assert isinstance(context, Float32Products) == through_fp32 and ("fp32" in line) == through_fp32
     context, line = products(torch.device("cuda"))
     assert not isinstance(context, Float32Products) and line == "torch"
+
+
+def test_sums_on_a_gpu_are_in_fp32_while_it_is_asked_for():
+    context, line = products(torch.device("cuda"))
+    assert isinstance(context, Float32Sums) and "fp32" in line
+    settings, before = torch.backends.cuda.matmul, torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+    with context:
+        assert not settings.allow_bf16_reduced_precision_reduction
+        with context:  # a recomputed block
+            pass
+        assert not settings.allow_bf16_reduced_precision_reduction
+    assert settings.allow_bf16_reduced_precision_reduction == before

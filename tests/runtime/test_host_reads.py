@@ -65,6 +65,28 @@ def test_a_read_would_be_noticed(ops):
         step(ALIGNED["small"], dataclasses.replace(ops, grouped_linear=reference_grouped_linear), images=0)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("images", [0, 2])
+@pytest.mark.parametrize("model", ALIGNED)
+def test_a_gpu_is_not_waited_for(model, images):
+    """torch raises at any operation that waits for the device."""
+    config, device = ALIGNED[model], torch.device("cuda")
+    vlm = VLM(config, TensorAxis(), choose(device), 0, config.layers)
+    tiny.randomise(vlm, seed=0)
+    stage = Stage(vlm, groups=2).to(device, torch.bfloat16)
+    batch = batch_of(config, images).pin_memory()
+    for mode in ("default", "error"):  # libraries may wait at their first call
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            stage.micro_batches = Feed([batch, batch], device).batches()
+            for _ in range(2):
+                stage().backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
 def test_a_feed_gives_the_micro_batches_in_their_order():
     config = ALIGNED["vl"]
     given = [batch_of(config, images) for images in (1, 0, 2)]
