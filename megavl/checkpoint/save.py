@@ -24,6 +24,7 @@ from megavl import __version__
 from megavl.checkpoint import layout
 from megavl.checkpoint.agree import CheckpointError, every_rank, first_rank, is_first, some
 from megavl.checkpoint.fragments import Boxes, Fragment, by_key
+from megavl.checkpoint.versions import RecordingWriter
 
 _FILE_BYTES = 1 << 28
 
@@ -97,7 +98,7 @@ class _Planner(DefaultSavePlanner):
         return plans, metadata
 
 
-class _Writer(dcp.FileSystemWriter):
+class _Writer(RecordingWriter):
     """DCP's writer with bounded files: it keeps host copies of the boxes of a file until the file is written."""
 
     def write_data(self, plan: SavePlan, planner: _Planner) -> Future:

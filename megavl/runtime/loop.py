@@ -3,6 +3,7 @@
 import itertools
 import math
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import deepspeed
@@ -17,9 +18,10 @@ from megavl.config.run import RunConfig
 from megavl.data.assemble import ImageShare
 from megavl.data.loader import Loader
 from megavl.data.sampler import Sampler
-from megavl.ops.dispatch import Ops, choose
+from megavl.ops.dispatch import choose
 from megavl.parallel.groups import Mesh, TensorAxis
 from megavl.parallel.topology import Topology
+from megavl.runtime.adamw import choose_adamw
 from megavl.runtime.bad_images import BadImages
 from megavl.runtime.balance import Balance
 from megavl.runtime.engine import build_engine
@@ -51,7 +53,8 @@ def train(config: RunConfig, env: Env) -> None:
     repacked = sampler.resume(state.get("data", {})) if first_step else []
 
     if env.rank == 0:
-        _introduce(config, mesh.topology, ops, first_step)
+        optimizer = choose_adamw(env.device, config.parallel.zero)
+        _introduce(config, mesh.topology, (*ops.lines, optimizer.line), first_step)
         announce(sampler, first_step, repacked)
     balance = Balance(stages, config, mesh)
     metrics = Metrics(config, env)
@@ -128,7 +131,7 @@ def _images_of(tp: TensorAxis) -> ImageShare:
     return ImageShare(tp.rank, tp.size) if tp.shares_images else ImageShare()
 
 
-def _introduce(config: RunConfig, topology: Topology, ops: Ops, first_step: int) -> None:
+def _introduce(config: RunConfig, topology: Topology, lines: Iterable[str], first_step: int) -> None:
     parallel, train = config.parallel, config.train
     ranks = "1 rank" if topology.world == 1 else f"{topology.world} ranks"
     micro_batches = train.global_batch // (topology.dp * train.micro_batch)
@@ -138,7 +141,7 @@ def _introduce(config: RunConfig, topology: Topology, ops: Ops, first_step: int)
         f"pipeline {topology.pp} x {parallel.virtual_stages} stages, data {topology.dp}{experts}, "
         f"ZeRO-{parallel.zero}, {train.precision}\n"
         f"a step: {train.global_batch} packs of {config.data.seq_len} tokens, {micro_batches} micro-batches a rank\n"
-        + "\n".join(ops.lines)
+        + "\n".join(lines)
         + f"\nfrom step {first_step} to {train.steps}, output in {config.output_dir}"
         + ("; nothing is left to do: raise train.steps to go on" if first_step >= train.steps else ""),
         flush=True,

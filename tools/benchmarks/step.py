@@ -28,6 +28,7 @@ from megavl.ops.dispatch import choose
 from megavl.parallel.cross_entropy import IGNORED
 from megavl.parallel.groups import Mesh
 from megavl.plan.cost import step_flops
+from megavl.runtime.adamw import choose_adamw
 from megavl.runtime.balance import Balance
 from megavl.runtime.engine import build_engine
 from megavl.runtime.env import Env, process_group, read_env
@@ -166,7 +167,7 @@ def benchmark(config: RunConfig, env: Env, args: argparse.Namespace, grid: Grid)
             f"{config.model.name}, {config.model.decoder.layers} blocks, {config.train.precision}: `{command_line()}`"
         )
         print(f"peak {peak_flops * env.world / 1e12:.3g} TFLOP/s: {origin}")
-        print(*ops.lines, sep="\n")
+        print(*ops.lines, choose_adamw(env.device, config.parallel.zero).line, sep="\n")
         print(
             "\n| step | images | tiles | tokens/s | s (fastest to slowest) | TFLOP/s a device | MFU "
             "| with recomputation | memory, GiB |"
