@@ -29,6 +29,7 @@ def step_parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", required=True, metavar="RECIPE.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
     parser.add_argument("--images", type=int, default=3, help="images of each pack in a multimodal step (default 3)")
+    parser.add_argument("--documents", type=int, default=4, help="documents of each pack (default 4)")
     parser.add_argument("--grid", metavar="ROWSxCOLUMNS", help="local tiles of each image (default: the fewest)")
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each kind (default 5)")
     parser.add_argument("--warmup", type=int, default=2, help="steps of each kind before them (default 2)")

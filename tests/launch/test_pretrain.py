@@ -19,7 +19,8 @@ from tests.pool import free_port
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 ENVIRONMENT = os.environ | {
-    "PYTHONPATH": str(ROOT),
+    # In front of what is there: a machine may have its packages on that path.
+    "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
     "PATH": f"{BIN}:{os.environ['PATH']}",
     "OMP_NUM_THREADS": "1",
     "DS_ACCELERATOR": "cpu",

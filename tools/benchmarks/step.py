@@ -1,9 +1,9 @@
 """Training steps of a recipe on made-up packs: tokens/s, MFU, memory.
 
-No data is read: a text step has packs of four documents each, a multimodal step also images in each pack, all of one
-grid of tiles. TFLOP/s are the model's on each device, a token going through its own experts alone; MFU is their ratio
-to what the devices can do (megavl/plan/hardware.py; measured at start where it is not known). Times are the median of
-the timed steps, with the fastest and the slowest beside it.
+No data is read: a text step has packs of documents of equal length (four by default), a multimodal step also images in
+each pack, all of one grid of tiles. TFLOP/s are the model's on each device, a token going through its own experts only.
+MFU is their ratio to what the devices can do (megavl/plan/hardware.py; measured at start where it is not known). Times
+are the median of the timed steps, with the fastest and the slowest beside it.
 """
 
 import argparse
@@ -33,23 +33,22 @@ from megavl.runtime.balance import Balance
 from megavl.runtime.engine import build_engine
 from megavl.runtime.env import Env, process_group, read_env
 from megavl.runtime.mesh import mesh_of
-from megavl.runtime.metrics import memory_bytes, peak
 from megavl.runtime.pipeline import Pipeline, build_stages
 
 DOCUMENTS = 4
 
 
-def made_up_pack(config: RunConfig, images: int, grid: Grid, mesh: Mesh) -> Batch:
+def made_up_pack(config: RunConfig, images: int, grid: Grid, mesh: Mesh, documents: int = DOCUMENTS) -> Batch:
     """Random tokens in documents of equal length; the images begin the first documents, as many as each can hold."""
     model, seq_len = config.model, config.data.seq_len
     tiling = Tiling(model)
     placeholders = int(tiling.tokens[tiling.grids.index(grid)])
-    length = seq_len // DOCUMENTS
-    lengths = [length] * (DOCUMENTS - 1) + [seq_len - (DOCUMENTS - 1) * length]
+    length = seq_len // documents
+    lengths = [length] * (documents - 1) + [seq_len - (documents - 1) * length]
     in_each = length // placeholders
-    if images > in_each * DOCUMENTS:
+    if images > in_each * documents:
         sys.exit(
-            f"error: {images} images of {placeholders} tokens do not fit {DOCUMENTS} documents of {length}; take fewer "
+            f"error: {images} images of {placeholders} tokens do not fit {documents} documents of {length}; take fewer "
             "--images, a smaller --grid or a longer data.seq_len"
         )
     tokens = torch.randint(0, min(model.image_token_id, model.decoder.vocab_size), (seq_len,))
@@ -78,11 +77,13 @@ def made_up_pack(config: RunConfig, images: int, grid: Grid, mesh: Mesh) -> Batc
     )
 
 
-def made_up_step(config: RunConfig, mesh: Mesh, kind: Kind, images: int, grid: Grid) -> StepBatch:
+def made_up_step(
+    config: RunConfig, mesh: Mesh, kind: Kind, images: int, grid: Grid, documents: int = DOCUMENTS
+) -> StepBatch:
     """A step whose micro-batches are one pack each, all alike."""
     images = images if kind == "multimodal" else 0
     torch.manual_seed(0)
-    pack = made_up_pack(config, images, grid, mesh)
+    pack = made_up_pack(config, images, grid, mesh, documents)
     packs = config.train.global_batch
     return StepBatch(
         step=0,
@@ -140,6 +141,9 @@ def run(args: argparse.Namespace) -> None:
 
 
 def benchmark(config: RunConfig, env: Env, args: argparse.Namespace, grid: Grid) -> None:
+    # Imported here: it needs TensorBoard, and tools/gpu_check.py, which takes its packs from this file, does not.
+    from megavl.runtime.metrics import memory_bytes, peak
+
     mesh = mesh_of(config, env.world, env.device)
     ops = choose(env.device)
     stages = build_stages(config, mesh, ops, env.device)
@@ -149,7 +153,7 @@ def benchmark(config: RunConfig, env: Env, args: argparse.Namespace, grid: Grid)
     peak_flops, origin = peak(env)
     rows = []
     for kind in ("text", "multimodal"):
-        batch = made_up_step(config, mesh, kind, args.images, grid)
+        batch = made_up_step(config, mesh, kind, args.images, grid, args.documents)
         times = step_times(pipeline, balance, engine, batch, args.warmup, args.steps)
         flops = step_flops(config, tokens=batch.tokens, squared_tokens=batch.squared_tokens, tiles=batch.tiles)
         median = statistics.median(times)

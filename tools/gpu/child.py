@@ -1,0 +1,40 @@
+"""One stage in its own process."""
+
+from contextlib import suppress
+from importlib import import_module
+from pathlib import Path
+
+from gpu.files import results_path
+from gpu.results import Abandoned, Results, Setting
+from gpu.stage import STAGES
+
+
+def run_stage(name: str, work: Path, rehearse: bool) -> int:
+    """Run a stage; its measurements, failed ones too, are in its file. Returns the exit code."""
+    stage = next(each for each in STAGES if each.name == name)
+    setting = Setting(rehearse, work)
+    results = Results(results_path(work, name), broken=lambda: not rehearse and _device_is_broken())
+    try:
+        import_module(f"gpu.{stage.module}").run(setting, results, stage.subject)
+    except Abandoned:
+        pass
+    except SystemExit as end:
+        return end.code
+    except Exception as error:
+        with suppress(SystemExit):  # nothing would be different in a new process
+            results.fail("the stage", error)
+    return 0
+
+
+def _device_is_broken() -> bool:
+    """Whether an earlier error, such as an illegal address, has ended this process's use of the device."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return False
+    try:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        return torch.zeros(1, device="cuda").item() != 0
+    except RuntimeError:
+        return True

@@ -1,0 +1,144 @@
+"""The run that a stage measures: recipes at the width of a preset or in tiny, and the engine of one process."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from unittest import mock
+
+import torch
+from benchmarks.step import grid_of, made_up_step
+from torch import nn
+
+from megavl.batch import Kind, StepBatch
+from megavl.config.load import load_run
+from megavl.config.model import ModelConfig
+from megavl.config.rules import check
+from megavl.config.run import RunConfig
+from megavl.ops.dispatch import Ops, choose
+from megavl.parallel.groups import Mesh
+from megavl.runtime.balance import Balance
+from megavl.runtime.engine import build_engine
+from megavl.runtime.env import Env, read_env, start_process_group
+from megavl.runtime.feed import Feed
+from megavl.runtime.mesh import mesh_of
+from megavl.runtime.pipeline import Pipeline, build_stages
+
+# Images of each pack of a multimodal step.
+IMAGES = 3
+# Recipe of each model, and the preset that has all of its parts in tiny.
+_RECIPES: Mapping[str, tuple[str, str]] = {
+    "vl_7b": ("launch/recipes/vl_7b_stage2.yaml", "vl_debug"),
+    "vl_1b": ("launch/recipes/vl_1b_stage2.yaml", "vl_debug_siglip"),
+    "vl2_small": ("launch/recipes/vl2_small_stage2.yaml", "vl2_debug_mla"),
+    "vl2_tiny": ("launch/recipes/vl2_tiny_stage2.yaml", "vl2_debug_mha"),
+}
+MODELS = tuple(_RECIPES)
+# One process, without recomputation: what every topology is compared with.
+_ONE_PROCESS = (
+    *("parallel.tensor=1", "parallel.sequence=false", "parallel.pipeline=1", "parallel.stages=null"),
+    *("parallel.expert=1", "train.recompute=off", "train.micro_batch=1"),
+)
+
+
+def full_width(model: str, *overrides: str) -> RunConfig:
+    """The recipe of a model in one process: 8 micro-batches of 4096 tokens."""
+    recipe, _ = _RECIPES[model]
+    return load(recipe, "train.global_batch=8", *overrides)
+
+
+def tiny(model: str, *overrides: str) -> RunConfig:
+    """The same recipe with every part in tiny: 2 micro-batches of 256 tokens, 3 blocks."""
+    recipe, preset = _RECIPES[model]
+    sizes = (f"model={preset}", "model.decoder.layers=3", "data.seq_len=256", "train.global_batch=2")
+    return load(recipe, *sizes, *overrides)
+
+
+def load(recipe: str, *overrides: str) -> RunConfig:
+    """A recipe in one process, without recomputation."""
+    config = load_run(recipe, [*_ONE_PROCESS, *overrides])
+    check(config, world=1)
+    return config
+
+
+def start() -> Env:
+    """Start the process group of a single process."""
+    env = read_env()
+    start_process_group(env, timeout=timedelta(minutes=5))
+    return env
+
+
+@torch.no_grad()
+def quick_values(model: nn.Module, config: ModelConfig, seed: int) -> None:
+    """Initial values drawn on the model's own device. The project draws on the CPU so that no topology changes a value,
+    which takes minutes at full width; what is measured here does not depend on the values."""
+    generators: dict[torch.device, torch.Generator] = {}
+    for module in model.modules():
+        is_norm = "norm" in type(module).__name__.lower()
+        for name, parameter in module.named_parameters(recurse=False):
+            device = parameter.device
+            generator = generators.setdefault(device, torch.Generator(device).manual_seed(seed))
+            if parameter.dim() == 1:
+                parameter.fill_(1.0 if is_norm and name == "weight" else 0.0)
+            else:
+                parameter.normal_(std=config.init_std, generator=generator)
+        for buffer in module.buffers(recurse=False):
+            buffer.zero_()
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that a step needs."""
+
+    config: RunConfig
+    env: Env
+    mesh: Mesh
+    ops: Ops
+    stages: nn.ModuleList
+    engine: object
+    pipeline: Pipeline
+    balance: Balance
+
+    def packs(self, kind: Kind, documents: int = 4) -> StepBatch:
+        """A made-up step, in page-locked memory where there is a GPU."""
+        return packs(self.config, self.env, self.mesh, kind, documents)
+
+    def synchronize(self) -> None:
+        """Wait for the device."""
+        if self.env.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def packs(config: RunConfig, env: Env, mesh: Mesh, kind: Kind, documents: int = 4) -> StepBatch:
+    """A made-up step whose micro-batches are one and the same pack."""
+    batch = made_up_step(config, mesh, kind, IMAGES, grid_of(config, None), documents)
+    pack = batch.micro_batches[0]
+    pinned = pack.pin_memory() if env.device.type == "cuda" else pack
+    return dataclasses.replace(batch, micro_batches=(pinned,) * len(batch.micro_batches))
+
+
+def one_micro_batch(batch: StepBatch) -> StepBatch:
+    """The first micro-batch of a step alone."""
+    return dataclasses.replace(batch, micro_batches=batch.micro_batches[:1])
+
+
+def stages_of(config: RunConfig, mesh: Mesh, ops: Ops, device: torch.device) -> nn.ModuleList:
+    """The stages of one process, with quick values."""
+    with mock.patch("megavl.runtime.pipeline.initialise", quick_values):
+        return build_stages(config, mesh, ops, device)
+
+
+def build(config: RunConfig, env: Env) -> Run:
+    """Stages, engine and pipeline of a run."""
+    mesh, ops = mesh_of(config, env.world, env.device), choose(env.device)
+    stages = stages_of(config, mesh, ops, env.device)
+    engine = build_engine(stages, config, mesh)
+    pipeline = Pipeline(engine, stages, config, mesh, ops)
+    return Run(config, env, mesh, ops, stages, engine, pipeline, Balance(stages, config, mesh))
+
+
+def summed_loss(stages: Sequence[nn.Module], batch: StepBatch) -> torch.Tensor:
+    """Summed loss of the first micro-batch through the stage of one process, without an engine: float32 []."""
+    (stage,) = stages
+    stage.micro_batches = Feed(batch.micro_batches[:1], next(stage.parameters()).device).batches()
+    return stage()
