@@ -1,4 +1,5 @@
-# Every target makes what it needs in .venv first; the stamp is renewed when setup.py changes.
+# Every target makes what it needs in .venv first, with the versions of constraints.txt; the stamp is renewed when that
+# file or setup.py changes.
 #
 #   make install      the environment alone
 #   make quickstart   the main job on real input, on a CPU: documents -> training -> kill -> resume -> HF checkpoint;
@@ -14,7 +15,7 @@ MODEL ?= vl
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 
-# The launchers are found there, and ninja, with which DeepSpeed compiles its operators on a GPU.
+# The launchers are found there.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # Several processes share the cores: one thread each.
 export OMP_NUM_THREADS ?= 1
@@ -41,7 +42,7 @@ check: $(INSTALLED)
 clean:
 	rm -rf $(VENV) data/quickstart runs/quickstart data/quickstart_vl2 runs/vl2_debug build *.egg-info
 
-$(INSTALLED): setup.py
+$(INSTALLED): setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	python -m pip install --quiet --disable-pip-version-check --editable '.[hf,dev]'
+	python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[hf,dev]'
 	touch $@

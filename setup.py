@@ -1,4 +1,7 @@
-"""Packaging of megavl. Exact pins have their reason beside them; every other bound is the version it was tried with."""
+"""Packaging of megavl: the versions that are supported. constraints.txt has the exact ones that `make install` uses.
+
+Exact pins have their reason beside them; every other bound is the version it was tried with.
+"""
 
 import re
 from pathlib import Path
@@ -25,9 +28,10 @@ setup(
     package_data={"megavl.data.inspect": ["page.html", "page.css", "page.js"]},
     python_requires=">=3.11",
     install_requires=[
-        # Exact: torch.distributed.pipelining and DCP's planner hooks are used below their stable surface. Exact also so
-        # that a machine whose pip is told of the CPU wheels of this version never falls back to gigabytes of CUDA.
-        "torch==2.13.0",
+        # The suite passes on both ends of this range. It is closed because torch.distributed.pipelining, DCP's planner
+        # hooks and varlen_attn are used below their stable surface; what differs between these versions is in the files
+        # named versions.py.
+        "torch>=2.11,<2.14",
         # Exact: its BF16 optimizer's fragments (`_hp_mapping`) are what a checkpoint is written from.
         "deepspeed==0.19.8",
         "numpy~=2.4",
@@ -47,10 +51,6 @@ setup(
         "tensorboard~=2.21",
         "rich>=15.0",
         "psutil~=7.2",
-        # DeepSpeed compiles its operators at first use: torch's extension builder needs both.
-        "ninja~=1.13",
-        "setuptools>=77",
-        "packaging",
     ],
     extras_require={
         # Exact: exported checkpoints are proven against the classes of this version.
@@ -63,6 +63,7 @@ setup(
             "pytest~=9.2",
             "pytest-xdist~=3.8",
             "hypothesis~=6.170",
+            "packaging",  # compares this file with constraints.txt
             # Exact: the formatter's output differs between versions.
             "ruff==0.17.5",
             # Exact: the reference for the bytes of an indexed dataset. It brings torch, numpy and packaging, no more.

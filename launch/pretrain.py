@@ -74,7 +74,7 @@ def main() -> None:
 
     # Imported here: a dry run needs neither torch nor DeepSpeed, whose import takes seconds.
     from megavl.checkpoint.load import CheckpointError
-    from megavl.runtime.env import LaunchError, read_env, start_process_group
+    from megavl.runtime.env import LaunchError, process_group, read_env
     from megavl.runtime.health import RunError
     from megavl.runtime.loop import train
 
@@ -83,9 +83,8 @@ def main() -> None:
         config = load_run(args.config, args.overrides)
         check(config, env.world)
         check_files(config)
-        # The others wait longer for a rank than it waits for its data, and so hear why it ends.
-        start_process_group(env, timeout=timedelta(minutes=5, seconds=config.data.timeout_s))
-        train(config, env)
+        with process_group(env, timeout=timedelta(seconds=config.train.timeout_s)):
+            train(config, env)
     except LaunchError as error:
         sys.exit(f"error: {error}")
     except (ConfigError, CheckpointError, RunError) as error:

@@ -68,3 +68,16 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def fake_world(world: int, rank: int) -> None:
+    """Make this process `rank` of a world without other processes, whose collectives return at once.
+
+    Call it in a pool of one; it replaces the process group of the pool.
+    """
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.destroy_process_group()
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)

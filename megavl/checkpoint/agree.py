@@ -2,6 +2,8 @@
 
 A rank that raises alone leaves the others waiting in the next collective. Here each phase of a save or a load runs on
 every rank, then the ranks tell each other how it went, and all of them raise the same error.
+
+`control` is the gloo group over the world (`Mesh.control`), or None in a process without process groups.
 """
 
 from collections.abc import Callable
@@ -18,21 +20,21 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be written, found, read or used; the message says why and what to do."""
 
 
-def is_first() -> bool:
-    """Whether this process does what is done once: rank 0, or a process without a group."""
-    return not dist.is_initialized() or dist.get_rank() == 0
+def is_first(control: dist.ProcessGroup | None) -> bool:
+    """Whether this process does what is done once: rank 0, or a process without process groups."""
+    return control is None or dist.get_rank(control) == 0
 
 
-def gather(value: T) -> list[T]:
+def gather(value: T, control: dist.ProcessGroup | None) -> list[T]:
     """`value` of every rank, on every rank, in the order of the ranks. Collective."""
-    if not dist.is_initialized():
+    if control is None:
         return [value]
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    values = [None] * dist.get_world_size(control)
+    dist.all_gather_object(values, value, group=control)
     return values
 
 
-def every_rank(action: Callable[[], T]) -> T:
+def every_rank(action: Callable[[], T], control: dist.ProcessGroup | None) -> T:
     """Run `action`; its result if it succeeded on all ranks. Collective.
 
     Raises:
@@ -44,15 +46,15 @@ def every_rank(action: Callable[[], T]) -> T:
     except Exception as error:  # whatever it is: a rank that left here would leave the others waiting
         failure = str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
         cause = error
-    failures = said_by_all(failure)
+    failures = said_by_all(failure, control)
     if failures:
         raise CheckpointError(_summary(failures)) from cause
     return result
 
 
-def first_rank(action: Callable[[], None]) -> None:
+def first_rank(action: Callable[[], None], control: dist.ProcessGroup | None) -> None:
     """Run `action` on rank 0 while the others wait; all raise what it raises. Collective."""
-    every_rank(action if is_first() else lambda: None)
+    every_rank(action if is_first(control) else lambda: None, control)
 
 
 def some(names: list[str]) -> str:

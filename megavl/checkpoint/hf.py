@@ -92,7 +92,7 @@ def from_hf(source: str | Path, output: str | Path) -> Path:
     _check_tensors(source, layout, rules, {name: shards.shapes[original] for name, original in stored.items()})
     boxes = {f"param.{rule.ours}": _LazyBoxes(rule, shards, [stored[name] for name in rule.theirs]) for rule in rules}
     state = {"config": {"model": model.model_dump(mode="json")}, "converted_from": str(source)}
-    return save_boxes(output, 0, boxes, state, keep=None)
+    return save_boxes(output, 0, boxes, state, keep=None, control=None)
 
 
 def describe(source: Path) -> tuple[ModelConfig, ModuleType]:

@@ -24,40 +24,56 @@ from megavl import __version__
 from megavl.checkpoint import layout
 from megavl.checkpoint.agree import CheckpointError, every_rank, first_rank, is_first, some
 from megavl.checkpoint.fragments import Boxes, Fragment, by_key
+from megavl.checkpoint.versions import RecordingWriter
 
 _FILE_BYTES = 1 << 28
 
 
-def save(directory: str | Path, step: int, fragments: Iterable[Fragment], state: dict, keep: int) -> Path:
+def save(
+    directory: str | Path,
+    step: int,
+    fragments: Iterable[Fragment],
+    state: dict,
+    keep: int,
+    control: dist.ProcessGroup | None,
+) -> Path:
     """Write `directory`/step_<step>; then remove all but the newest `keep` checkpoints. Collective.
 
     fragments: what this rank holds. A box that several ranks hold is written by one of them.
     state:     JSON values; at least "config", with the model's shapes under "model". "step", "versions" and the
                manifest are added here.
+    control:   gloo group over the world (`Mesh.control`); None for a process without process groups
 
     The directory has its final name only when every byte of it is on disk.
 
     Raises:
         CheckpointError: on all ranks, when any of them failed; no checkpoint of this step is there then.
     """
-    boxes = every_rank(lambda: by_key(fragments))
-    return save_boxes(directory, step, boxes, state, keep)
+    boxes = every_rank(lambda: by_key(fragments), control)
+    return save_boxes(directory, step, boxes, state, keep, control)
 
 
-def save_boxes(directory: str | Path, step: int, boxes: dict[str, Boxes], state: dict, keep: int | None) -> Path:
+def save_boxes(
+    directory: str | Path,
+    step: int,
+    boxes: dict[str, Boxes],
+    state: dict,
+    keep: int | None,
+    control: dist.ProcessGroup | None,
+) -> Path:
     """As `save`, of boxes that are grouped by tensor already; `keep` None removes nothing. Collective."""
     directory = Path(directory)
     final, saving = layout.step_path(directory, step), layout.saving_path(directory, step)
-    first_rank(partial(_begin, directory, final))
+    first_rank(partial(_begin, directory, final), control)
     try:
-        metadata = every_rank(lambda: _write(saving, boxes))
-        first_rank(lambda: _finish(saving, final, {**state, "step": step}, metadata))
+        metadata = every_rank(lambda: _write(saving, boxes, control), control)
+        first_rank(lambda: _finish(saving, final, {**state, "step": step}, metadata), control)
     except CheckpointError:
-        if is_first():
+        if is_first(control):
             shutil.rmtree(saving, ignore_errors=True)
         raise
     if keep is not None:
-        first_rank(lambda: _remove(layout.checkpoints(directory)[:-keep]))
+        first_rank(lambda: _remove(layout.checkpoints(directory)[:-keep]), control)
     return final
 
 
@@ -82,7 +98,7 @@ class _Planner(DefaultSavePlanner):
         return plans, metadata
 
 
-class _Writer(dcp.FileSystemWriter):
+class _Writer(RecordingWriter):
     """DCP's writer with bounded files: it keeps host copies of the boxes of a file until the file is written."""
 
     def write_data(self, plan: SavePlan, planner: _Planner) -> Future:
@@ -114,14 +130,15 @@ def _begin(directory: Path, final: Path) -> None:
         shutil.rmtree(path)
 
 
-def _write(saving: Path, boxes: dict[str, Boxes]) -> Metadata:
+def _write(saving: Path, boxes: dict[str, Boxes], control: dist.ProcessGroup | None) -> Metadata:
     """Let DCP write the data files and its index, each of them synced to disk."""
-    alone = not dist.is_initialized()
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a process without a group is fine
             writer = _Writer(saving, overwrite=False)
-            return dcp.save(boxes, storage_writer=writer, planner=_Planner(), no_dist=alone)
+            return dcp.save(
+                boxes, storage_writer=writer, planner=_Planner(), process_group=control, no_dist=control is None
+            )
     except CheckpointException as error:
         causes = [f"rank {rank}: {cause}" for rank, (cause, _) in sorted(error.failures.items())]
         raise CheckpointError(f"writing {saving} failed: {'; '.join(causes[:4])}") from error

@@ -96,7 +96,9 @@ class DataConfig(Section):
     )
     workers: NonNegativeInt = Field(2, description="processes that decode images; 0 decodes in the training process")
     prefetch: PositiveInt = Field(2, description="steps that are prepared ahead")
-    timeout_s: PositiveFloat = Field(300.0, description="a run ends whose loader processes bring nothing for that long")
+    timeout_s: PositiveFloat = Field(
+        300.0, description="seconds without a batch from the loader workers before the run aborts"
+    )
     bad_images: NonNegativeInt = Field(
         0, description="images that may turn out to be broken in the whole run; each is replaced by a blank one"
     )
@@ -177,6 +179,9 @@ class TrainConfig(Section):
     precision: Literal["fp32", "bf16"] = "bf16"
     seed: NonNegativeInt = 0
     recompute: Literal["off", "full"] = Field("off", description="full: every block is recomputed in the backward pass")
+    timeout_s: PositiveFloat = Field(
+        600.0, description="seconds that a collective of the training may take before the run aborts"
+    )
 
 
 class CheckpointConfig(Section):

@@ -12,6 +12,7 @@ from megavl.ops.attention import PackedAttention, fused_attention, reference_att
 from megavl.ops.grouped import GroupedLinear, grouped_gemm_linear, grouped_mm_linear, reference_grouped_linear
 from megavl.ops.norm import rms_norm
 from megavl.ops.products import products
+from megavl.ops.versions import causal_varlen
 
 _AMPERE = (8, 0)  # compute capability; FlashAttention 2 needs it
 # Major ones for which torch has a kernel of grouped products; on others its grouped_mm is a loop too.
@@ -76,21 +77,8 @@ def _attention(device: torch.device) -> tuple[PackedAttention, str]:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError as error:
         return reference_attention, f"torch, one document at a time ({missing}; {error})"
-
-    def varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
-        return varlen_attn(
-            q,
-            k,
-            v,
-            cu_seqlens,
-            cu_seqlens,
-            longest,
-            longest,
-            window_size=(-1, 0),  # torch's way to say causal
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
-
-    return fused_attention(varlen), f"torch varlen_attn for fp16 and bf16, one document at a time for fp32 ({missing})"
+    words = f"torch varlen_attn for fp16 and bf16, one document at a time for fp32 ({missing})"
+    return fused_attention(causal_varlen(varlen_attn)), words
 
 
 def _rms_norm(device: torch.device) -> tuple[Callable[[Tensor, Tensor, float], Tensor], str]:

@@ -1,28 +1,26 @@
-"""Ranks that agree: one that raised alone would leave the others waiting in their next collective."""
+"""Agreement between ranks: a rank that raises alone leaves the others waiting in their next collective."""
 
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
-Words = TypeVar("Words")
+Message = TypeVar("Message")
 
 
-def said_by_all(words: Words | None) -> dict[int, Words]:
-    """What ranks have to say, by rank; empty where nobody says anything. Collective over the default group, if there is
-    one.
+def said_by_all(message: Message | None, control: dist.ProcessGroup | None) -> dict[int, Message]:
+    """All-gather of optional messages, keyed by rank; costs one flag all-reduce when there are none. Collective.
 
-    words: what this rank has to say, such as what went wrong on it; None for nothing
-
-    That nobody says anything is one number; words travel only when there are any.
+    Args:
+        message: what this rank tells the others, such as an error; None for nothing
+        control: gloo group over the world (`Mesh.control`); None for a process without process groups
     """
-    if not dist.is_initialized():
-        return {} if words is None else {0: words}
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    flag = torch.tensor([words is not None], dtype=torch.int32, device=device)
-    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    if control is None:
+        return {} if message is None else {0: message}
+    flag = torch.tensor([message is not None], dtype=torch.int32)
+    dist.all_reduce(flag, dist.ReduceOp.MAX, group=control)
     if not flag.item():
         return {}
-    said: list[Words | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(said, words)
-    return {rank: theirs for rank, theirs in enumerate(said) if theirs is not None}
+    messages: list[Message | None] = [None] * dist.get_world_size(control)
+    dist.all_gather_object(messages, message, group=control)
+    return {rank: theirs for rank, theirs in enumerate(messages) if theirs is not None}

@@ -24,6 +24,7 @@ from torch.autograd import Function
 from torch.func import functional_call
 
 from megavl.parallel.groups import Axis, TensorAxis
+from megavl.parallel.versions import all_gather_single, reduce_scatter_single
 
 
 def _all_reduce(x: Tensor, axis: Axis) -> Tensor:
@@ -34,13 +35,13 @@ def _all_reduce(x: Tensor, axis: Axis) -> Tensor:
 
 def _all_gather(x: Tensor, axis: Axis) -> Tensor:
     whole = x.new_empty((axis.size * x.shape[0], *x.shape[1:]))  # [size * T, ...]
-    dist.all_gather_single(whole, x.contiguous(), group=axis.group)
+    all_gather_single(whole, x.contiguous(), group=axis.group)
     return whole
 
 
 def _reduce_scatter(x: Tensor, axis: Axis) -> Tensor:
     part = x.new_empty((x.shape[0] // axis.size, *x.shape[1:]))  # [T / size, ...]
-    dist.reduce_scatter_single(part, x.contiguous(), group=axis.group)
+    reduce_scatter_single(part, x.contiguous(), group=axis.group)
     return part
 
 

@@ -1,7 +1,10 @@
-"""Process groups of this rank, one per axis."""
+"""Process groups of this rank: one per axis, and one over the world for control messages."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 
 from megavl.parallel.topology import Topology
@@ -9,7 +12,11 @@ from megavl.parallel.topology import Topology
 
 @dataclass(frozen=True)
 class Axis:
-    """This rank's place on one axis. An axis of size 1 has no group and no communication."""
+    """This rank's place on one axis. Layers do not communicate over an axis of size 1.
+
+    On a mesh from `build_mesh` the group of such an axis holds this rank alone, because a group of None is the world to
+    torch's collectives. None is left for single-process code without process groups.
+    """
 
     rank: int = 0
     size: int = 1
@@ -35,7 +42,10 @@ class ExpertAxis(Axis):
 @dataclass(frozen=True)
 class Mesh:
     """The axes of this rank; `model` spans the ranks of one replica (pp and tp together), `ep` those that hold
-    different experts of a layer, `edp` those that hold the same."""
+    different experts of a layer, `edp` those that hold the same.
+
+    control: gloo group over the world for agreement, objects and checkpoints; None in a process without process groups
+    """
 
     topology: Topology
     pp: Axis
@@ -44,24 +54,41 @@ class Mesh:
     ep: ExpertAxis
     edp: Axis
     model: Axis
+    control: dist.ProcessGroup | None = None
 
 
 def build_mesh(
-    topology: Topology, sequence: bool = False, shares_images: bool = False, cut_width: bool = False
+    topology: Topology,
+    sequence: bool = False,
+    shares_images: bool = False,
+    cut_width: bool = False,
+    *,
+    device: torch.device | None = None,
+    timeout: timedelta | None = None,
+    control_timeout: timedelta | None = None,
 ) -> Mesh:
-    """Create the groups of `topology` over the default process group. Collective: every rank of the world calls it."""
+    """Create the groups of this rank over the default process group. Collective: every rank of the world calls it.
+
+    Args:
+        device: of the tensors that the axes will carry; default: the CPU
+        timeout: of the collectives of the axes; default: torch's
+        control_timeout: of the collectives of `Mesh.control`; default: torch's
+    """
     rank = dist.get_rank()
+    # NCCL moves device tensors only, and its watchdog would abort ranks that wait for a slow disk.
+    backend = "gloo" if dist.get_backend() == "nccl" else None
+    control = _new_group(None, "control", control_timeout, backend)
+    groups: dict[str, dist.ProcessGroup] = {}
 
     def axis(name: str) -> Axis:
-        mine = Axis()
-        for ranks in topology.groups(name):
-            group = dist.new_group(ranks)
-            if rank in ranks:
-                mine = Axis(ranks.index(rank), len(ranks), group)
-        return mine
+        ranks = next(ranks for ranks in topology.groups(name) if rank in ranks)
+        label = name if len(ranks) > 1 else "self"
+        if label not in groups:
+            groups[label] = _new_group(ranks, label, timeout)
+        return Axis(ranks.index(rank), len(ranks), groups[label])
 
     tp, ep = axis("tp"), axis("ep")
-    return Mesh(
+    mesh = Mesh(
         topology,
         pp=axis("pp"),
         dp=axis("dp"),
@@ -69,4 +96,34 @@ def build_mesh(
         ep=ExpertAxis(ep.rank, ep.size, ep.group, cut_width and tp.size > 1),
         edp=axis("edp"),
         model=axis("model"),
+        control=control,
     )
+    _connect((group for label, group in groups.items() if label != "self"), device)
+    return mesh
+
+
+def _new_group(
+    ranks: list[int] | None, label: str, timeout: timedelta | None, backend: str | None = None
+) -> dist.ProcessGroup:
+    """A group of which this rank is a member; the other groups of the axis are created by their own members.
+
+    Every rank creates its groups in the same order of axes, and the sizes of the axes are the same on all ranks. Three
+    things depend on that order:
+    - A member that waits for another waits for one that is at the same axis or an earlier one, so there is no cycle.
+    - torch names a locally synchronised group by its ranks and the number of existing groups; members must count alike.
+    - With a device bound to the default group NCCL splits the communicator of the world, which is collective over the
+      world. The groups of one axis are a partition of it, and all ranks split at the same axis.
+    """
+    return dist.new_group(
+        ranks, timeout=timeout, backend=backend, use_local_synchronization=True, group_desc=f"megavl:{label}"
+    )
+
+
+def _connect(groups: Iterable[dist.ProcessGroup], device: torch.device | None) -> None:
+    """Connect the communicators by one small all-reduce each.
+
+    NCCL would connect the pipeline's at its first mixed send and receive, which can hang across nodes
+    (pytorch/pytorch#160210).
+    """
+    for group in groups:
+        dist.all_reduce(torch.zeros(1, device=device), group=group)

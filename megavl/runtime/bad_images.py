@@ -15,8 +15,8 @@ from megavl.runtime.health import RunError, together
 class BadImages:
     """The account of a run, the same on every rank. `count` is how many there were since its start."""
 
-    def __init__(self, config: RunConfig, count: int):
-        self.count = count
+    def __init__(self, config: RunConfig, count: int, control: dist.ProcessGroup):
+        self.count, self._control = count, control
         self._budget = config.data.bad_images
         self._log = Path(config.output_dir) / "bad_images.jsonl"
 
@@ -33,7 +33,7 @@ class BadImages:
         if not images:
             return
         self.count += len(images)
-        together(lambda: self._write(step, images))
+        together(lambda: self._write(step, images), self._control)
         first = images[0]
         told = (
             f"step {step + 1} has images that cannot be decoded, {len(images)} of them; the first: {first.dataset}: "

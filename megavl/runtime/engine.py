@@ -148,7 +148,7 @@ def build_engine(stages: nn.ModuleList, config: RunConfig, mesh: Mesh) -> deepsp
     engine, *_ = deepspeed.initialize(
         # ZeRO-3 gathers parameters in the hooks of the outermost module's forward: that must be the stage itself.
         model=stages[0] if len(stages) == 1 else stages,
-        optimizer=build_optimizer(groups, config.optim, next(stages.parameters()).device),
+        optimizer=build_optimizer(groups, config.optim, next(stages.parameters()).device, config.parallel.zero),
         config=deepspeed_config(config),
         mpu=ModelParallelUnit(mesh),
         dist_init_required=False,

@@ -7,6 +7,8 @@ say the same, but for the address, which the job script exports. Without any of 
 import logging
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -14,10 +16,11 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from torch.distributed import distributed_c10d
 
 
 class LaunchError(ValueError):
-    """The processes of the run cannot find each other; a rank may be alone in knowing it."""
+    """The processes of the run cannot start together; a rank may be alone in knowing it."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +33,28 @@ class Env:
 
     @property
     def device(self) -> torch.device:
-        """The CUDA device of this process, or the CPU (DeepSpeed's choice, which DS_ACCELERATOR=cpu forces)."""
-        return torch.device(get_accelerator().device_name(self.local_rank))
+        """The CUDA device of this process, or the CPU (DeepSpeed's choice, which DS_ACCELERATOR=cpu forces).
+
+        Raises LaunchError where this process has no CUDA device of its own.
+        """
+        accelerator = get_accelerator()
+        if accelerator.device_name() == "cuda":
+            return torch.device("cuda", self._cuda_index())
+        return torch.device(accelerator.device_name(self.local_rank))
+
+    def _cuda_index(self) -> int:
+        """Index of this process's device among those that it sees."""
+        visible, listed = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        if visible == 1 and listed and "," not in listed:
+            return 0  # srun --gpus-per-task shows each task its own device only, whatever its local rank
+        if self.local_rank >= visible:
+            setting = f"CUDA_VISIBLE_DEVICES={listed}" if listed else "CUDA_VISIBLE_DEVICES is not set"
+            raise LaunchError(
+                f"rank {self.rank} has local rank {self.local_rank}, but the visible CUDA devices number {visible} "
+                f"({setting}), so it has none of its own: start at most one process for each device of a node, or give "
+                "each task its own device (srun --gpus-per-task=1)"
+            )
+        return self.local_rank
 
 
 def read_env() -> Env:
@@ -54,23 +77,52 @@ def read_env() -> Env:
     return Env(rank, local_rank, world)
 
 
+@contextmanager
+def process_group(env: Env, timeout: timedelta) -> Iterator[None]:
+    """Join the other processes, and leave them at the end: groups are destroyed on success, aborted on an error.
+
+    Args:
+        env: this process
+        timeout: of the collectives of the default group
+
+    Raises LaunchError where the processes cannot meet.
+    """
+    start_process_group(env, timeout)
+    try:
+        yield
+    except BaseException:
+        # Destroying a group waits for its collectives, which peers may never join. A failure to abort must not hide the
+        # error itself.
+        with suppress(Exception):
+            distributed_c10d._abort_process_group()
+        raise
+    dist.destroy_process_group()
+
+
 def start_process_group(env: Env, timeout: timedelta) -> None:
     """Join the other processes and hand the group to DeepSpeed, which reads the same variables.
 
     Raises LaunchError where the processes cannot meet.
     """
-    os.environ.update(RANK=str(env.rank), LOCAL_RANK=str(env.local_rank), WORLD_SIZE=str(env.world))
-    if env.device.type == "cuda":
-        torch.cuda.set_device(env.device)
+    device = env.device
+    # DeepSpeed takes LOCAL_RANK for the index of the device.
+    local_rank = env.local_rank if device.index is None else device.index
+    os.environ.update(RANK=str(env.rank), LOCAL_RANK=str(local_rank), WORLD_SIZE=str(env.world))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     elif "OMP_NUM_THREADS" not in os.environ:
         # torch would start a thread per core in every process, and they would wait for one another.
         torch.set_num_threads(max(1, os.cpu_count() // env.world))
-    backend = "nccl" if env.device.type == "cuda" else "gloo"
+    backend = "nccl" if device.type == "cuda" else "gloo"
     if env.world == 1:
+        # No device is bound: the only rank has no peer to connect to, and NCCL's set-up fails on some virtual GPUs
+        # (deepspeedai/DeepSpeed#8248).
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
+        # A bound device makes NCCL connect now, not in the first collective of some rank.
+        bound = device if device.type == "cuda" else None
         try:
-            dist.init_process_group(backend, rank=env.rank, world_size=env.world, timeout=timeout)
+            dist.init_process_group(backend, rank=env.rank, world_size=env.world, timeout=timeout, device_id=bound)
         except dist.DistNetworkError as error:
             raise LaunchError(
                 f"rank {env.rank} found no way to {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import TypeVar
 
+import torch.distributed as dist
+
 from megavl.parallel.agree import said_by_all
 
 Result = TypeVar("Result")
@@ -13,19 +15,20 @@ class RunError(RuntimeError):
     """The run cannot go on; every rank raises it with the same message."""
 
 
-def together(action: Callable[[], Result]) -> Result:
-    """Do what may fail on some ranks only, on bad input (ValueError, OSError). Collective.
+def together(action: Callable[[], Result], control: dist.ProcessGroup | None) -> Result:
+    """Run an action that may fail on some ranks only, on bad input (ValueError, OSError). Collective over `control`.
 
     Raises RunError on every rank when it failed on any, before one of them waits for the others.
     """
-    result, _ = together_with_remarks(action, lambda _: None)
+    result, _ = together_with_remarks(action, lambda _: None, control)
     return result
 
 
 def together_with_remarks(
-    action: Callable[[], Result], remark: Callable[[Result], Remark | None]
+    action: Callable[[], Result], remark: Callable[[Result], Remark | None], control: dist.ProcessGroup | None
 ) -> tuple[Result, list[Remark]]:
-    """`together`, where ranks may have something to say about their result that all must hear. Collective.
+    """`together`, where ranks may have something to say about their result that all must hear. Collective over
+    `control`.
 
     Without a failure and a remark it costs what `together` costs: one number. Returns the result of this rank, and the
     remarks of all, in the order of the ranks.
@@ -36,7 +39,7 @@ def together_with_remarks(
         said = remark(result)
     except (ValueError, OSError) as error:
         problem, cause = str(error), error
-    heard = said_by_all(None if problem is None and said is None else (problem, said)).values()
+    heard = said_by_all(None if problem is None and said is None else (problem, said), control).values()
     problems = [problem for problem, _ in heard if problem is not None]
     if problems:
         raise RunError("\n".join(dict.fromkeys(problems))) from cause

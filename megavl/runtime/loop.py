@@ -3,6 +3,7 @@
 import itertools
 import math
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import deepspeed
@@ -17,9 +18,10 @@ from megavl.config.run import RunConfig
 from megavl.data.assemble import ImageShare
 from megavl.data.loader import Loader
 from megavl.data.sampler import Sampler
-from megavl.ops.dispatch import Ops, choose
+from megavl.ops.dispatch import choose
 from megavl.parallel.groups import Mesh, TensorAxis
 from megavl.parallel.topology import Topology
+from megavl.runtime.adamw import choose_adamw
 from megavl.runtime.bad_images import BadImages
 from megavl.runtime.balance import Balance
 from megavl.runtime.engine import build_engine
@@ -38,9 +40,9 @@ def train(config: RunConfig, env: Env) -> None:
 
     Raises RunError with the same message on every rank when the run cannot go on.
     """
-    mesh = mesh_of(config.parallel, env.world)
+    mesh = mesh_of(config, env.world, env.device)
     ops = choose(env.device)
-    sampler = together(lambda: Sampler(config.data, config.model, config.train))
+    sampler = together(lambda: Sampler(config.data, config.model, config.train), mesh.control)
 
     stages = build_stages(config, mesh, ops, env.device)
     engine = build_engine(stages, config, mesh)
@@ -51,11 +53,12 @@ def train(config: RunConfig, env: Env) -> None:
     repacked = sampler.resume(state.get("data", {})) if first_step else []
 
     if env.rank == 0:
-        _introduce(config, mesh.topology, ops, first_step)
+        optimizer = choose_adamw(env.device, config.parallel.zero)
+        _introduce(config, mesh.topology, (*ops.lines, optimizer.line), first_step)
         announce(sampler, first_step, repacked)
     balance = Balance(stages, config, mesh)
     metrics = Metrics(config, env)
-    bad_images = BadImages(config, state.get("bad_images", 0))
+    bad_images = BadImages(config, state.get("bad_images", 0), mesh.control)
     has_stem = any(stage.vlm.stem is not None for stage in stages)
     images = _images_of(mesh.tp) if has_stem else None
     pin_memory = env.device.type == "cuda"
@@ -64,7 +67,9 @@ def train(config: RunConfig, env: Env) -> None:
     try:
         for step in range(first_step, config.train.steps):
             started = time.perf_counter()
-            batch, replaced = together_with_remarks(lambda: next(batches), lambda batch: batch.bad_images or None)
+            batch, replaced = together_with_remarks(
+                lambda: next(batches), lambda batch: batch.bad_images or None, mesh.control
+            )
             bad_images.record(step, itertools.chain(*replaced))
             lr = config.optim.lr * schedule_ratio(config.optim.schedule, step, config.train.steps)
             set_learning_rate(engine.basic_optimizer, lr)
@@ -94,10 +99,10 @@ def resume(
     held = fragments(engine, stages, mesh.dp.rank)
     if newest is None:
         if config.checkpoint.init_from is not None:
-            load_weights(config.checkpoint.init_from, held, config.model)
+            load_weights(config.checkpoint.init_from, held, config.model, mesh.control)
         return {"step": 0}
     state = read_state(newest)
-    load(newest, held, config.model)
+    load(newest, held, config.model, mesh.control)
     set_optimizer_step(engine, state["optimizer_step"])
     if dist.get_rank() == 0:
         print(f"resumed from {newest}", *differences(state["config"], dump_run(config)), sep="\n  ", flush=True)
@@ -117,7 +122,8 @@ def keep(
     data is known, and nothing else in a run is random. `progress` is what else a resumed run wants to know: the images
     that were replaced so far ("bad_images"), and, so that it need not find it anew, the sampler's position ("data")."""
     state = {"optimizer_step": done, "config": dump_run(config), **progress}
-    return save(checkpoints, done, fragments(engine, stages, mesh.dp.rank), state, config.checkpoint.keep)
+    held = fragments(engine, stages, mesh.dp.rank)
+    return save(checkpoints, done, held, state, config.checkpoint.keep, mesh.control)
 
 
 def _images_of(tp: TensorAxis) -> ImageShare:
@@ -125,7 +131,7 @@ def _images_of(tp: TensorAxis) -> ImageShare:
     return ImageShare(tp.rank, tp.size) if tp.shares_images else ImageShare()
 
 
-def _introduce(config: RunConfig, topology: Topology, ops: Ops, first_step: int) -> None:
+def _introduce(config: RunConfig, topology: Topology, lines: Iterable[str], first_step: int) -> None:
     parallel, train = config.parallel, config.train
     ranks = "1 rank" if topology.world == 1 else f"{topology.world} ranks"
     micro_batches = train.global_batch // (topology.dp * train.micro_batch)
@@ -135,7 +141,7 @@ def _introduce(config: RunConfig, topology: Topology, ops: Ops, first_step: int)
         f"pipeline {topology.pp} x {parallel.virtual_stages} stages, data {topology.dp}{experts}, "
         f"ZeRO-{parallel.zero}, {train.precision}\n"
         f"a step: {train.global_batch} packs of {config.data.seq_len} tokens, {micro_batches} micro-batches a rank\n"
-        + "\n".join(ops.lines)
+        + "\n".join(lines)
         + f"\nfrom step {first_step} to {train.steps}, output in {config.output_dir}"
         + ("; nothing is left to do: raise train.steps to go on" if first_step >= train.steps else ""),
         flush=True,

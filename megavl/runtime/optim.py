@@ -5,12 +5,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
-from deepspeed.ops.adam import FusedAdam
 from torch import nn
 
 from megavl.config.parameters import parameters
 from megavl.config.run import OptimConfig, RunConfig, ScheduleConfig
 from megavl.parallel.shard import shard_of
+from megavl.runtime.adamw import choose_adamw
 
 
 def freeze(named_parameters: Iterable[tuple[str, nn.Parameter]], optim: OptimConfig) -> None:
@@ -67,12 +67,9 @@ def parameter_groups(
     ]
 
 
-def build_optimizer(groups: list[dict], optim: OptimConfig, device: torch.device) -> torch.optim.Optimizer:
-    """DeepSpeed's fused Adam on a GPU, torch's AdamW on a CPU; both decay weights as AdamW does."""
-    hyper = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps}
-    if device.type == "cuda":
-        return FusedAdam(groups, adam_w_mode=True, **hyper)
-    return torch.optim.AdamW(groups, **hyper)
+def build_optimizer(groups: list[dict], optim: OptimConfig, device: torch.device, zero: int) -> torch.optim.Optimizer:
+    """AdamW as `choose_adamw` picks it for parameters on `device` under ZeRO stage `zero`."""
+    return choose_adamw(device, zero).build(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
 
 
 def schedule_ratio(schedule: ScheduleConfig, step: int, steps: int) -> float:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from megavl.checkpoint.fragments import Fragment
 from megavl.parallel.shard import shard_of
+from megavl.runtime.adamw import first_step, set_step
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -41,10 +42,7 @@ def fragments(engine: deepspeed.DeepSpeedEngine, stages: nn.ModuleList, dp_rank:
 
 def set_optimizer_step(engine: deepspeed.DeepSpeedEngine, step: int) -> None:
     """Tell Adam, whose bias correction needs it, how many updates its moments have seen."""
-    for group in engine.basic_optimizer.param_groups:
-        group["step"] = step  # DeepSpeed's FusedAdam starts new states from here
-    for state in engine.basic_optimizer.state.values():
-        state["step"] = torch.full_like(state["step"], step) if torch.is_tensor(state["step"]) else step
+    set_step(engine.basic_optimizer, step)
 
 
 def _tensors(engine: deepspeed.DeepSpeedEngine, parameter: nn.Parameter, dp_rank: int) -> Iterator[tuple]:
@@ -98,5 +96,5 @@ def _materialise_moments(engine: deepspeed.DeepSpeedEngine) -> None:
         masters = [master for group in adam.param_groups for master in group["params"]]
     for master in masters:
         if not adam.state[master]:
-            step = torch.zeros(()) if isinstance(adam, torch.optim.AdamW) else 0
-            adam.state[master] = {"step": step, **{moment: torch.zeros_like(master.data) for moment in MOMENTS}}
+            moments = {moment: torch.zeros_like(master.data) for moment in MOMENTS}
+            adam.state[master] = {"step": first_step(adam, master), **moments}

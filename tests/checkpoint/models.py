@@ -61,7 +61,7 @@ def write_checkpoint(directory: Path, model: ModelConfig, dtype: torch.dtype, to
     config = {"model": model.model_dump(mode="json")}
     if tokenizer is not None:
         config["data"] = {"tokenizer": str(tokenizer)}
-    return save(directory, 3, fragments, {"config": config, "seed": 0}, keep=1)
+    return save(directory, 3, fragments, {"config": config, "seed": 0}, keep=1, control=None)
 
 
 def train_tokenizer(path: Path, **options) -> Path:

@@ -166,7 +166,7 @@ def test_a_run_starts_from_a_converted_checkpoint(tmp_path, model):
     fragments = [
         Fragment.whole(p.name, "param", p.shape, (0,) * len(p.shape), torch.zeros(p.shape)) for p in parameters(model)
     ]
-    load_weights(back, fragments, model)
+    load_weights(back, fragments, model, None)
     for fragment in fragments:
         assert torch.equal(fragment.values, weights(model, torch.float32)[fragment.name].view(-1))
 

@@ -19,14 +19,15 @@ ALONE = Topology(1, 1, 1)
 
 
 def _save_as(topology: Topology, directory: str) -> str:
-    return str(save(directory, 10, fragments(topology, dist.get_rank(), filled=True), STATE, keep=2))
+    held = fragments(topology, dist.get_rank(), filled=True)
+    return str(save(directory, 10, held, STATE, keep=2, control=dist.new_group()))
 
 
 def _load_as(topology: Topology, path: str) -> int:
     """Load into NaN and compare bit by bit. Returns the number of elements that this rank compared."""
     wanted = fragments(topology, dist.get_rank(), filled=True)
     got = fragments(topology, dist.get_rank(), filled=False)
-    load(path, got, MODEL)
+    load(path, got, MODEL, dist.new_group())
     for right, read in zip(wanted, got, strict=True):
         assert torch.equal(right.values, read.values), read.key
     return sum(len(read.values) for read in got)
@@ -35,7 +36,7 @@ def _load_as(topology: Topology, path: str) -> int:
 @pytest.fixture
 def saved(tmp_path):
     """A checkpoint of step 10 that one process without a group wrote."""
-    return save(tmp_path, 10, fragments(ALONE, 0, filled=True), STATE, keep=2)
+    return save(tmp_path, 10, fragments(ALONE, 0, filled=True), STATE, keep=2, control=None)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +54,7 @@ def test_any_topology_reads_any_other(pool, tmp_path, writer, reader):
 
 def test_one_process_without_a_group(saved):
     got = fragments(ALONE, 0, filled=False)
-    load(saved, got, MODEL)
+    load(saved, got, MODEL, None)
     for right, read in zip(fragments(ALONE, 0, filled=True), got, strict=True):
         assert torch.equal(right.values, read.values), read.key
 
@@ -61,7 +62,7 @@ def test_one_process_without_a_group(saved):
 def test_what_ranks_repeat_is_written_once(pool, tmp_path):
     repeated = Topology(pp=1, dp=4, tp=1)
     (path,) = set(pool.run(4, _save_as, repeated, str(tmp_path)))
-    alone = save(tmp_path / "alone", 10, fragments(ALONE, 0, filled=True), STATE, keep=2)
+    alone = save(tmp_path / "alone", 10, fragments(ALONE, 0, filled=True), STATE, keep=2, control=None)
     boxes = {key: len(tensor.chunks) for key, tensor in _metadata(path).items() if key.startswith("param.")}
     assert boxes == {key: 1 for key in _metadata(alone) if key.startswith("param.")}
 
@@ -85,7 +86,7 @@ def test_state_and_manifest(saved):
 
 def test_fp32_run_reads_masters_of_a_bf16_run(saved):
     got = fragments(ALONE, 0, filled=False, dtype=torch.float32, kinds=("exp_avg", "exp_avg_sq"))
-    load(saved, got, MODEL)
+    load(saved, got, MODEL, None)
     for fragment in got:
         kind = "master" if fragment.kind == "param" else fragment.kind
         assert torch.equal(fragment.values, full(kind, fragment.name).view(-1)), fragment.key
@@ -96,9 +97,9 @@ def test_bf16_run_reads_an_fp32_run_without_masters(tmp_path):
     for fragment in written:
         if fragment.kind == "param":
             fragment.values.copy_(full("master", fragment.name).view(-1))
-    path = save(tmp_path, 1, written, STATE, keep=1)
+    path = save(tmp_path, 1, written, STATE, keep=1, control=None)
     got = fragments(ALONE, 0, filled=False)
-    load(path, got, MODEL)
+    load(path, got, MODEL, None)
     for fragment in got:
         assert torch.equal(fragment.values, full(fragment.kind, fragment.name).view(-1)), fragment.key
 
@@ -106,9 +107,9 @@ def test_bf16_run_reads_an_fp32_run_without_masters(tmp_path):
 def test_weights_alone_start_a_run(tmp_path):
     """The moments are not in the file, and those of the new run stay as they are."""
     params = [fragment for fragment in fragments(ALONE, 0, filled=True) if fragment.kind == "param"]
-    path = save(tmp_path, 0, params, STATE, keep=1)
+    path = save(tmp_path, 0, params, STATE, keep=1, control=None)
     got = fragments(ALONE, 0, filled=False)
-    load_weights(path, got, MODEL)
+    load_weights(path, got, MODEL, None)
     for fragment in got:
         if fragment.kind in ("param", "master"):
             assert torch.equal(fragment.values.float(), full("param", fragment.name).float().view(-1)), fragment.key
@@ -124,7 +125,7 @@ def test_newest_are_kept_and_leftovers_go(tmp_path):
     (tmp_path / ".step_00000001.removing").mkdir()
     assert latest(tmp_path) is None
     for step in (1, 2, 10, 100000000):
-        save(tmp_path, step, fragments(ALONE, 0, filled=True), STATE, keep=2)
+        save(tmp_path, step, fragments(ALONE, 0, filled=True), STATE, keep=2, control=None)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000010", "step_100000000"]
     assert latest(tmp_path).name == "step_100000000"
 
@@ -142,7 +143,7 @@ def test_a_checkpoint_is_found_from_the_run_too(saved):
 def test_a_checkpoint_is_never_overwritten(saved):
     before = read_state(saved)
     with pytest.raises(CheckpointError, match="already there"):
-        save(saved.parent, 10, fragments(ALONE, 0, filled=True), STATE, keep=2)
+        save(saved.parent, 10, fragments(ALONE, 0, filled=True), STATE, keep=2, control=None)
     assert read_state(saved) == before
 
 
@@ -153,7 +154,7 @@ def test_holes_are_refused(tmp_path):
     held = fragments(ALONE, 0, filled=True)[1:]
     held.append(Fragment("stem.embedding.weight", "param", (24, 6), (0, 0), (24, 6), 0, torch.zeros(100)))
     with pytest.raises(CheckpointError, match="100 of 144 elements of param.stem.embedding.weight"):
-        save(tmp_path, 10, held, STATE, keep=2)
+        save(tmp_path, 10, held, STATE, keep=2, control=None)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -165,7 +166,7 @@ def _save_failing(directory: str) -> str:
             held[0].name, "param", held[0].full_shape, held[0].offsets, torch.empty(held[0].shape, device="meta")
         )
     with pytest.raises(CheckpointError) as error:
-        save(directory, 10, held, STATE, keep=2)
+        save(directory, 10, held, STATE, keep=2, control=dist.new_group())
     return str(error.value)
 
 
@@ -182,7 +183,7 @@ def _refused(path, match, model=MODEL, held=None):
     """Loading raises, and no value has changed."""
     got = fragments(ALONE, 0, filled=False) if held is None else held
     with pytest.raises(CheckpointError, match=match):
-        load(path, got, model)
+        load(path, got, model, None)
     assert all(fragment.values.isnan().all() for fragment in got)
 
 
@@ -224,7 +225,7 @@ def test_another_model_is_refused_with_its_fields(saved):
 
 
 def test_name_and_initialisation_are_free(saved):
-    load(saved, fragments(ALONE, 0, filled=False), MODEL.model_copy(update={"name": "other", "init_std": 0.5}))
+    load(saved, fragments(ALONE, 0, filled=False), MODEL.model_copy(update={"name": "other", "init_std": 0.5}), None)
 
 
 def test_missing_extra_and_misshaped_tensors_are_refused(saved):
@@ -243,7 +244,7 @@ def _load_extra_on_one_rank(path: str) -> str:
     if dist.get_rank() == 1:
         held.append(Fragment("absent", "param", (2,), (0,), (2,), 0, torch.zeros(2)))
     with pytest.raises(CheckpointError) as error:
-        load(path, held, MODEL)
+        load(path, held, MODEL, dist.new_group())
     assert all(fragment.values.isnan().all() for fragment in held if fragment.name != "absent")
     return str(error.value)
 

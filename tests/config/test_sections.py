@@ -5,7 +5,15 @@ from pydantic import ValidationError
 
 from megavl.config.model import DecoderConfig, ModelConfig, SamConfig, SiglipConfig
 from megavl.config.presets import PRESETS
-from megavl.config.run import DataConfig, OptimConfig, ParameterRule, ScheduleConfig, SourceConfig, TextRatioConfig
+from megavl.config.run import (
+    DataConfig,
+    OptimConfig,
+    ParameterRule,
+    ScheduleConfig,
+    SourceConfig,
+    TextRatioConfig,
+    TrainConfig,
+)
 
 DECODER = {"layers": 2, "width": 96, "heads": 8, "kv_heads": 8, "mlp_width": 64, "vocab_size": 100}
 
@@ -43,6 +51,8 @@ DECODER = {"layers": 2, "width": 96, "heads": 8, "kv_heads": 8, "mlp_width": 64,
         (ParameterRule, {"match": "("}, "match = '(' is not a regular expression: missing )"),
         (OptimConfig, {"lr": 1.0, "betas": (0.9, 1.0)}, "less than 1"),
         (OptimConfig, {"lr": float("nan")}, "finite number"),
+        (TrainConfig, {"steps": 1, "global_batch": 1, "timeout_s": 0}, "greater than 0"),
+        (DataConfig, {"tokenizer": "t", "text_ratio": 1, "seq_len": 8, "timeout_s": -1}, "greater than 0"),
     ],
 )
 def test_refused(section, fields, problem):

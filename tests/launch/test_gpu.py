@@ -1,4 +1,4 @@
-"""One process on a CUDA device: bf16 through DeepSpeed's fused Adam, and its checkpoint read on a CPU."""
+"""One process on a CUDA device: bf16 through a fused AdamW, and its checkpoint read on a CPU."""
 
 import json
 

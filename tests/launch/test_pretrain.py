@@ -122,6 +122,7 @@ def test_deepspeed_resumes_under_torchrun_on_another_topology(recipe, tmp_path, 
     done = torchrun(2, recipe, "train.steps=3", "parallel.pipeline=2", f"output_dir={tmp_path}")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "from step 2 to 3" in done.stdout
+    assert "optimizer: torch AdamW, fused (" in done.stdout
     assert "parallel.tensor: 3 -> 1" in done.stdout
     assert_same_run(metrics(tmp_path), one_process)
     assert list((tmp_path / "tensorboard").iterdir())

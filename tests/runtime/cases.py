@@ -205,8 +205,8 @@ def step_batch(step: int, config: RunConfig, mesh: Mesh) -> StepBatch:
 def set_up(config: RunConfig, ops: Ops | None = None):
     """(mesh, stages, engine, pipeline) of this rank, with a CPU's operators unless others are given. Collective."""
     start_deepspeed("gloo")
-    mesh = mesh_of(config.parallel, dist.get_world_size())
     cpu = torch.device("cpu")
+    mesh = mesh_of(config, dist.get_world_size(), cpu)
     ops = ops or choose(cpu)
     stages = build_stages(config, mesh, ops, cpu)
     # The SAM branch counts from the start: its scale begins at zero, which would hide it.
@@ -258,7 +258,7 @@ def initial_weights(config: RunConfig, init_from: str | None = None) -> dict[str
     """Parameters before the first step."""
     mesh, stages, engine, _ = set_up(config)
     if init_from:
-        load_weights(init_from, fragments(engine, stages, mesh.dp.rank), config.model)
+        load_weights(init_from, fragments(engine, stages, mesh.dp.rank), config.model, mesh.control)
     return weights(engine, stages, mesh)
 
 

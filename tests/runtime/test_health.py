@@ -12,7 +12,7 @@ def fail_on(ranks: set[int]) -> str | int:
         return dist.get_rank()
 
     try:
-        return together(action)
+        return together(action, dist.new_group())
     except RunError as error:
         return str(error)
 
@@ -34,7 +34,7 @@ def raise_a_defect() -> str:
         raise KeyError("a defect of the program, not of its input")
 
     try:
-        together(action)
+        together(action, dist.new_group())
     except KeyError:
         return "KeyError"
 
@@ -50,7 +50,9 @@ def remark_on(ranks: set[int], failing: set[int] = frozenset()) -> tuple | str:
         return dist.get_rank()
 
     try:
-        return together_with_remarks(action, lambda rank: f"seen by {rank}" if rank in ranks else None)
+        return together_with_remarks(
+            action, lambda rank: f"seen by {rank}" if rank in ranks else None, dist.new_group()
+        )
     except RunError as error:
         return str(error)
 

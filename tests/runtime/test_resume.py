@@ -120,7 +120,7 @@ def train_from_weights(config):
     from tests.runtime.cases import over_the_world, set_up, step_batch
 
     mesh, stages, engine, pipeline = set_up(config)
-    load_weights(latest(Path(config.output_dir)), fragments(engine, stages, mesh.dp.rank), config.model)
+    load_weights(latest(Path(config.output_dir)), fragments(engine, stages, mesh.dp.rank), config.model, mesh.control)
     history = []
     for step in range(2, 5):
         loss = over_the_world(pipeline.run(step_batch(step, config, mesh)), mesh)

@@ -49,6 +49,7 @@ def test_a_step_of_each_kind_is_timed():
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"^\| text \| 0 \| 0 \| [\d,]+ \| \d", done.stdout, re.MULTILINE), done.stdout
+    assert re.search(r"^optimizer: torch AdamW, fused \(", done.stdout, re.MULTILINE), done.stdout
     assert re.search(r"^\| multimodal \| 8 \| 24 \| [\d,]+ \| \d", done.stdout, re.MULTILINE), done.stdout
 
 

@@ -28,9 +28,10 @@ from megavl.ops.dispatch import choose
 from megavl.parallel.cross_entropy import IGNORED
 from megavl.parallel.groups import Mesh
 from megavl.plan.cost import step_flops
+from megavl.runtime.adamw import choose_adamw
 from megavl.runtime.balance import Balance
 from megavl.runtime.engine import build_engine
-from megavl.runtime.env import Env, read_env, start_process_group
+from megavl.runtime.env import Env, process_group, read_env
 from megavl.runtime.mesh import mesh_of
 from megavl.runtime.pipeline import Pipeline, build_stages
 
@@ -135,15 +136,15 @@ def run(args: argparse.Namespace) -> None:
         grid = grid_of(config, args.grid)
     except ConfigError as error:
         sys.exit(f"error: {error}" if env.rank == 0 else 1)
-    start_process_group(env, timeout=timedelta(minutes=10))
-    benchmark(config, env, args, grid)
+    with process_group(env, timeout=timedelta(seconds=config.train.timeout_s)):
+        benchmark(config, env, args, grid)
 
 
 def benchmark(config: RunConfig, env: Env, args: argparse.Namespace, grid: Grid) -> None:
     # Imported here: it needs TensorBoard, and tools/gpu_check.py, which takes its packs from this file, does not.
     from megavl.runtime.metrics import memory_bytes, peak
 
-    mesh = mesh_of(config.parallel, env.world)
+    mesh = mesh_of(config, env.world, env.device)
     ops = choose(env.device)
     stages = build_stages(config, mesh, ops, env.device)
     engine = build_engine(stages, config, mesh)
@@ -170,7 +171,7 @@ def benchmark(config: RunConfig, env: Env, args: argparse.Namespace, grid: Grid)
             f"{config.model.name}, {config.model.decoder.layers} blocks, {config.train.precision}: `{command_line()}`"
         )
         print(f"peak {peak_flops * env.world / 1e12:.3g} TFLOP/s: {origin}")
-        print(*ops.lines, sep="\n")
+        print(*ops.lines, choose_adamw(env.device, config.parallel.zero).line, sep="\n")
         print(
             "\n| step | images | tiles | tokens/s | s (fastest to slowest) | TFLOP/s a device | MFU "
             "| with recomputation | memory, GiB |"

@@ -50,7 +50,7 @@ def run(setting: Setting, results: Results, subject: str) -> None:
 
 def compare(config: RunConfig, env: Env, kind: Kind, dtype: torch.dtype) -> Finding:
     """One case: the device in `dtype` against the CPU in fp32."""
-    mesh = mesh_of(config.parallel, env.world)
+    mesh = mesh_of(config, env.world, env.device)
     exact = stages_of(config, mesh, choose(torch.device("cpu")), torch.device("cpu"))
     speaking_values(exact)
     ops = choose(env.device)

@@ -40,7 +40,7 @@ def run(setting: Setting, results: Results, subject: str) -> None:
     model = results.prepare("build", lambda: build(config, env.device))
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.optim.lr, betas=config.optim.betas, fused=True)
-    mesh = mesh_of(config.parallel, env.world)
+    mesh = mesh_of(config, env.world, env.device)
     for kind in KINDS:
         batch = packs(config, env, mesh, kind, documents=1)
         theirs = results.measure(kind, lambda b=batch: timed(model, optimizer, config, b, env.device, setting))

@@ -130,7 +130,7 @@ def stages_of(config: RunConfig, mesh: Mesh, ops: Ops, device: torch.device) -> 
 
 def build(config: RunConfig, env: Env) -> Run:
     """Stages, engine and pipeline of a run."""
-    mesh, ops = mesh_of(config.parallel, env.world), choose(env.device)
+    mesh, ops = mesh_of(config, env.world, env.device), choose(env.device)
     stages = stages_of(config, mesh, ops, env.device)
     engine = build_engine(stages, config, mesh)
     pipeline = Pipeline(engine, stages, config, mesh, ops)
