@@ -9,14 +9,13 @@ from collections.abc import Mapping
 
 import torch
 from gpu.results import Finding, Results, Setting, Table
-from gpu.run import packs, stages_of, start, summed_loss, tiny
+from gpu.run import mesh_of_one, packs, stages_of, start, summed_loss, tiny
 from torch import Tensor, nn
 
 from megavl.batch import Kind, StepBatch
 from megavl.config.run import RunConfig
 from megavl.ops.dispatch import choose
 from megavl.runtime.env import Env
-from megavl.runtime.mesh import mesh_of
 
 _SIGMOID = ("model=vl2_debug", "model.decoder.layers=3", "balance.auxiliary_weight=0", "balance.bias_step=0.001")
 # Heads of 16 channels, which the fused kernels of bf16 serve; the presets' own have 4.
@@ -50,7 +49,7 @@ def run(setting: Setting, results: Results, subject: str) -> None:
 
 def compare(config: RunConfig, env: Env, kind: Kind, dtype: torch.dtype) -> Finding:
     """One case: the device in `dtype` against the CPU in fp32."""
-    mesh = mesh_of(config, env.world, env.device)
+    mesh = mesh_of_one(config, env)
     exact = stages_of(config, mesh, choose(torch.device("cpu")), torch.device("cpu"))
     speaking_values(exact)
     ops = choose(env.device)

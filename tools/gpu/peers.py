@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from gpu.files import results_path
 from gpu.results import Finding, Results, Setting, Skipped, read_results
-from gpu.run import full_width, packs, start, tiny
+from gpu.run import full_width, mesh_of_one, packs, start, tiny
 from gpu.slices import KINDS, one_document
 from torch import nn
 
@@ -21,7 +21,6 @@ from megavl.config.model import ModelConfig
 from megavl.config.run import RunConfig
 from megavl.plan.cost import step_flops
 from megavl.plan.hardware import peak_flops
-from megavl.runtime.mesh import mesh_of
 
 # Lowest ratio of our tokens/s to theirs in a text step, on Hopper with the blocks that it is set for.
 LEAST_RATIO, _BLOCKS = 0.85, 6
@@ -40,7 +39,7 @@ def run(setting: Setting, results: Results, subject: str) -> None:
     model = results.prepare("build", lambda: build(config, env.device))
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.optim.lr, betas=config.optim.betas, fused=True)
-    mesh = mesh_of(config, env.world, env.device)
+    mesh = mesh_of_one(config, env)
     for kind in KINDS:
         batch = packs(config, env, mesh, kind, documents=1)
         theirs = results.measure(kind, lambda b=batch: timed(model, optimizer, config, b, env.device, setting))

@@ -68,6 +68,11 @@ def start() -> Env:
     return env
 
 
+def mesh_of_one(config: RunConfig, env: Env) -> Mesh:
+    """The mesh of a single process."""
+    return mesh_of(config, env.world, env.device)
+
+
 @torch.no_grad()
 def quick_values(model: nn.Module, config: ModelConfig, seed: int) -> None:
     """Initial values drawn on the model's own device. The project draws on the CPU so that no topology changes a value,
@@ -130,7 +135,7 @@ def stages_of(config: RunConfig, mesh: Mesh, ops: Ops, device: torch.device) -> 
 
 def build(config: RunConfig, env: Env) -> Run:
     """Stages, engine and pipeline of a run."""
-    mesh, ops = mesh_of(config, env.world, env.device), choose(env.device)
+    mesh, ops = mesh_of_one(config, env), choose(env.device)
     stages = stages_of(config, mesh, ops, env.device)
     engine = build_engine(stages, config, mesh)
     pipeline = Pipeline(engine, stages, config, mesh, ops)
