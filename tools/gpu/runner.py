@@ -107,8 +107,8 @@ class Process:
         self._limit_s = 0.0
 
     def run(self, limit_s: float) -> dict[str, Any]:
-        """Run it to its end or its limit; what the report has of it. A crash fails the measurement under way, and the
-        process is started again for the others."""
+        """Run it to its end or its limit; returns its row of the report. A crash fails the measurement under way, and
+        the process is started again for the others."""
         self._started, self._limit_s = time.monotonic(), limit_s
         path = results_path(self.work, self.name)
         while True:
@@ -125,7 +125,7 @@ class Process:
                 return self.result(f"ended with {how}; last line: {self._last_line()}")
 
     def result(self, failure: str) -> dict[str, Any]:
-        """What the report has of the process; `failure` of the process itself, if any."""
+        """Its row of the report. `failure`: what is wrong with the process itself, "" if nothing."""
         measurements = read_results(results_path(self.work, self.name))["measurements"]
         statuses = {each["status"] for each in measurements}
         if not failure and not measurements:
