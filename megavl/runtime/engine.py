@@ -115,10 +115,10 @@ def _clip_and_keep_norm(engine: deepspeed.DeepSpeedEngine, mesh: Mesh) -> None:
     engine._global_grad_norm = norm
 
 
-def _zero_grad(optimizer, zero_grad: Callable[..., None], *args: bool) -> None:
+def _zero_grad(optimizer, zero_grad: Callable[..., None], set_to_none: bool = True) -> None:
     """ZeRO-3 copies the first gradient of a step over that of the step before. A text step has none for the towers:
     they would keep the gradient of the last multimodal step."""
-    zero_grad(*args)
+    zero_grad(set_to_none)
     optimizer.grad_partitions_flat_buffer.zero_()
 
 
