@@ -305,6 +305,20 @@ def test_operands_of_a_ceiling_have_the_layout():
     assert product_of("bmm", stacks, torch.device("cpu"))().shape == (2, 3, 5)
 
 
+def test_waits_are_counted_by_line():
+    from gpu.waits import places
+
+    caught = [
+        SimpleNamespace(message=UserWarning(text), filename="/x/megavl/model/stem.py", lineno=line)
+        for text, line in (
+            ("called a synchronizing CUDA operation (Triggered internally at ...)", 7),
+            ("called a synchronizing CUDA operation", 7),
+            ("a deprecated name", 8),
+        )
+    ]
+    assert places(caught) == {"megavl/model/stem.py:7": 2}
+
+
 def test_misaligned_places_fail():
     from gpu.offsets import Place, judge
 

@@ -1,11 +1,12 @@
 """One stage in its own process."""
 
 from contextlib import suppress
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
 from gpu.files import results_path
-from gpu.results import Abandoned, Results, Setting
+from gpu.results import Abandoned, Finding, Results, Setting, Skipped
 from gpu.stage import STAGES
 
 
@@ -18,12 +19,18 @@ def run_stage(name: str, work: Path, rehearse: bool) -> int:
         import_module(f"gpu.{stage.module}").run(setting, results, stage.subject)
     except Abandoned:
         pass
+    except Skipped as reason:
+        results.measure("the stage", partial(_skip, reason))
     except SystemExit as end:
         return end.code
     except Exception as error:
         with suppress(SystemExit):  # nothing would be different in a new process
             results.fail("the stage", error)
     return 0
+
+
+def _skip(reason: Skipped) -> Finding:
+    raise reason
 
 
 def _device_is_broken() -> bool:

@@ -23,7 +23,7 @@ def markdown(report: dict[str, Any]) -> str:
     counts = ", ".join(f"{statuses.count(status)} {status}" for status in ("passed", "failed", "skipped", "not run"))
     words = " A rehearsal on a CPU at tiny size: no number here is a result." if report["rehearsal"] else ""
     lines = [
-        f"# GPU check, {report['date']}: {counts}",
+        f"# GPU check, {report['date']}, stages: {counts}",
         "",
         f"`{report['command']}`.{words}",
         "",

@@ -28,7 +28,7 @@ STAGES = (
     Stage("environment", "card, versions, and which kernel serves each operation", "environment", 10),
     Stage("offsets", "parameters, masters, moments and gradients begin on 128 bytes", "offsets", 15),
     Stage("agreement", "loss and all gradients of tiny models of both families: CUDA against CPU", "agreement", 20),
-    Stage("tests", "the tests marked gpu", "tests", 45),
+    Stage("tests", "the tests marked gpu", "tests", 35),
     Stage("debug_runs.vl", "vl_debug: 20 steps, checkpoint, resume on a CPU and back", "debug_runs", 40, "vl"),
     Stage("debug_runs.vl2", "vl2_debug: 20 steps, checkpoint, resume on a CPU and back", "debug_runs", 40, "vl2"),
     Stage("slices.vl_7b", "VL-7B at full width: speed, memory, kernels, waits", "slices", 45, "vl_7b"),

@@ -1,4 +1,4 @@
-"""The tests marked gpu, one pytest process for each file: an error that ends the use of a device costs one file."""
+"""The tests marked gpu, each file in a pytest process: an error that makes the device unusable costs one file."""
 
 import re
 import subprocess
@@ -15,11 +15,17 @@ _OURS = ("megavl", "tests")
 
 
 def run(setting: Setting, results: Results, subject: str) -> None:
-    """Measure each file that has tests marked gpu."""
+    """Measure each file that has tests marked gpu. All start together: imports take most of their time."""
+    try:
+        import pytest  # noqa: F401
+    except ImportError as error:
+        raise Skipped(f"pytest does not import: {error}") from error
     files = marked_files(_ROOT)
     # On a CPU all of them are skipped: one file shows that the stage works.
-    for file in files[:1] if setting.rehearse else files:
-        results.measure(file, lambda file=file: outcome(file))
+    files = files[:1] if setting.rehearse else files
+    started = [(file, *start(file, setting.work / f"pytest_{number}.log")) for number, file in enumerate(files)]
+    for file, process, log in started:
+        results.measure(file, lambda process=process, log=log: outcome(process, log))
 
 
 def marked_files(root: Path) -> list[str]:
@@ -32,16 +38,19 @@ def marked_files(root: Path) -> list[str]:
     )
 
 
-def outcome(file: str) -> Finding:
-    """The last line of pytest, and the tests that failed."""
-    try:
-        import pytest  # noqa: F401
-    except ImportError as error:
-        raise Skipped(f"pytest does not import: {error}") from error
+def start(file: str, log: Path) -> tuple[subprocess.Popen, Path]:
+    """Start pytest on the tests marked gpu of one file; its output goes to the log."""
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "--tb=short", file]
-    done = subprocess.run(command, cwd=_ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    print(done.stdout, flush=True)
-    return judge(done.stdout.splitlines(), done.returncode)
+    with log.open("w") as output:
+        return subprocess.Popen(command, cwd=_ROOT, stdout=output, stderr=subprocess.STDOUT), log
+
+
+def outcome(process: subprocess.Popen, log: Path) -> Finding:
+    """The last line of pytest, and the tests that failed."""
+    code = process.wait()
+    text = log.read_text(encoding="utf-8", errors="replace")
+    print(text, flush=True)
+    return judge(text.splitlines(), code)
 
 
 def judge(lines: list[str], code: int) -> Finding:
