@@ -16,6 +16,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime import bf16_optimizer
 from torch.distributed import distributed_c10d
 
 
@@ -139,4 +140,6 @@ def start_deepspeed(backend: str) -> None:
     # On a CPU it would compile an all-reduce that only its inference uses. A rank that is killed while torch compiles
     # leaves a lock behind, for which every later run on the machine would wait without a word.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Its bf16 optimizer collects garbage and prints the memory in use before and after each parameter group.
+    bf16_optimizer.see_memory_usage = lambda *_, **__: None
     deepspeed.init_distributed(backend)
