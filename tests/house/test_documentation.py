@@ -38,7 +38,7 @@ def written_recipes(text, folder):
 def problems(words, recipes, root=ROOT):
     """What of a command line exists neither in the tree nor among the recipes that the page has the reader write."""
     if words[0] == "make":
-        rules = re.findall(r"^([a-z]+):", (root / "Makefile").read_text(), re.MULTILINE)
+        rules = re.findall(r"^([a-z-]+):", (root / "Makefile").read_text(), re.MULTILINE)
         return [f"no make target {target}" for target in words[1:] if "=" not in target and target not in rules]
     if words[0] == "docker":
         files = [words[i + 1] for i, word in enumerate(words) if word == "-f"]
