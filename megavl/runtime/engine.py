@@ -115,10 +115,11 @@ def _clip_and_keep_norm(engine: deepspeed.DeepSpeedEngine, mesh: Mesh) -> None:
     engine._global_grad_norm = norm
 
 
-def _zero_grad(optimizer, zero_grad: Callable[..., None], set_to_none: bool = True) -> None:
+def _step_and_clear(optimizer, step: Callable[[], None]) -> None:
     """ZeRO-3 copies the first gradient of a step over that of the step before. A text step has none for the towers:
-    they would keep the gradient of the last multimodal step."""
-    zero_grad(set_to_none)
+    they would keep the gradient of the last multimodal step. Cleared after the update: DeepSpeed calls `zero_grad`
+    before it, while the update still reads this buffer."""
+    step()
     optimizer.grad_partitions_flat_buffer.zero_()
 
 
@@ -156,5 +157,5 @@ def build_engine(stages: nn.ModuleList, config: RunConfig, mesh: Mesh) -> deepsp
     if config.parallel.zero == 0:
         engine.clip_fp32_gradients = partial(_clip_and_keep_norm, engine, mesh)
     if config.parallel.zero == 3:
-        engine.optimizer.zero_grad = partial(_zero_grad, engine.optimizer, engine.optimizer.zero_grad)
+        engine.optimizer.step = partial(_step_and_clear, engine.optimizer, engine.optimizer.step)
     return engine
