@@ -4,7 +4,8 @@
 #   make install      the environment alone
 #   make quickstart   the main job on real input, on a CPU: documents -> training -> kill -> resume -> HF checkpoint;
 #                     MODEL=vl2 with DeepSeek-VL2 for DeepSeek-VL
-#   make test         the whole test suite, two files at a time (JOBS=8: eight)
+#   make test         the test suite, two files at a time (JOBS=8: eight)
+#   make test-long    the tests that take a minute or more, one after another
 #   make check        format, lint and the rules of the house
 #   make clean        remove the environment and what the quickstart made
 #
@@ -24,7 +25,7 @@ JOBS ?= 2
 # Tests start up to eight ranks, over gloo; on a machine with as many GPUs, DS_ACCELERATOR=cuda runs them there.
 export DS_ACCELERATOR ?= cpu
 
-.PHONY: install quickstart test check clean
+.PHONY: install quickstart test test-long check clean
 
 install: $(INSTALLED)
 
@@ -32,7 +33,10 @@ quickstart: $(INSTALLED)
 	python launch/quickstart.py --model $(MODEL)
 
 test: $(INSTALLED)
-	python -m pytest -q --numprocesses $(JOBS) --dist loadfile
+	python -m pytest -q -m "not long" --numprocesses $(JOBS) --dist loadfile
+
+test-long: $(INSTALLED)
+	python -m pytest -q -m long
 
 check: $(INSTALLED)
 	ruff format --check .

@@ -117,8 +117,7 @@ def _clip_and_keep_norm(engine: deepspeed.DeepSpeedEngine, mesh: Mesh) -> None:
 
 def _step_and_clear(optimizer, step: Callable[[], None]) -> None:
     """ZeRO-3 copies the first gradient of a step over that of the step before. A text step has none for the towers:
-    they would keep the gradient of the last multimodal step. Cleared after the update: DeepSpeed calls `zero_grad`
-    before it, while the update still reads this buffer."""
+    they would keep the gradient of the last multimodal step."""
     step()
     optimizer.grad_partitions_flat_buffer.zero_()
 

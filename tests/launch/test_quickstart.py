@@ -1,6 +1,8 @@
 """The quickstart fails loudly: each of its checks can say no."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 import time
@@ -131,3 +133,24 @@ def test_a_recipe_is_of_its_model_and_both_topologies_hold_it(quickstart, name):
         # A checkpoint before the kill, not with it, and steps behind it.
         saved = quickstart.KILL_AFTER_STEP // config.checkpoint.every * config.checkpoint.every
         assert 0 < saved < quickstart.KILL_AFTER_STEP < config.train.steps
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["vl", "vl2"])
+def test_the_main_job_from_documents_to_a_transformers_checkpoint(name, tmp_path):
+    """In a copy of what git tracks: the quickstart deletes its own folders when it begins."""
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for file in filter(None, tracked.split("\0")):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / file, tmp_path / file)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        [sys.executable, "launch/quickstart.py", "--model", name],
+        cwd=tmp_path,
+        env=os.environ | {"PATH": path, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=1800,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert (tmp_path / "data").is_dir() and list((tmp_path / "runs").rglob("*.png"))

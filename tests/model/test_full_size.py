@@ -22,6 +22,7 @@ def two_threads():
     torch.set_num_threads(before)
 
 
+@pytest.mark.long
 @torch.no_grad()
 def test_vision_features_at_full_size(two_threads):
     theirs = reference.build(CONFIG, attention="sdpa")

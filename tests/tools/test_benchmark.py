@@ -68,6 +68,7 @@ def test_images_of_a_made_up_pack_have_their_places(preset, grid, tiles, monkeyp
         grid_of(config, "7x7")
 
 
+@pytest.mark.long
 def test_each_part_of_the_data_path_is_measured(tmp_path):
     options = {"images": 12, "megabytes": 1, "repetitions": 1, "workers": 1, "resume-at": 150, "directory": tmp_path}
     done = subprocess.run(
