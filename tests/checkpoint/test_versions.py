@@ -50,6 +50,6 @@ def test_torch_2_11_alone_returns_none(monkeypatch, tmp_path):
 
 
 def test_a_checkpoint_is_written_and_read(torchs, tmp_path):
-    path = save(tmp_path, 10, fragments(ALONE, 0, filled=True), STATE, keep=1)
+    path = save(tmp_path, 10, fragments(ALONE, 0, filled=True), STATE, keep=1, control=None)
     assert sorted(read_state(path)["files"]) == sorted(p.name for p in path.iterdir() if p.name != "state.json")
-    load(path, fragments(ALONE, 0, filled=False), MODEL)
+    load(path, fragments(ALONE, 0, filled=False), MODEL, None)
