@@ -64,7 +64,7 @@ def test_choice():
     through_fp32 = not torch.ops.mkldnn._is_mkldnn_bf16_supported()
     assert isinstance(context, Float32Products) == through_fp32 and ("fp32" in line) == through_fp32
     context, line = products(torch.device("cuda"))
-    assert not isinstance(context, Float32Products) and line == "torch"
+    assert not isinstance(context, Float32Products) and line == "torch, sums of bf16 products in fp32"
 
 
 def test_sums_on_a_gpu_are_in_fp32_while_it_is_asked_for():
