@@ -33,7 +33,7 @@ quickstart: $(INSTALLED)
 	python launch/quickstart.py --model $(MODEL)
 
 test: $(INSTALLED)
-	python -m pytest -q -m "not long" --numprocesses $(JOBS) --dist loadfile
+	python -m pytest -q -m "not long" --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test-long: $(INSTALLED)
 	python -m pytest -q -m long

@@ -10,6 +10,17 @@ import pytest
 
 from tests.pool import Pool
 
+# Folders whose files take longest come first: two workers, each of which takes a file at a time, then end together.
+_FIRST = ("runtime", "launch", "tools", "model", "plan", "checkpoint")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> int:
+        folder = item.path.relative_to(item.config.rootpath / "tests").parts[0]
+        return _FIRST.index(folder) if folder in _FIRST else len(_FIRST)
+
+    items.sort(key=place)
+
 
 @pytest.fixture(scope="session")
 def pool() -> Pool:

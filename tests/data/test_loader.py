@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from megavl.batch import tile_share
 from megavl.config.run import SourceConfig
 from megavl.config.tiles import Tiling
 from megavl.data import image
@@ -31,6 +32,7 @@ from megavl.data.writer import StoreWriter
 from tests.data.conftest import encoded_text, image_bytes, pixels_of
 
 SEQ_LEN, PLACEHOLDER = 96, 399
+_ALL = ImageShare()
 
 
 @pytest.fixture(scope="module", params=["vl", "vl2"])
@@ -51,10 +53,23 @@ def steps(corpus, model, train, dp=1, micro_batch=1, workers=0, first_step=0, st
             loader.close()
 
 
+def tiles_of(batch, kind: str = "multimodal", share: ImageShare = _ALL) -> dict[str, torch.Tensor]:
+    """Pixels of this rank's tiles, after a check of what a batch without any has: nothing in a text step, else one
+    blank tile."""
+    if kind == "text":
+        assert batch.pixels == {}
+        return {}
+    mine = len(tile_share(batch.tiles, share.rank, share.size))
+    for stack in batch.pixels.values():
+        assert len(stack) == max(1, mine) and (mine or not stack.any())
+    return {tower: stack[:mine] for tower, stack in batch.pixels.items()}
+
+
 def packs(ranks):
     """Everything in a step as one list of packs: (tokens, labels, positions, document lengths), and all its pixels."""
     rows, pixels = [], defaultdict(list)
     for batch in (batch for rank in ranks for batch in rank.micro_batches):
+        assert batch.lengths == tuple(batch.cu_seqlens.diff().tolist())
         lengths = np.diff(batch.cu_seqlens.numpy())
         ends = np.cumsum(lengths)
         for start in range(0, len(batch.tokens), SEQ_LEN):
@@ -63,7 +78,7 @@ def packs(ranks):
             part = slice(start, start + SEQ_LEN)
             fields = (batch.tokens[part], batch.labels[part], batch.positions[part])
             rows.append((*(field.tolist() for field in fields), inside.tolist()))
-        for tower, stack in batch.pixels.items():
+        for tower, stack in tiles_of(batch, ranks[0].kind).items():
             pixels[tower].append(stack)
     return rows, {tower: torch.cat(parts) for tower, parts in pixels.items()}
 
@@ -104,9 +119,11 @@ def test_batches_have_the_declared_shapes_and_types(any_model, reference, train)
             assert batch.cu_seqlens.dtype == torch.int32
             assert batch.cu_seqlens[0] == 0 and batch.cu_seqlens[-1] == SEQ_LEN and (batch.cu_seqlens.diff() > 0).all()
             assert int((batch.tokens == PLACEHOLDER).sum()) == sum(len(tiling.layout(grid)) for grid in batch.grids)
-            assert {tower: (pixels.dtype, tuple(pixels.shape)) for tower, pixels in batch.pixels.items()} == {
+            pixels = tiles_of(batch, step.kind)
+            assert {tower: (stack.dtype, tuple(stack.shape)) for tower, stack in pixels.items()} == {
                 tower: (torch.float32, (batch.tiles, 3, size, size))
                 for tower, size in image.tower_sizes(any_model).items()
+                if step.kind == "multimodal"
             }
 
 
@@ -117,7 +134,7 @@ def test_step_facts_are_those_of_the_actual_batch(corpus, reference):
         for batch in step.micro_batches:
             supervised += int((batch.labels != -100).sum())
             images += len(batch.grids)
-            tiles += len(batch.pixels["siglip"])
+            tiles += len(tiles_of(batch, step.kind).get("siglip", ()))
             for start, stop in itertools.pairwise(batch.cu_seqlens.tolist()):
                 assert batch.positions[start:stop].tolist() == list(range(stop - start))
                 document, labels = batch.tokens[start:stop], batch.labels[start:stop]
@@ -203,7 +220,7 @@ def test_pixels_are_those_of_the_images_in_the_order_of_their_placeholders(corpu
                     grids.append(grid)
                 offset += len(tiling.layout(grid))
         assert batch.grids == tuple(grids)
-        for tower, pixels in batch.pixels.items():
+        for tower, pixels in tiles_of(batch).items():
             assert torch.equal(
                 pixels, torch.cat([torch.empty(0, *pixels.shape[1:]), *(one[tower] for one in expected)])
             )
@@ -211,7 +228,7 @@ def test_pixels_are_those_of_the_images_in_the_order_of_their_placeholders(corpu
 
 def test_a_siglip_model_gets_no_sam_pixels(corpus, model, train):
     plain = model.model_copy(update={"sam": None})
-    (step,) = next(iter(steps(corpus, plain, train, stop=1)))
+    (step,) = next(iter(steps(corpus, plain, train, stop=1, text_ratio=0)))
     assert all(set(batch.pixels) == {"siglip"} for batch in step.micro_batches)
 
 
@@ -230,10 +247,11 @@ def test_all_of_a_batch_is_pinned(reference, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor.clone())
     batch = next(one for (step,) in reference for one in step.micro_batches if one.tiles)
     copy = Assembled(batch, ()).pin_memory().batch
-    assert len(pinned) == 4 + len(batch.pixels) and (copy.packs, copy.grids) == (batch.packs, batch.grids)
+    assert len(pinned) == 4 + 3 + len(batch.pixels) and (copy.packs, copy.grids) == (batch.packs, batch.grids)
     for name, field in vars(copy).items():
         if isinstance(field, torch.Tensor):
             assert torch.equal(field, vars(batch)[name]) and field is not vars(batch)[name]
+    assert all(torch.equal(vars(copy.places)[name], places) for name, places in vars(batch.places).items())
     for tower, pixels in copy.pixels.items():
         assert torch.equal(pixels, batch.pixels[tower]) and pixels is not batch.pixels[tower]
     assert dataclasses.replace(batch, pixels=None).pin_memory().pixels is None
@@ -303,7 +321,7 @@ def test_supervised_tokens_are_the_labels_of_the_global_batch(corpus, any_model,
     for ranks in both:
         batches = [batch for rank in ranks for batch in rank.micro_batches]
         assert sum(int((batch.labels != -100).sum()) for batch in batches) == ranks[0].supervised_tokens
-        assert sum(len(batch.pixels["siglip"]) for batch in batches) == ranks[0].tiles
+        assert sum(len(tiles_of(batch)["siglip"]) for batch in batches) == ranks[0].tiles
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 7])
@@ -316,9 +334,10 @@ def test_tensor_ranks_may_share_the_tiles(corpus, any_model, train, ranks):
         for number, batch in enumerate(step.micro_batches):
             shared = [share.micro_batches[number] for share in shares]
             assert all(torch.equal(one.tokens, batch.tokens) for one in shared)
-            for tower, pixels in batch.pixels.items():
-                assert torch.equal(torch.cat([one.pixels[tower] for one in shared]), pixels)
-                assert max(len(one.pixels[tower]) for one in shared) == -(-len(pixels) // ranks)
+            own = [tiles_of(one, share=ImageShare(rank, ranks)) for rank, one in enumerate(shared)]
+            for tower, pixels in tiles_of(batch).items():
+                assert torch.equal(torch.cat([one[tower] for one in own]), pixels)
+                assert max(len(one[tower]) for one in own) == -(-len(pixels) // ranks)
 
 
 def test_pixels_of_a_step_outlive_those_that_come_after_it(corpus, model, train):
