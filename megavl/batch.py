@@ -1,4 +1,4 @@
-"""Batch: the one noun that crosses rooms."""
+"""Micro-batches and steps: the data structures that data, model and runtime share."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,11 +14,11 @@ Kind = Literal["text", "multimodal"]
 
 @dataclass(frozen=True)
 class ImagePlaces:
-    """Positions of what images bring among the tokens of a micro-batch, int64.
+    """Indices of image features, newlines and separators into the tokens of a micro-batch, int64.
 
     features:   [tiles * tile_features], in the order of the tiles
-    newlines:   [newlines] of tiled images, else [0]
-    separators: [separators] of tiled images, else [0]
+    newlines:   [newlines]; [0] for a model without tiling
+    separators: [separators]; [0] for a model without tiling
     """
 
     features: Tensor
@@ -28,23 +28,23 @@ class ImagePlaces:
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch: packs of documents laid end to end, `T` tokens in all. `Batch.of` makes it from its parts.
+    """One micro-batch: packs of documents laid end to end, `T` tokens in all. `Batch.of` builds it.
 
-    What the host knows of it (lengths, packs, grids) stays numbers, so that no layer asks a device.
+    Lengths, packs and grids are host values, so that no layer reads them from a device.
 
     tokens:     int64 [T]; an image is a run of placeholders, as many as its grid takes
     labels:     int64 [T]; the token that position t should predict, -100 where nothing is supervised
     positions:  int64 [T]; restart at 0 with every document
     cu_seqlens: int32 [N + 1]; document n is tokens[cu_seqlens[n]:cu_seqlens[n + 1]]; the last entry is T
-    lengths:    N tokens counts, one for each document, T in all
+    lengths:    tokens of each of the N documents, T in all
     packs:      how many; each has T / packs tokens
     grids:      of each image, in the order of the placeholders; DeepSeek-VL's have no local tile
-    places:     where the features of the images stand among the tokens
+    places:     indices of the images' features, newlines and separators into the tokens
     pixels:     tower name ("siglip", "sam") -> float32 [tiles, 3, S, S], normalised: the tiles of all images, of each
                 the overview first. Where the tensor ranks share the tiles (`parallel.vision: sharded`), only those of
                 `tile_share`. Empty in a text step: the towers do not run. In a multimodal step a rank without tiles
-                of its own has one blank tile, whose features go nowhere, so that the backward pass has the same
-                gradients, and so the same messages, on every rank. None on ranks that do not hold the stem
+                of its own has one blank tile, whose features are discarded: every rank then has the same gradients and
+                runs the same collectives. None on ranks that do not hold the stem
     """
 
     tokens: Tensor
@@ -68,10 +68,16 @@ class Batch:
         grids: Sequence[Grid] = (),
         pixels: Mapping[str, Tensor] | None = None,
     ) -> "Batch":
-        """A micro-batch in host memory, whose documents have the given lengths.
+        """A micro-batch in host memory; positions, borders and image places are derived.
+
+        Args:
+            tiling: of the model
+            tokens, labels: int64 [T]
+            lengths: tokens of each document, T in all
+            packs, grids, pixels: as in `Batch`
 
         Raises:
-            ValueError: the images do not fill the placeholders among the tokens.
+            ValueError: the number of placeholders among the tokens is not what the grids take.
         """
         documents = torch.tensor([0, *lengths])
         borders = documents.cumsum(0)  # [N + 1]

@@ -24,20 +24,20 @@ def parser() -> argparse.ArgumentParser:
     from gpu.stage import STAGES
 
     listed = "\n".join(f"  {stage.name:18} {stage.proves}" for stage in STAGES)
-    parser = argparse.ArgumentParser(
+    options = argparse.ArgumentParser(
         description=__doc__,
         epilog=f"stages, in the order in which they run:\n{listed}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--minutes", type=float, default=5, help="time for all stages together (default 5)")
-    parser.add_argument("--only", nargs="+", metavar="STAGE", help="stages to run; `slices` is all slices")
-    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "gpu_check", metavar="DIR")
-    parser.add_argument("--rehearse", action="store_true", help="run at tiny size on a CPU")
+    options.add_argument("--minutes", type=float, default=5, help="time for all stages together (default 5)")
+    options.add_argument("--only", nargs="+", metavar="STAGE", help="stages to run; `slices` is all slices")
+    options.add_argument("--output", type=Path, default=ROOT / "runs" / "gpu_check", metavar="DIR")
+    options.add_argument("--rehearse", action="store_true", help="run at tiny size on a CPU")
     # A stage is this script again, in a process of its own.
-    parser.add_argument("--stage", help=argparse.SUPPRESS)
-    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
-    return parser
+    options.add_argument("--stage", help=argparse.SUPPRESS)
+    options.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    return options
 
 
 def main() -> None:

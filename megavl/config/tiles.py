@@ -98,11 +98,17 @@ class Tiling:
         return np.concatenate((_lines(overview), [SEPARATOR], _lines(stitched)))
 
     def places(self, tokens: np.ndarray, grids: Sequence[Grid]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Positions, among the tokens int64 [T], of what the images with these grids bring: int64 [tiles *
-        tile_features] of the features in the order of the tiles, then those of the newlines and of the separators.
+        """Indices of image features, newlines and separators into the tokens.
+
+        Args:
+            tokens: int64 [T]
+            grids: of the images, in the order of their placeholders
+
+        Returns:
+            int64 [tiles * tile_features] in the order of the tiles, int64 [newlines], int64 [separators].
 
         Raises:
-            ValueError: the images do not fill the placeholders.
+            ValueError: the number of placeholders is not what the grids take.
         """
         slots = np.flatnonzero(tokens == self._placeholder)  # [placeholders]
         expected = sum(len(self._layouts[grid]) for grid in grids)
@@ -115,13 +121,13 @@ class Tiling:
         features, newlines, separators = [], [], []
         for grid in grids:
             layout = self._layouts[grid]
-            run, slots = slots[: len(layout)], slots[len(layout) :]
+            run, slots = slots[: len(layout)], slots[len(layout) :]  # [tokens of the image], [rest]
             places = np.empty(grid.tiles * self._side**2, dtype=np.int64)
             places[layout[layout >= 0]] = run[layout >= 0]
             features.append(places)
             newlines.append(run[layout == NEWLINE])
             separators.append(run[layout == SEPARATOR])
-        nothing = np.empty(0, dtype=np.int64)
+        nothing = np.empty(0, dtype=np.int64)  # np.concatenate refuses an empty list
         return tuple(np.concatenate([nothing, *parts]) for parts in (features, newlines, separators))
 
 

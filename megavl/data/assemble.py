@@ -60,21 +60,21 @@ class Assembled:
         step may have hundreds of micro-batches."""
         batch, places = self.batch, self.batch.places
         fields = (batch.tokens, batch.labels, batch.positions, batch.cu_seqlens)
-        of_images = (places.features, places.newlines, places.separators)
-        arrays = tuple(tuple(field.numpy() for field in group) for group in (fields, of_images))
+        image_fields = (places.features, places.newlines, places.separators)
+        arrays = tuple(tuple(field.numpy() for field in group) for group in (fields, image_fields))
         return _arrived, (*arrays, batch.lengths, batch.packs, batch.grids, batch.pixels, self.bad_images)
 
 
 def _arrived(
     fields: tuple[np.ndarray, ...],
-    of_images: tuple[np.ndarray, ...],
+    image_fields: tuple[np.ndarray, ...],
     lengths: tuple[int, ...],
     packs: int,
     grids: tuple[Grid, ...],
     pixels: Mapping[str, Tensor] | None,
     bad_images: tuple[BadImage, ...],
 ) -> Assembled:
-    places = ImagePlaces(*map(torch.from_numpy, of_images))
+    places = ImagePlaces(*map(torch.from_numpy, image_fields))
     return Assembled(Batch(*map(torch.from_numpy, fields), lengths, packs, grids, places, pixels), bad_images)
 
 
@@ -158,8 +158,8 @@ class Assembler:
     def _decode(
         self, first: int, places: Sequence[_Place], room: Room
     ) -> tuple[Mapping[str, Tensor], tuple[BadImage, ...]]:
-        """Pixels of this rank's share of the tiles, in order, and what had to be replaced; one blank tile where the
-        share is empty."""
+        """Pixels of this rank's share of the tiles, in order, and the images that were replaced. An empty share has one
+        blank tile."""
         borders = np.cumsum([0, *(place.grid.tiles for place in places)]).tolist()
         mine = tile_share(borders[-1], self._images.rank, self._images.size)
         pixels, bad_images = room(max(1, len(mine))), []

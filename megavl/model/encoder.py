@@ -1,4 +1,4 @@
-"""Vision encoder: towers and adaptor, replicated or with the tiles shared out over tp (DeepSeek-VL section 3.3)."""
+"""Vision encoder: towers and adaptor, replicated or with the tiles sharded over tp (DeepSeek-VL section 3.3)."""
 
 from collections.abc import Callable, Mapping
 
@@ -14,30 +14,35 @@ _Layer = Callable[..., Tensor]
 
 
 class Encoder:
-    """Towers and adaptor over the tiles of a micro-batch; they belong to the stem, which calls it.
+    """Features of the tiles of a micro-batch. The stem owns the towers and the adaptor, and calls this.
 
-    The towers are computed in full on every tensor rank, as the paper has it; or, where the ranks share the tiles, each
-    computes its own, and all get the features of all.
+    By default every tensor rank encodes all tiles, as in the paper. If the ranks share the tiles, each rank encodes its
+    share and the features are all-gathered.
     """
 
     def __init__(self, siglip: Siglip, sam: Sam | None, adaptor: nn.Module, tp: TensorAxis):
         self._siglip, self._sam, self._adaptor, self._tp = siglip, sam, adaptor, tp
 
     def __call__(self, pixels: Mapping[str, Tensor], tiles: int) -> Tensor:
-        """The features of all `tiles` of a micro-batch: [tiles, tile_features, D]; of the blank tile, [1, ...], where
-        there are none.
+        """Encode the tiles.
 
-        pixels: normalised float32 [tiles here, 3, S, S] by tower, at least one, as `Batch` has them
+        Args:
+            pixels: tower -> normalised float32 [tiles of this rank, 3, S, S]; at least one tile, as in `Batch`
+            tiles: of all images of the micro-batch
 
-        Raises ValueError where not all tiles are here, or not this rank's share of them.
+        Returns:
+            [tiles, tile_features, D]; without tiles the features of the blank one, [1, tile_features, D].
+
+        Raises:
+            ValueError: the pixels are not those of all tiles, or of this rank's share.
         """
         share = tile_share(tiles, self._tp.rank, self._tp.size) if self._tp.shares_images else range(tiles)
         self._check(len(pixels["siglip"]), len(share), tiles)
-        # Without a tile every rank has a blank one, and their gradients of zeros need not be added up.
+        # Without tiles every rank encodes a blank one; a sum of zero gradients needs no all-reduce.
         if not (self._tp.shares_images and tiles):
             return self._encode(pixels, lambda module: module)
         mine = self._encode(pixels, lambda module: summing_gradients(module, self._tp))
-        return join_shares(mine, tiles, self._tp)  # the features of a blank tile are beyond the last one
+        return join_shares(mine, tiles, self._tp)  # cuts off blank tiles
 
     def _encode(self, pixels: Mapping[str, Tensor], called: Callable[[nn.Module], _Layer]) -> Tensor:
         siglip = called(self._siglip)(pixels["siglip"])  # [tiles, G * G, W_siglip]

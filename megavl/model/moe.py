@@ -141,7 +141,7 @@ class Experts(nn.Module):
         self.down_proj = stacked(width, hidden, 2)
 
     def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
-        """counts: int64 [E / ep], rows of each expert. N may be 0: the experts then get gradients of zeros."""
+        """counts: int64 [E / ep], rows of each expert. If N is 0, the experts get gradients of zeros."""
         weights = (self.gate_proj, self.up_proj, self.down_proj)
         gate, up, down = weights if self.ep.cut_width else (copy(weight, self.tp) for weight in weights)
         if not len(rows):

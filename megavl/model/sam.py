@@ -17,11 +17,11 @@ class SamAttention(nn.Module):
     """Attention over a square of `side` x `side` patches with decomposed relative positions (arXiv 2112.01526, section
     4.1): [B, side, side, W] -> [B, side, side, W].
 
-    The score of query (h, w) and key (h', w') is q k / sqrt(d) + q R_h[h - h'] + q R_w[w - w']. The last two terms ride
-    in 2 * C channels beside the d of each head: the query carries its terms for every row and column, the key says in
-    one-hot form where it stands. Fused attention then serves it, and no [N, N] bias exists: at full size that is 0.8 GB
-    in fp32, for each image and global block. C is `side` rounded up to a multiple of 8, for kernels that read bf16 in
-    units of 16 bytes: a window of 14 would leave every product behind it misaligned.
+    The score of query (h, w) and key (h', w') is q k / sqrt(d) + q R_h[h - h'] + q R_w[w - w']. The last two terms are
+    computed in 2 * C channels appended to the d of each head: the query has its terms for every row and column, the key
+    has its row and column in one-hot form. Fused attention then serves it, and no [N, N] bias exists: at full size that
+    is 0.8 GB in fp32, for each image and global block. C is `side` rounded up to a multiple of 8: kernels read bf16 in
+    units of 16 bytes, and a window of 14 would misalign the rows of every operand.
     """
 
     def __init__(self, config: SamConfig, side: int):
@@ -38,12 +38,12 @@ class SamAttention(nn.Module):
         steps = torch.arange(self.side, device=q.device)
         distance = steps[:, None] - steps + self.side - 1  # [query, key], from 0 to 2 * side - 2
         q = q.unflatten(2, (self.side, self.side))  # [B, heads, side, side, d]
-        of_rows, of_columns = (
+        row_table, column_table = (
             F.pad(positions[distance], (0, 0, 0, self.spare))  # [side, C, d]
             for positions in (self.rel_pos_h, self.rel_pos_w)
         )
-        rows = torch.einsum("bnhwd,hkd->bnhwk", q, of_rows)  # [B, heads, side, side, C]
-        columns = torch.einsum("bnhwd,wkd->bnhwk", q, of_columns)  # [B, heads, side, side, C]
+        rows = torch.einsum("bnhwd,hkd->bnhwk", q, row_table)  # [B, heads, side, side, C]
+        columns = torch.einsum("bnhwd,wkd->bnhwk", q, column_table)  # [B, heads, side, side, C]
         return torch.cat((rows, columns), dim=-1).flatten(2, 3)  # [B, heads, N, 2 * C]
 
     def places(self, k: Tensor) -> Tensor:

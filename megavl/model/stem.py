@@ -16,9 +16,12 @@ from megavl.parallel.groups import TensorAxis
 
 
 class Splice(Function):
-    """Words [T, D] with features [tiles, tile_features, D] at their places, and a newline [D] and a separator [D] at
-    theirs where images are tiled. Without images the words as they are; the backward pass is the same, with zeros for
-    the features, so that no rank differs from another in which gradients it has, nor in their order."""
+    """Words [T, D] with features [tiles, tile_features, D], a newline [D] and a separator [D] written over their
+    placeholders -> [T, D]. The last two are None without tiling.
+
+    Without images it is the identity on the words. Its backward still gives the other inputs gradients of zeros, so
+    that every rank has the same gradients in the same order.
+    """
 
     @staticmethod
     def forward(
@@ -44,10 +47,11 @@ class Splice(Function):
         if tiled:
             for_newline = grad.index_select(0, places.newlines).sum(0)  # [D]
             for_separator = grad.index_select(0, places.separators).sum(0)  # [D]
-        for each in (places.newlines, places.separators):
-            if len(each):
-                for_words.index_fill_(0, each, 0.0)
-        return for_words, grad.index_select(0, places.features).view(ctx.shape), for_newline, for_separator, None
+        for indices in (places.newlines, places.separators):
+            if len(indices):
+                for_words.index_fill_(0, indices, 0.0)
+        for_features = grad.index_select(0, places.features).view(ctx.shape)  # [tiles, tile_features, D]
+        return for_words, for_features, for_newline, for_separator, None
 
 
 class Stem(nn.Module):
@@ -69,7 +73,7 @@ class Stem(nn.Module):
         self.encode = Encoder(self.siglip, self.sam, self.adaptor, tp)
 
     def forward(self, h: None, batch: Batch) -> Tensor:
-        """`h` is what every other layer gets from the one before."""
+        """`h` is None: the stem is the first layer; others take the output of the layer before them."""
         if not batch.pixels:
             return split_tokens(self.embedding(batch.tokens), self.tp)
         features = self.encode(batch.pixels, batch.tiles)  # [tiles, tile_features, D]

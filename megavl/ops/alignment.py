@@ -1,4 +1,4 @@
-"""Addresses that kernels can load from 16 bytes at a time.
+"""Alignment of operands to 16 bytes.
 
 A kernel for matrices or attention reads 16 bytes with one instruction, provided that a tensor begins at a multiple of
 16 bytes and that its rows do. From any other address it is slower (a GEMM by two to three times) or fails ("misaligned
@@ -20,8 +20,11 @@ def is_aligned(x: Tensor) -> bool:
 
 
 def aligned(x: Tensor) -> Tensor:
-    """`x`, or a contiguous copy if it is misaligned. Rows of an odd width stay so in the copy, which only has another
-    beginning: kernels learn of their width from the strides, but take the beginning on trust."""
+    """`x`, or a contiguous copy if it is misaligned.
+
+    The copy begins at an aligned address. Its rows are aligned only if their width is a multiple of 16 bytes: kernels
+    check the strides, but not the address.
+    """
     if is_aligned(x) or x.is_contiguous() and x.storage_offset() * x.element_size() % BYTES == 0:
         return x
     return x.clone(memory_format=torch.contiguous_format)
@@ -38,5 +41,5 @@ class _AlignedGradient(Function):
 
 
 def with_aligned_gradient(x: Tensor) -> Tensor:
-    """`x` itself; the gradient that comes back to it is `aligned`."""
+    """Identity; backward returns an aligned gradient."""
     return _AlignedGradient.apply(x)

@@ -28,8 +28,8 @@ _HEAD_WIDTH_MULTIPLE, _MAX_HEAD_WIDTH = 8, 256
 def reference_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, lengths: Sequence[int]) -> Tensor:
     """One causal `scaled_dot_product_attention` per document: exact, any device and dtype."""
     grouped = q.shape[1] != k.shape[1]
-    # Misaligned may be the values, a slice of a wider tensor, and each document, a slice of the rows; likewise its
-    # gradient.
+    # The values may be a slice of a wider tensor, and a document is a slice of the rows: either can be misaligned, and
+    # so can the gradients.
     documents = zip(*(x.split(list(lengths)) for x in (q, k, v)), strict=True)
     attended = [  # each [1, H, length, d_v]
         with_aligned_gradient(

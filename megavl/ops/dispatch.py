@@ -77,8 +77,8 @@ def _attention(device: torch.device) -> tuple[PackedAttention, str]:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError as error:
         return reference_attention, f"torch, one document at a time ({missing}; {error})"
-    words = f"torch varlen_attn for fp16 and bf16, one document at a time for fp32 ({missing})"
-    return fused_attention(causal_varlen(varlen_attn)), words
+    line = f"torch varlen_attn for fp16 and bf16, one document at a time for fp32 ({missing})"
+    return fused_attention(causal_varlen(varlen_attn)), line
 
 
 def _rms_norm(device: torch.device) -> tuple[Callable[[Tensor, Tensor, float], Tensor], str]:

@@ -1,8 +1,8 @@
 """Products of bf16 tensors, summed in fp32 and rounded to bf16 once, on every device.
 
 On a CPU without bf16 units torch multiplies bf16 matrices by a plain loop: on an AVX2 CPU at 2 to 5 GFLOP/s, where fp32
-reaches 60. There the product, and with it its backward pass, is done in fp32. On a GPU torch lets cuBLAS cut a long
-sum into parts and add these in bf16, which rounds a gradient several times: there this is switched off.
+reaches 60. There the product, and with it its backward pass, is done in fp32. On a GPU torch allows cuBLAS
+to split a long sum and to add the parts in bf16, which rounds a gradient several times; this is disabled.
 """
 
 from collections.abc import Callable
@@ -38,7 +38,7 @@ class Float32Products(TorchFunctionMode):
 
 
 class Float32Sums(AbstractContextManager):
-    """While entered, cuBLAS adds the parts of a bf16 sum in fp32. May be entered again while it is."""
+    """While entered, cuBLAS adds the parts of a bf16 sum in fp32. Reentrant: a recomputed block enters it again."""
 
     def __init__(self):
         self._before: list[bool] = []

@@ -1,4 +1,4 @@
-"""Parameters that take part in a graph without being read."""
+"""Identity that gives parameters gradients of zeros without reading them."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from torch.autograd import Function
 class _ZeroGradients(Function):
     @staticmethod
     def forward(ctx, x: Tensor, *unread: Tensor) -> Tensor:
-        # Not the tensors themselves: ZeRO-3 frees a parameter after the forward pass.
+        # Not the tensors: ZeRO-3 frees parameters after the forward pass.
         ctx.unread = [(tensor.shape, tensor.dtype, tensor.device) for tensor in unread]
         return x.view_as(x)
 
@@ -22,6 +22,8 @@ class _ZeroGradients(Function):
 
 
 def with_zero_gradients(x: Tensor, *unread: Tensor) -> Tensor:
-    """`x` itself. It requires a gradient if any of `unread` does, and in its backward pass each of them gets a gradient
-    of zeros; nothing of them is read or computed."""
+    """Identity on `x`; backward gives each tensor of `unread` that requires a gradient one of zeros.
+
+    The result requires a gradient if `x` or any of `unread` does.
+    """
     return _ZeroGradients.apply(x, *unread)

@@ -12,7 +12,7 @@ def said_by_all(message: Message | None, control: dist.ProcessGroup | None) -> d
     """All-gather of optional messages, keyed by rank; costs one flag all-reduce when there are none. Collective.
 
     Args:
-        message: what this rank tells the others, such as an error; None for nothing
+        message: of this rank, such as an error; None for no message
         control: gloo group over the world (`Mesh.control`); None for a process without process groups
     """
     if control is None:

@@ -165,9 +165,11 @@ def shared_weight(weight: Tensor, tp: TensorAxis) -> Tensor:
 
 
 def join_shares(x: Tensor, total: int, axis: Axis) -> Tensor:
-    """Shares of `total` rows, which every rank then continues with: [share, ...] -> [total, ...]. The shares are those
-    of `megavl.batch.tile_share`: only the last ones are short, so that padding them leaves the rows in order. A rank
-    whose share is empty brings one row of its own, which is cut off with the padding."""
+    """All-gather of the shares of `total` rows, [share, ...] -> [total, ...]; every rank continues with all rows.
+
+    The shares are those of `megavl.batch.tile_share`. Only the last ones are short, so padding keeps the rows in order.
+    A rank with an empty share passes one row, which is cut off with the padding.
+    """
     missing = -(-total // axis.size) - len(x)
     if missing:
         x = torch.cat((x, x.new_zeros(missing, *x.shape[1:])))  # [ceil(total / size), ...]

@@ -166,7 +166,7 @@ class Dispatch:
             self._meet()
 
     def _meet(self) -> None:
-        """Learn how many rows each rank sends to each expert here, and how they are put together by expert."""
+        """Exchange the row counts; derive the split sizes of the transfer and the permutation by expert."""
         sent = self.counts.view(self._ep.size, -1)  # [ep, total / ep]
         received = torch.empty_like(sent)
         dist.all_to_all_single(received, sent, group=self._ep.group)
@@ -176,7 +176,7 @@ class Dispatch:
         self._there = _Transfer(to_ranks, from_ranks, self._ep)
         self._there_dual = self._there.dual()
         if not sum(from_ranks):
-            return
+            return  # nothing to permute, and kernels may refuse empty tensors
         expert = torch.arange(len(self.counts), device=received.device).repeat(self._ep.size)  # [total]
         rows = expert.repeat_interleave(received.flatten(), output_size=sum(from_ranks))  # [N]
         self._by_expert, self._by_rank = _sorting(rows)

@@ -15,7 +15,7 @@ class Axis:
     """This rank's place on one axis. Layers do not communicate over an axis of size 1.
 
     On a mesh from `build_mesh` the group of such an axis holds this rank alone, because a group of None is the world to
-    torch's collectives. None is left for single-process code without process groups.
+    torch's collectives. None stands for a process without process groups.
     """
 
     rank: int = 0

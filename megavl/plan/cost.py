@@ -276,7 +276,7 @@ def _sam_block(walk: _Walk, block: str, sam: SamConfig, tiles: int, side: int) -
     rows, padded_rows = tiles * sam.grid**2, squares * side**2
     walk.layer_norm(f"{block}.norm1")
     walk.linear(padded_rows, width, {f"{block}.attn.qkv": 3 * width}, bias=True)
-    # Each query meets `side` relative positions in either direction, filled up with zeros to a multiple of 8.
+    # Each query is multiplied by `side` relative positions per direction, padded with zeros to a multiple of 8.
     positions, spare, live = [f"{block}.attn.rel_pos_{way}" for way in "hw"], -side % 8, walk.live
     walk.multiply(dict.fromkeys(positions, 2 * padded_rows * side * width))
     zeros = 2 * padded_rows * spare * width

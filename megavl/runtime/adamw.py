@@ -1,6 +1,6 @@
-"""AdamW: which implementation serves on a device, and why; where each one keeps its number of updates.
+"""AdamW: choice of the implementation for a device, and where each implementation keeps its number of updates.
 
-None of them is compiled at run time: apex's and DeepSpeed's serve where their extension was built at install time.
+Nothing is compiled at run time: apex's and DeepSpeed's are chosen only if their extension was built at install time.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ class AdamW:
     """One implementation.
 
     build: makes the optimizer
-    line: what serves, and why
+    line: its name and the reason for the choice, for the log
     """
 
     build: Build
@@ -59,7 +59,7 @@ def _apex(zero: int) -> tuple[Build | None, str]:
         # ZeRO-3 calls step() once for each part of a group; apex counts updates per group, so it would count parts.
         return None, "apex counts updates per group, which is wrong under ZeRO-3"
     try:
-        # The compiled extension is imported for its own sake: apex itself imports without it, and fails when called.
+        # apex imports without its compiled extension, and fails when called.
         import amp_C  # noqa: F401
         from apex.optimizers import FusedAdam as ApexFusedAdam
     except ImportError as error:
@@ -102,7 +102,7 @@ def first_step(adam: torch.optim.Optimizer, master: Tensor) -> Tensor | int:
 
 
 def set_step(adam: torch.optim.Optimizer, step: int) -> None:
-    """Tell every parameter of `adam` how many updates its moments have seen: bias correction needs it."""
+    """Set the number of updates of every parameter of `adam`, from which bias correction is computed."""
     for state in adam.state.values():
         if torch.is_tensor(state["step"]):
             state["step"].fill_(step)

@@ -97,9 +97,11 @@ def deepspeed_config(config: RunConfig) -> dict:
 
 
 def _clip_and_keep_norm(engine: deepspeed.DeepSpeedEngine, mesh: Mesh) -> None:
-    """Without ZeRO DeepSpeed sums the norm in fp32 and drops it after clipping; this sums in fp64, as ZeRO does, and
-    keeps it. The towers have no gradient after a text step: Adam would pass them over, while a gradient of zeros still
-    moves them, as it does in ZeRO's buffers."""
+    """Clip without ZeRO: DeepSpeed sums the norm in fp32 and drops it; this sums in fp64, as ZeRO does, and keeps it.
+
+    The towers have no gradient after a text step, and Adam would skip them. Gradients of zeros, which ZeRO's buffers
+    hold, still decay their moments and weights; so missing gradients become zeros here.
+    """
     parameters = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
     for parameter in parameters:
         if parameter.grad is None:
@@ -116,8 +118,11 @@ def _clip_and_keep_norm(engine: deepspeed.DeepSpeedEngine, mesh: Mesh) -> None:
 
 
 def _step_and_clear(optimizer, step: Callable[[], None]) -> None:
-    """ZeRO-3 copies the first gradient of a step over that of the step before. A text step has none for the towers:
-    they would keep the gradient of the last multimodal step."""
+    """Update, then clear ZeRO-3's gradient buffer.
+
+    ZeRO-3 overwrites the buffer of a parameter with its first gradient of a step. A text step has none for the towers,
+    which would keep the gradient of the last multimodal step.
+    """
     step()
     optimizer.grad_partitions_flat_buffer.zero_()
 
@@ -137,12 +142,12 @@ def build_engine(stages: nn.ModuleList, config: RunConfig, mesh: Mesh) -> deepsp
     named_parameters = itertools.chain.from_iterable(stage.vlm.named_parameters() for stage in stages)
     groups = parameter_groups(named_parameters, anchors, config.optim)
     if config.parallel.zero:
-        read = set(stages.parameters())
+        registered = set(stages.parameters())
         for group in groups:
             group["params"] = spaced(group["params"], config.parallel.zero, mesh.dp.size)
-        # DeepSpeed knows the parameters of modules only.
-        all_of_them = itertools.chain.from_iterable(group["params"] for group in groups)
-        stages[0].spacers = nn.ParameterList(parameter for parameter in all_of_them if parameter not in read)
+        # DeepSpeed finds parameters only in modules.
+        grouped = itertools.chain.from_iterable(group["params"] for group in groups)
+        stages[0].spacers = nn.ParameterList(parameter for parameter in grouped if parameter not in registered)
     if config.model.decoder.moe is not None:
         announce_experts(stages, groups, mesh, config.model.decoder.moe.experts)
     engine, *_ = deepspeed.initialize(

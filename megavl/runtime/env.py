@@ -21,7 +21,7 @@ from torch.distributed import distributed_c10d
 
 
 class LaunchError(ValueError):
-    """The processes of the run cannot start together; a rank may be alone in knowing it."""
+    """The processes of the run cannot start together. Some ranks may raise it while others do not."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,11 @@ class Env:
         """Index of this process's device among those that it sees."""
         visible, listed = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES", "")
         if visible == 1 and listed and "," not in listed:
-            return 0  # srun --gpus-per-task shows each task its own device only, whatever its local rank
+            return 0  # srun --gpus-per-task shows each task only its own device
         if self.local_rank >= visible:
             setting = f"CUDA_VISIBLE_DEVICES={listed}" if listed else "CUDA_VISIBLE_DEVICES is not set"
             raise LaunchError(
-                f"rank {self.rank} has local rank {self.local_rank}, but the visible CUDA devices number {visible} "
+                f"rank {self.rank} has local rank {self.local_rank}, but only {visible} CUDA devices are visible "
                 f"({setting}), so it has none of its own: start at most one process for each device of a node, or give "
                 "each task its own device (srun --gpus-per-task=1)"
             )
@@ -80,11 +80,11 @@ def read_env() -> Env:
 
 @contextmanager
 def process_group(env: Env, timeout: timedelta) -> Iterator[None]:
-    """Join the other processes, and leave them at the end: groups are destroyed on success, aborted on an error.
+    """Join the other processes; at the end destroy the groups, or abort them after an error.
 
     Args:
         env: this process
-        timeout: of the collectives of the default group
+        timeout: of the rendezvous, and of the collectives of the default group
 
     Raises LaunchError where the processes cannot meet.
     """
@@ -92,8 +92,8 @@ def process_group(env: Env, timeout: timedelta) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        # Destroying a group waits for its collectives, which peers may never join. A failure to abort must not hide the
-        # error itself.
+        # Destroying a group waits for its collectives, which peers may never join. A failed abort must not hide the
+        # error.
         with suppress(Exception):
             distributed_c10d._abort_process_group()
         raise

@@ -1,4 +1,4 @@
-"""The micro-batches of a step on their way to the device."""
+"""Host-to-device copies of the micro-batches of a step."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -12,9 +12,9 @@ from megavl.batch import Batch
 class Feed:
     """The micro-batches of one step on `device`.
 
-    Tokens and borders are copied at once: of a whole step they are a few megabytes. The pixels of a whole step would
-    fill a device, so those of the next micro-batch are copied while this one is computed, on a stream of their own.
-    Copies from pinned memory do not stop the host.
+    Tokens and borders of all micro-batches are copied first: a few megabytes. The pixels of a step would fill a device,
+    so those of the next micro-batch are copied on a separate stream while the current one is computed. Copies from
+    pinned memory do not block the host.
     """
 
     def __init__(self, micro_batches: Sequence[Batch], device: torch.device):
@@ -35,12 +35,12 @@ class Feed:
             yield replace(text, pixels=pixels)
 
     def _copy(self, pixels: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Begin to copy."""
+        """Start the copies: tower -> float32 [tiles, 3, S, S] on the device."""
         with torch.cuda.stream(self._stream):  # None: the current stream
             return {tower: stack.to(self._device, non_blocking=True) for tower, stack in pixels.items()}
 
     def _arrived(self, pixels: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Let the current stream wait for the copies, without the host; and let the allocator know who reads them."""
+        """Make the current stream wait for the copies, without blocking the host, and record that it reads them."""
         if self._stream is not None:
             current = torch.cuda.current_stream(self._device)
             current.wait_stream(self._stream)

@@ -27,8 +27,7 @@ def together(action: Callable[[], Result], control: dist.ProcessGroup | None) ->
 def together_with_remarks(
     action: Callable[[], Result], remark: Callable[[Result], Remark | None], control: dist.ProcessGroup | None
 ) -> tuple[Result, list[Remark]]:
-    """`together`, where ranks may have something to say about their result that all must hear. Collective over
-    `control`.
+    """`together` with an optional remark of each rank on its result, for all ranks. Collective over `control`.
 
     Without a failure and a remark it costs what `together` costs: one number. Returns the result of this rank, and the
     remarks of all, in the order of the ranks.

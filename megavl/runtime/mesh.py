@@ -1,4 +1,4 @@
-"""The axes of a run, as its configuration asks for them."""
+"""Device mesh of a run, from its configuration."""
 
 from datetime import timedelta
 
@@ -8,14 +8,15 @@ from megavl.config.run import RunConfig
 from megavl.parallel.groups import Mesh, build_mesh
 from megavl.parallel.topology import Topology
 
-# Ranks may finish writing a checkpoint to a shared disk that long after one another.
+# Longest time between the first and the last rank that finishes writing a checkpoint to a shared disk.
 _SLOW_DISK = timedelta(minutes=30)
 
 
 def mesh_of(config: RunConfig, world: int, device: torch.device) -> Mesh:
     """The mesh of `world` ranks; the data axis has those that tensor and pipeline leave. Collective.
 
-    Control messages have a longer timeout than a rank has for its data, so that the others hear why it ends.
+    The timeout of the control group exceeds `data.timeout_s`, so that a rank without data can tell the others why it
+    ends.
     """
     parallel = config.parallel
     return build_mesh(

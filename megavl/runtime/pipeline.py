@@ -2,7 +2,7 @@
 
 Schedules are torch.distributed.pipelining's: 1F1B, or interleaved 1F1B with several stages on each rank (Megatron-LM,
 arXiv 2104.04473, section 2.2). They carry fixed-shape hidden states only; token ids, document borders and images stay
-with the rank: each of its stages takes the micro-batches in their order.
+with the rank: each of its stages takes the micro-batches in order.
 """
 
 from collections.abc import Iterator
@@ -33,7 +33,7 @@ class Stage(nn.Module):
     zeros. Whatever is frozen, and whichever parameters live here, DeepSpeed then finds the same groups on every rank,
     and the schedule a gradient on every stage.
 
-    micro_batches: those of the step in their order, on the device of the stage; each call takes the next one
+    micro_batches: those of the step in order, on the device of the stage; each call takes the next one
     """
 
     def __init__(self, vlm: VLM, groups: int):
@@ -133,7 +133,7 @@ class Pipeline:
         """Scaled loss of each micro-batch; none on ranks without the last stage."""
         losses: list[Tensor] = []
         if self._schedule is not None:
-            # The loss is computed in the last stage: the target is there for the schedule's sake.
+            # The last stage computes the loss; the schedule requires a target all the same.
             self._schedule.step(target=torch.zeros(micro_batches), losses=losses, return_outputs=False)
             return losses
         for _ in range(micro_batches):

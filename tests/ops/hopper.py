@@ -1,4 +1,4 @@
-"""A stand-in for a Hopper GPU whose machine has no library beside torch."""
+"""Stand-in for a Hopper GPU with torch and none of the optional libraries."""
 
 import sys
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ LIBRARIES = ("flash_attn", "fused_layer_norm_cuda", "grouped_gemm")
 
 @contextmanager
 def hopper() -> Iterator[None]:
-    """While entered, `choose` finds what such a machine has."""
+    """While entered, `choose` finds such a machine."""
     with pytest.MonkeyPatch.context() as patch:
         for name in LIBRARIES:
             patch.setitem(sys.modules, name, None)

@@ -51,7 +51,7 @@ def test_a_rank_of_512_creates_few_groups(pool, rank):
         assert control == list(range(512))
         several = [name for name, ranks in axes.items() if len(ranks) > 1]
         # The control group, one for each axis of several ranks, and one of this rank alone for all the others.
-        assert calls == 1 + len(several) + (len(several) < len(AXES)) <= 8
+        assert calls == 1 + len(several) + (len(several) < len(AXES)) <= 7
 
 
 def test_the_groups_of_an_axis_are_different_colors_of_one_split():

@@ -1,6 +1,6 @@
-"""What lies in an optimizer's flat buffers begins at whole units of 128 bytes, on every rank under every ZeRO stage.
+"""Alignment of an optimizer's flat buffers to 128 bytes, on every rank and under every ZeRO stage.
 
-A misaligned weight makes a GPU's products slow or fails them; nothing on a CPU would notice.
+A misaligned weight slows a GPU's products down or makes them fail; a CPU shows no difference.
 """
 
 from collections.abc import Iterator
@@ -46,7 +46,7 @@ MESHES = {
 
 
 def misaligned(configs: list[RunConfig]) -> list[list[str]]:
-    """Of each run, what of this rank's begins elsewhere: parameters, masters and moments, then gradients."""
+    """Of each run, the misaligned parameters, masters, moments and gradients of this rank."""
     return [list(_misaligned(config)) for config in configs]
 
 
@@ -72,12 +72,12 @@ def begins(values: Tensor) -> int:
 
 
 def gradients_of(optimizer) -> Iterator[tuple[nn.Parameter, Tensor]]:
-    """Parameters and what this rank has of their fp32 gradients, in DeepSpeed's three optimizers."""
+    """Parameters and this rank's part of their fp32 gradients, in each of DeepSpeed's three optimizers."""
     if hasattr(optimizer, "bf16_groups"):  # ZeRO-1 in bf16
         for group, gradients in zip(optimizer.bf16_groups, optimizer.fp32_groups_gradients, strict=True):
             yield from zip(group, gradients, strict=True)
         for group, flat in zip(optimizer.bf16_groups, optimizer.fp32_groups_gradient_flat_partition, strict=True):
-            yield group[0], flat  # where the part of this rank begins
+            yield group[0], flat  # this rank's partition
     elif hasattr(optimizer, "bit16_groups"):  # ZeRO-2
         for index, group in enumerate(optimizer.params_in_partition):
             yield from zip(group, optimizer._build_compact_grad_partition_buffer(index), strict=False)
@@ -92,7 +92,7 @@ def test_every_parameter_begins_at_a_whole_unit(pool, world):
         assert not any(by_rank), (config.model.name, config.parallel, by_rank)
 
 
-def test_so_it_is_in_the_groups_of_every_recipe(pool):
+def test_the_groups_of_every_recipe_are_aligned(pool):
     (by_recipe,) = pool.run(1, misaligned, [of_recipe(path) for path in RECIPES])
     assert dict(zip([path.stem for path in RECIPES], by_recipe, strict=True)) == {path.stem: [] for path in RECIPES}
 

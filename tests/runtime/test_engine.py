@@ -57,7 +57,6 @@ def test_deepspeed_needs_no_group_beyond_those_of_the_mesh(pool, rank):
     ]
     (counts,) = pool.run(1, calls_of_new_group, configs, rank)
     assert counts == [expected for _, _, expected in LARGE]
-    assert max(counts) <= 8
 
 
 def norms() -> tuple[float, float]:

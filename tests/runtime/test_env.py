@@ -103,7 +103,8 @@ def test_one_process_binds_no_device(cuda):
 def test_a_local_rank_without_a_device_is_refused(cuda, visible, listed, local_rank, shown):
     told = cuda(visible, **({} if listed is None else {"CUDA_VISIBLE_DEVICES": listed}))
     with pytest.raises(
-        LaunchError, match=f"rank 9 has local rank {local_rank}.* CUDA devices number {visible} .{shown}.*srun"
+        LaunchError,
+        match=f"rank 9 has local rank {local_rank}.* only {visible} CUDA devices are visible .{shown}.*srun",
     ):
         start_process_group(Env(rank=9, local_rank=local_rank, world=16), timedelta(seconds=7))
     assert not told and "LOCAL_RANK" not in os.environ

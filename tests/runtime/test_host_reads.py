@@ -1,4 +1,4 @@
-"""No layer asks a device for a value inside a micro-batch: fake tensors have none, and raise when they are asked.
+"""No layer reads a value from the device inside a micro-batch: fake tensors have no values, and a read raises.
 
 The stage runs with the operators of a Hopper GPU, forward and backward.
 """

@@ -1,7 +1,7 @@
-"""What a GPU's kernels would be handed in real steps: aligned operands, and never an empty tensor.
+"""Operands of a GPU's kernels in training steps: aligned, and never empty.
 
 The steps run on a CPU in bf16 with the operators that a Hopper GPU gets; torch's variable-length attention, which has
-no CPU kernel, is stood in for. Shapes are small, but every width is a multiple of 8, as those of all presets are.
+no CPU kernel, has a stand-in. Shapes are small, but every width is a multiple of 8, as those of all presets are.
 """
 
 from collections.abc import Iterable, Iterator
@@ -28,7 +28,7 @@ MULTIMODAL, TEXT = 0, 1
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "_scaled_dot_product_flash_attention_for_cpu"}
 PRODUCTS |= {f"{name}_backward" for name in PRODUCTS}
 CONVOLUTIONS = {"convolution", "convolution_backward"}
-# They give memory, or another view of it; nothing is computed.
+# These allocate or fill memory, or return another view; nothing is computed.
 ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "zeros", "zeros_like"}
 ALLOCATIONS |= {"new_zeros", "fill_", "zero_"}
 VIEWS = {"view", "_unsafe_view", "detach", "alias", "_reshape_alias", "lift_fresh"}
@@ -66,7 +66,7 @@ class Found:
 
 
 class Watch(TorchDispatchMode):
-    """Looks at the operands of every operator, forward and backward."""
+    """Checks the operands of every operator, forward and backward."""
 
     def __init__(self):
         super().__init__()
@@ -80,7 +80,7 @@ class Watch(TorchDispatchMode):
         if name in PRODUCTS:
             self.operands(name, operands)
         elif name in CONVOLUTIONS:
-            # cuDNN lays out its operands by itself; it only asks where they begin.
+            # cuDNN lays out its operands itself; only their addresses matter.
             self.operands(name, [operand.reshape(-1)[:1] for operand in operands if operand.is_contiguous()])
         if _computes(operator) and any(operand.numel() == 0 for operand in operands):
             self.faults[f"{name} of {[tuple(operand.shape) for operand in operands]}"] = None
@@ -104,12 +104,9 @@ def _tensors(values) -> Iterator[Tensor]:
 
 def _computes(operator) -> bool:
     name = operator.overloadpacket.__name__
-    alias = any(returned.alias_info is not None and not returned.alias_info.is_write for returned in _returns(operator))
+    results = [returned.alias_info for returned in operator._schema.returns]
+    alias = any(each is not None and not each.is_write for each in results)
     return operator.namespace == "aten" and not (alias or name in ALLOCATIONS or name in VIEWS)
-
-
-def _returns(operator):
-    return operator._schema.returns
 
 
 def cuda_ops(watch: Watch) -> Ops:
@@ -142,7 +139,7 @@ def _watched(config: RunConfig, all_to_the_first: bool) -> Found:
     with watch:
         pipeline.run(step_batch(MULTIMODAL, config, mesh))
         engine.step()
-        before = watch.counts.get("convolution", 0)
+        convolutions = watch.counts.get("convolution", 0)
         pipeline.run(step_batch(TEXT, config, mesh))
     optimizer, wrong = engine.optimizer, []
     for group, got in zip(optimizer.bf16_groups, optimizer.fp32_groups_has_gradients, strict=True):
@@ -156,7 +153,7 @@ def _watched(config: RunConfig, all_to_the_first: bool) -> Found:
     return Found(
         tuple(watch.faults),
         sum(watch.counts.get(name, 0) for name in PRODUCTS),
-        watch.counts.get("convolution", 0) - before,
+        watch.counts.get("convolution", 0) - convolutions,
         tuple(wrong),
     )
 

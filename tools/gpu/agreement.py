@@ -1,8 +1,8 @@
 """CUDA against CPU: loss and every gradient of tiny models of both families.
 
 The CPU computes in fp32 on weights that bf16 holds exactly, so that in bf16 only the arithmetic differs. The error of a
-gradient is |CUDA - CPU| / |CPU| in the Euclidean norm. The norm of a small gradient counts as 0.1 % of the largest, for
-the error of one that is mathematically zero has no meaning.
+gradient is |CUDA - CPU| / |CPU| in the Euclidean norm. |CPU| counts as at least 0.1 % of the largest norm, because the
+relative error of a gradient that is mathematically zero has no meaning.
 """
 
 from collections.abc import Mapping
@@ -51,7 +51,7 @@ def compare(config: RunConfig, env: Env, kind: Kind, dtype: torch.dtype) -> Find
     """One case: the device in `dtype` against the CPU in fp32."""
     mesh = mesh_of_one(config, env)
     exact = stages_of(config, mesh, choose(torch.device("cpu")), torch.device("cpu"))
-    speaking_values(exact)
+    _fill_parameters(exact)
     ops = choose(env.device)
     ours = stages_of(config, mesh, ops, env.device)
     ours.load_state_dict(exact.state_dict())
@@ -113,9 +113,9 @@ def judge(
 
 
 @torch.no_grad()
-def speaking_values(stages: nn.Module) -> None:
-    """Values with which every part takes part in the loss, which bf16 holds exactly. Training starts some parts at zero
-    and norms at one, which would hide errors."""
+def _fill_parameters(stages: nn.Module) -> None:
+    """Draw values that bf16 holds exactly and under which every part affects the loss: initial zeros, and norms of one,
+    would hide errors."""
     generator = torch.Generator().manual_seed(0)
     for name, parameter in stages.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)

@@ -1,6 +1,5 @@
 """Ceilings of this machine for the shapes of the models: matrix products, a copy, and attention over packs."""
 
-import inspect
 from collections.abc import Callable, Iterator
 
 import torch
@@ -11,10 +10,11 @@ from gpu.timing import seconds_of
 from torch import Tensor
 
 from megavl.config.run import RunConfig
+from megavl.ops.versions import causal_varlen
 
 _COPIED_BYTES = {"cuda": 2 << 30, "cpu": 1 << 20}
 _DOCUMENTS = (1, 4)
-# FLOPs of attention backward over forward: five products for two, the scores being computed again.
+# FLOPs of forward and backward over those of forward: backward has five products, forward two.
 _WITH_BACKWARD = 3.5
 
 
@@ -95,14 +95,15 @@ def packed_attention(documents: int, length: int, device: torch.device) -> Calla
     if device.type != "cuda":
 
         def one_by_one(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            # [documents, H, length, d] each
             heads_first = (x.unflatten(0, (documents, length)).transpose(1, 2) for x in (q, k, v))
-            return F.scaled_dot_product_attention(*heads_first, is_causal=True).transpose(1, 2).flatten(0, 1)
+            return (
+                F.scaled_dot_product_attention(*heads_first, is_causal=True).transpose(1, 2).flatten(0, 1)
+            )  # [T, H, d]
 
         return one_by_one
     from torch.nn.attention.varlen import varlen_attn
 
-    # Said in different ways by torch 2.11 and later ones.
-    takes_window = "window_size" in inspect.signature(varlen_attn).parameters
-    causal = {"window_size": (-1, 0)} if takes_window else {"is_causal": True}
-    ends = torch.arange(0, documents * length + 1, length, device=device, dtype=torch.int32)
-    return lambda q, k, v: varlen_attn(q, k, v, ends, ends, length, length, **causal)
+    kernel = causal_varlen(varlen_attn)
+    cu_seqlens = torch.arange(0, documents * length + 1, length, device=device, dtype=torch.int32)
+    return lambda q, k, v: kernel(q, k, v, cu_seqlens, length)

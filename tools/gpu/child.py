@@ -11,7 +11,7 @@ from gpu.stage import STAGES
 
 
 def run_stage(name: str, work: Path, rehearse: bool) -> int:
-    """Run a stage; its measurements, failed ones too, are in its file. Returns the exit code."""
+    """Run a stage, which writes its measurements to its file. Returns the exit code."""
     stage = next(each for each in STAGES if each.name == name)
     setting = Setting(rehearse, work)
     results = Results(results_path(work, name), broken=lambda: not rehearse and _device_is_broken())
@@ -24,7 +24,7 @@ def run_stage(name: str, work: Path, rehearse: bool) -> int:
     except SystemExit as end:
         return end.code
     except Exception as error:
-        with suppress(SystemExit):  # nothing would be different in a new process
+        with suppress(SystemExit):  # a new process would fail in the same way
             results.fail("the stage", error)
     return 0
 

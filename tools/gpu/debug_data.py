@@ -1,4 +1,4 @@
-"""Datasets and a tokenizer for runs of the debug presets, from what every Python installation has."""
+"""Datasets and a tokenizer for runs of the debug presets: texts of the standard library and drawn pictures."""
 
 import json
 import random
@@ -12,7 +12,7 @@ from megavl.data.build import build
 
 _CHARACTERS = 800
 _TEXTS, _PICTURES = 300, 48
-# Pieces of the tokenizers: those that the recipes of the debug presets are made for.
+# Vocabulary sizes of the debug presets.
 _VOCABULARY = {"vl": 2048, "vl2": 2400}
 _COLOURS = ("red", "green", "blue", "orange", "black")
 
@@ -41,7 +41,7 @@ def _texts() -> list[dict]:
 
 
 def _pictures(folder: Path) -> list[dict]:
-    """A rectangle on white, and what it is."""
+    """Records of a rectangle on white, with its colour and position as the caption."""
     draw, records = random.Random(0), []
     for number in range(_PICTURES):
         colour, left, top = draw.choice(_COLOURS), draw.randrange(60), draw.randrange(60)

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 # Matrix products by the name that the profiler has for them.
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm")
 _DEAREST = 10
-# These allocate or rename, and launch nothing.
+# These allocate, or return another view, and launch nothing.
 _WITHOUT_KERNEL = ("empty", "_unsafe_view", "detach", "alias", "lift_fresh")
 
 Shapes = tuple[tuple[int, ...], ...]
@@ -57,7 +57,7 @@ class Profile:
 
 
 def profile_of(work: Callable[[], None], on_cuda: bool) -> Profile:
-    """Run `work`, which waits for the device at its end, under torch's profiler."""
+    """Run `work`, which synchronizes at its end, under torch's profiler."""
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_cuda
     with profile(activities=activities, record_shapes=True) as recorded:
         work()
@@ -85,7 +85,7 @@ def read_events(events: Iterable, on_cuda: bool) -> Profile:
 
 
 def matrices(shapes: Iterable) -> Shapes:
-    """The shapes of the factors: of a bias, of offsets and of numbers there are fewer than two dims."""
+    """The shapes of the two factors: biases, offsets and scalars have fewer than two dims."""
     return tuple(tuple(shape) for shape in shapes if len(shape) >= 2)[-2:]
 
 

@@ -1,4 +1,4 @@
-"""Alignment of everything that lies in DeepSpeed's flat buffers.
+"""Alignment of the parameters, gradients, masters and moments in DeepSpeed's flat buffers.
 
 cuBLAS has its fast Hopper kernels for operands that begin on 16 bytes, and grouped_mm refuses others. 128 bytes are a
 whole memory transaction.
@@ -69,7 +69,7 @@ def places(run: Run) -> Iterator[Place]:
         gradients = optimizer.fp32_groups_gradients_flat[number]
         for parameter, gradient in zip(group, optimizer.fp32_groups_gradients[number], strict=True):
             name = names.get(parameter)
-            if name is None:  # fills a unit after a parameter, and nothing reads it
+            if name is None:  # an anchor or a spacer
                 continue
             yield Place("parameters", name, parameter.data_ptr() - bf16.data_ptr(), parameter.data_ptr())
             yield Place("gradients", name, gradient.data_ptr() - gradients.data_ptr(), gradient.data_ptr())

@@ -1,4 +1,4 @@
-"""transformers on the same slice: what a user would take instead.
+"""transformers on the same slice, as the baseline.
 
 DeepseekVLHybridForConditionalGeneration with the same shapes and frozen parameters, bf16, scaled_dot_product_attention,
 torch's fused AdamW on the bf16 parameters (no fp32 masters), gradients clipped to norm 1. Both sides have packs of one
@@ -26,7 +26,7 @@ from megavl.plan.hardware import peak_flops
 LEAST_RATIO, _BLOCKS = 0.85, 6
 _HOPPER = 9
 _WARMUP, _STEPS = 2, 3
-# Of the towers the adaptor's convolutions are trained (the recipe of stage 2).
+# Of the vision modules only the adaptor's convolutions are trained, as in the recipe of stage 2.
 _TRAINED = ("neck", "high_res_vision_proj", "alpha")
 
 
@@ -151,7 +151,7 @@ def timed(
     device: torch.device,
     setting: Setting,
 ) -> Finding:
-    """Steps of as many micro-batches: tokens/s, MFU, memory."""
+    """Time whole steps of as many micro-batches as the slice has: tokens/s, MFU, memory."""
     warmup, steps = (1, 1) if setting.rehearse else (_WARMUP, _STEPS)
     on_cuda = device.type == "cuda"
     inputs = inputs_of(batch, config.model, device)

@@ -2,8 +2,8 @@
 
 A product fails if its kernel is one of Ampere's or has narrow loads, or if it runs below 85 % of its own ceiling: the
 same operation on the same shapes and layouts, on fresh and aligned tensors, in the same process. Only products of
-16-bit operands are judged, for fp32 products do not use Hopper's matrix units. Products below 10 GFLOP have no ceiling:
-they take less than 13 us on a Hopper GPU, and a large part of that is the start and the end of the kernel.
+16-bit operands are judged, because fp32 products do not use Hopper's matrix units. Products below 10 GFLOP have no
+ceiling: they take less than 13 us on a Hopper GPU, and a large part of that is the start and the end of the kernel.
 """
 
 import re
@@ -25,9 +25,9 @@ LEAST_SHARE = 0.85
 LEAST_FLOPS = 10e9
 _HOPPER = 9
 _HALF = frozenset((torch.bfloat16, torch.float16))
-# Sets of operands in turn, so that none is found in the cache.
+# Sets of operands used in turn, so that no call finds its operands in the cache.
 _SETS = 3
-# Experts of a layer, where the shapes of a grouped product do not tell them.
+# Experts of a layer, for grouped products whose shapes do not give their number.
 _GROUPS = 64
 
 
@@ -53,7 +53,7 @@ class Product:
 
     @property
     def judged(self) -> bool:
-        """Whether the rules are for it."""
+        """Whether the rules apply: to 16-bit operands, and where the dtypes are not known."""
         return not self.dtypes or self.dtypes <= _HALF
 
     @property
@@ -157,8 +157,8 @@ def _like(operand: Operand, device: torch.device) -> Tensor:
 
 
 def _ends(first: Operand, second: Operand, device: torch.device) -> Tensor:
-    """Where the rows of each group end, int32 [groups], for equally likely groups: like those of an untrained router
-    they fill no whole tile of a kernel."""
+    """End of the rows of each group, int32 [groups], for equally likely groups: as with an untrained router, their
+    sizes are no multiples of a kernel's tile."""
     if len(second.shape) == 3:
         rows, groups = first.shape[0], second.shape[0]
     else:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from gpu.files import replace_text
 
 T = TypeVar("T")
-# Exit code of a stage whose device cannot be used any more: it is started again for the rest of its measurements.
+# Exit code of a stage whose device has become unusable: it is started again for its other measurements.
 RESTART = 75
 _LONGEST = 600
 _PROJECT, _PACKAGES = str(Path(__file__).parents[2]), "site-packages"
@@ -35,7 +35,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Table:
-    """Details of a measurement: a table below the one of all measurements."""
+    """Details of a measurement, shown below the table of all measurements."""
 
     title: str
     columns: Sequence[str]
@@ -49,7 +49,7 @@ class Finding:
     line:     one line for the report
     values:   numbers for the JSON
     tables:   details
-    failures: what makes it a failure, if anything; they stand before the line
+    failures: what is wrong; empty if it passed. They precede the line
     """
 
     line: str
@@ -63,7 +63,7 @@ class Skipped(Exception):
 
 
 class Abandoned(Exception):
-    """What the other measurements of the stage build on has failed, and that is recorded."""
+    """A preparation that the other measurements of the stage need has failed, and its failure is recorded."""
 
 
 class Results:
@@ -122,7 +122,7 @@ class Results:
         print("".join(traceback.format_exception(error)), flush=True)
         last = traceback.format_exception_only(error)[-1].strip().splitlines()
         frames = traceback.extract_tb(error.__traceback__)
-        # The last line of the project, below which torch's own are.
+        # The innermost frame of the project: those below it are torch's.
         ours = [frame for frame in frames if _PROJECT in frame.filename and _PACKAGES not in frame.filename]
         place = (ours or frames)[-1]
         where = f"{Path(place.filename).name}:{place.lineno}"

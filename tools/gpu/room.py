@@ -1,4 +1,4 @@
-"""How many blocks of a model fit the memory that is free."""
+"""Number of blocks of a model that fit the free memory."""
 
 from dataclasses import dataclass
 

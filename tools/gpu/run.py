@@ -1,4 +1,4 @@
-"""The run that a stage measures: recipes at the width of a preset or in tiny, and the engine of one process."""
+"""The run that a stage measures: a recipe at full width or tiny, and the engine of one process."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,7 @@ from megavl.runtime.pipeline import Pipeline, build_stages
 
 # Images of each pack of a multimodal step.
 IMAGES = 3
-# Recipe of each model, and the preset that has all of its parts in tiny.
+# Recipe of each model, and the tiny preset that has all of its parts.
 _RECIPES: Mapping[str, tuple[str, str]] = {
     "vl_7b": ("launch/recipes/vl_7b_stage2.yaml", "vl_debug"),
     "vl_1b": ("launch/recipes/vl_1b_stage2.yaml", "vl_debug_siglip"),
@@ -48,7 +48,7 @@ def full_width(model: str, *overrides: str) -> RunConfig:
 
 
 def tiny(model: str, *overrides: str) -> RunConfig:
-    """The same recipe with every part in tiny: 2 micro-batches of 256 tokens, 3 blocks."""
+    """The same recipe with a tiny model: 2 micro-batches of 256 tokens, 3 blocks."""
     recipe, preset = _RECIPES[model]
     sizes = (f"model={preset}", "model.decoder.layers=3", "data.seq_len=256", "train.global_batch=2")
     return load(recipe, *sizes, *overrides)

@@ -21,12 +21,12 @@ from megavl.plan.hardware import peak_flops
 from megavl.runtime.env import Env
 
 KINDS: tuple[Kind, ...] = ("text", "multimodal")
-# Blocks at most. VL-7B's is what its bars are set for; the others need no more to show every kernel.
+# Most blocks. The bars of VL-7B are set for its number; the others launch every kernel with theirs.
 _MOST_BLOCKS = {"vl_7b": 6, "vl2_small": 4, "vl_1b": 24, "vl2_tiny": 12}
 # Lowest MFU of a text step, on Hopper and with all of those blocks.
 _LEAST_MFU = {"vl_7b": 0.37}
 _WARMUP, _STEPS = 2, 3
-# Products in the report's table; the JSON has what failed of all of them.
+# Products in the report's table; the JSON has the failures of all products.
 _ROWS = 40
 _HOPPER = 9
 
@@ -98,7 +98,7 @@ def forward_backward(run: Run, batch: StepBatch) -> None:
 
 
 def timed(run: Run, batch: StepBatch, setting: Setting, least_mfu: float | None = None) -> Finding:
-    """Steps: tokens/s, MFU, memory, and the host's time to launch them."""
+    """Time whole steps: tokens/s, MFU, memory, and the host's time to launch forward and backward."""
     warmup, steps = (1, 1) if setting.rehearse else (_WARMUP, _STEPS)
     on_cuda = run.env.device.type == "cuda"
     if on_cuda:
@@ -175,7 +175,7 @@ def kernels(run: Run, batch: StepBatch, profile: Profile, setting: Setting) -> F
             "operations": traffic.operations,
             "bytes": traffic.bytes,
         },
-        [Table(f"the ten dearest {kernel}", (kernel, "count", "ms", "share"), rows)],
+        [Table(f"the ten {kernel} with the most device time", (kernel, "count", "ms", "share"), rows)],
     )
 
 

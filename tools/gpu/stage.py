@@ -11,7 +11,7 @@ class Stage:
     name:     what --only takes, alone or by the part before its dot
     proves:   one line for --help and the report
     module:   of this package, whose `run(setting, results, subject)` it is
-    weight_s: seconds that it is expected to take on an H200, by which the remaining time is shared
+    weight_s: expected seconds on an H200; the remaining time is shared in proportion
     subject:  what `run` is called with
     needs:    stage whose results it compares with; selected along with it
     """
@@ -39,7 +39,7 @@ STAGES = (
     Stage("ceilings", "matrix products, copies and attention of these shapes alone", "ceilings", 15),
 )
 
-# A stage may take this many times its share of the time that is left, and in any case the second number in seconds.
+# The limit of a stage is this multiple of its share of the time left, but at least the second number in seconds.
 _SLACK, _FLOOR_S = 2.5, 40.0
 # Importing torch and DeepSpeed alone takes up to this long on a cold machine.
 LEAST_S = 15.0
@@ -49,7 +49,7 @@ def select(names: Sequence[str] | None) -> tuple[Stage, ...]:
     """The stages of these names, or all; a name before the dot stands for all that begin with it.
 
     Raises:
-        ValueError: a name is none of a stage.
+        ValueError: a name belongs to no stage.
     """
     if names is None:
         return STAGES

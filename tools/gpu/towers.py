@@ -10,8 +10,8 @@ _PARTS = ("siglip", "sam", "adaptor")
 
 
 def tower_work(stage: nn.Module, work: Callable[[], object]) -> Counter[str]:
-    """How often each tower and the adaptor ran forward, and how many gradients reached its parameters, while `work`
-    ran. Parts that did neither are left out."""
+    """Forward calls of each tower and the adaptor, and gradients of their parameters, while `work` runs. Zeros are left
+    out."""
     found: Counter[str] = Counter()
     hooks = []
 

@@ -9,7 +9,7 @@ import torch
 
 
 def waits_of(work: Callable[[], object]) -> Counter[str]:
-    """How often each line of Python makes the host wait while `work` runs, by torch's own debug mode on CUDA."""
+    """How often each line of Python makes the host wait while `work` runs, by torch's CUDA sync debug mode."""
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as caught:
