@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from megavl.parallel.agree import said_by_all
+from megavl.parallel.agree import gather_messages
 
 T = TypeVar("T")
 
@@ -46,7 +46,7 @@ def every_rank(action: Callable[[], T], control: dist.ProcessGroup | None) -> T:
     except Exception as error:  # whatever it is: a rank that left here would leave the others waiting
         failure = str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
         cause = error
-    failures = said_by_all(failure, control)
+    failures = gather_messages(failure, control)
     if failures:
         raise CheckpointError(_summary(failures)) from cause
     return result

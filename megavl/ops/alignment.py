@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-BYTES = 16
+ALIGNMENT_BYTES = 16
 
 
 def is_aligned(x: Tensor) -> bool:
     """Whether `x` begins at a multiple of 16 bytes of its storage, and so does each of its rows."""
     size = x.element_size()
     steps = [stride for stride, length in zip(x.stride(), x.shape, strict=True) if length > 1 and stride != 1]
-    return not any(elements * size % BYTES for elements in (x.storage_offset(), *steps))
+    return not any(elements * size % ALIGNMENT_BYTES for elements in (x.storage_offset(), *steps))
 
 
 def aligned(x: Tensor) -> Tensor:
@@ -25,7 +25,7 @@ def aligned(x: Tensor) -> Tensor:
     The copy begins at an aligned address. Its rows are aligned only if their width is a multiple of 16 bytes: kernels
     check the strides, but not the address.
     """
-    if is_aligned(x) or x.is_contiguous() and x.storage_offset() * x.element_size() % BYTES == 0:
+    if is_aligned(x) or x.is_contiguous() and x.storage_offset() * x.element_size() % ALIGNMENT_BYTES == 0:
         return x
     return x.clone(memory_format=torch.contiguous_format)
 

@@ -8,7 +8,7 @@ import torch.distributed as dist
 Message = TypeVar("Message")
 
 
-def said_by_all(message: Message | None, control: dist.ProcessGroup | None) -> dict[int, Message]:
+def gather_messages(message: Message | None, control: dist.ProcessGroup | None) -> dict[int, Message]:
     """All-gather of optional messages, keyed by rank; costs one flag all-reduce when there are none. Collective.
 
     Args:

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from torch import nn
 
 # A unit: 128 bytes in bf16, which is a cache line of a GPU; 256 bytes in fp32.
-ELEMENTS = 64
+UNIT_ELEMENTS = 64
 
 
 def spaced(parameters: Iterable[nn.Parameter], zero: int, ranks: int) -> list[nn.Parameter]:
@@ -31,9 +31,9 @@ def spaced(parameters: Iterable[nn.Parameter], zero: int, ranks: int) -> list[nn
     result, total = [], 0
     for parameter in parameters:
         part = -(-parameter.numel() // parts)
-        result += [parameter, *_spacer(parameter, -part % ELEMENTS * parts)]
-        total += part + -part % ELEMENTS
-    return result if zero == 3 else [*result, *_spacer(result[0], -total % (ELEMENTS * ranks))]
+        result += [parameter, *_spacer(parameter, -part % UNIT_ELEMENTS * parts)]
+        total += part + -part % UNIT_ELEMENTS
+    return result if zero == 3 else [*result, *_spacer(result[0], -total % (UNIT_ELEMENTS * ranks))]
 
 
 def _spacer(like: nn.Parameter, elements: int) -> list[nn.Parameter]:

@@ -46,14 +46,16 @@ class Env:
     def _cuda_index(self) -> int:
         """Index of this process's device among those that it sees."""
         visible, listed = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES", "")
-        if visible == 1 and listed and "," not in listed:
-            return 0  # srun --gpus-per-task shows each task only its own device
+        # srun --gpus-per-task shows each task only its own device. Elsewhere a second process that sees one device would
+        # share it with the first.
+        if visible == 1 and os.environ.get("SLURM_LOCALID") == str(self.local_rank):
+            return 0
         if self.local_rank >= visible:
             setting = f"CUDA_VISIBLE_DEVICES={listed}" if listed else "CUDA_VISIBLE_DEVICES is not set"
             raise LaunchError(
                 f"rank {self.rank} has local rank {self.local_rank}, but only {visible} CUDA devices are visible "
                 f"({setting}), so it has none of its own: start at most one process for each device of a node, or give "
-                "each task its own device (srun --gpus-per-task=1)"
+                "each task its own device (srun --gpus-per-task=1; under another launcher with LOCAL_RANK=0 for each)"
             )
         return self.local_rank
 

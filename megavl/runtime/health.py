@@ -5,7 +5,7 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from megavl.parallel.agree import said_by_all
+from megavl.parallel.agree import gather_messages
 
 Result = TypeVar("Result")
 Remark = TypeVar("Remark")
@@ -38,7 +38,7 @@ def together_with_remarks(
         said = remark(result)
     except (ValueError, OSError) as error:
         problem, cause = str(error), error
-    heard = said_by_all(None if problem is None and said is None else (problem, said), control).values()
+    heard = gather_messages(None if problem is None and said is None else (problem, said), control).values()
     problems = [problem for problem, _ in heard if problem is not None]
     if problems:
         raise RunError("\n".join(dict.fromkeys(problems))) from cause

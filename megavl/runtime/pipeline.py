@@ -20,7 +20,7 @@ from megavl.ops.dispatch import Ops
 from megavl.ops.zero_gradient import with_zero_gradients
 from megavl.parallel.groups import Mesh
 from megavl.plan.partition import split_layers
-from megavl.runtime.alignment import ELEMENTS
+from megavl.runtime.alignment import UNIT_ELEMENTS
 from megavl.runtime.feed import Feed
 from megavl.runtime.optim import freeze, groups_of
 from megavl.runtime.recompute import recompute_blocks
@@ -39,7 +39,7 @@ class Stage(nn.Module):
     def __init__(self, vlm: VLM, groups: int):
         super().__init__()
         self.vlm = vlm
-        self.anchors = nn.ParameterList(nn.Parameter(torch.zeros(ELEMENTS)) for _ in range(groups))
+        self.anchors = nn.ParameterList(nn.Parameter(torch.zeros(UNIT_ELEMENTS)) for _ in range(groups))
         self.micro_batches: Iterator[Batch] = iter(())
         if vlm.stem is not None and vlm.routers:
             # Routers count in their backward pass. If nothing upstream is trainable, autograd skips it.

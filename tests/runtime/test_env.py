@@ -78,11 +78,12 @@ def cuda(environment, monkeypatch):
         (2, "5,7", 1, 1),
         (1, None, 0, 0),
         (1, "0", 3, 0),  # srun --gpus-per-task=1
-        (1, "GPU-5ebe9f43", 7, 0),
+        (1, None, 7, 0),
     ],
 )
 def test_nccl_torch_and_deepspeed_get_the_same_device(cuda, visible, listed, local_rank, index):
-    told = cuda(visible, **({} if listed is None else {"CUDA_VISIBLE_DEVICES": listed}))
+    slurm = {"SLURM_LOCALID": str(local_rank)} if visible == 1 else {}
+    told = cuda(visible, **slurm, **({} if listed is None else {"CUDA_VISIBLE_DEVICES": listed}))
     start_process_group(Env(rank=9, local_rank=local_rank, world=16), timedelta(seconds=7))
     device = torch.device("cuda", index)
     assert told["backend"] == "nccl" and told["timeout"] == timedelta(seconds=7)
@@ -98,7 +99,11 @@ def test_one_process_binds_no_device(cuda):
 
 @pytest.mark.parametrize(
     ("visible", "listed", "local_rank", "shown"),
-    [(2, "5,7", 2, "CUDA_VISIBLE_DEVICES=5,7"), (1, None, 1, "CUDA_VISIBLE_DEVICES is not set")],
+    [
+        (2, "5,7", 2, "CUDA_VISIBLE_DEVICES=5,7"),
+        (1, None, 1, "CUDA_VISIBLE_DEVICES is not set"),
+        (1, "0", 1, "CUDA_VISIBLE_DEVICES=0"),  # torchrun --nproc-per-node 2 with one device
+    ],
 )
 def test_a_local_rank_without_a_device_is_refused(cuda, visible, listed, local_rank, shown):
     told = cuda(visible, **({} if listed is None else {"CUDA_VISIBLE_DEVICES": listed}))

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megavl.config.load import load_run
 from megavl.config.model import MlaConfig, ModelConfig
 from megavl.config.run import RunConfig
-from megavl.ops.alignment import BYTES, is_aligned
+from megavl.ops.alignment import ALIGNMENT_BYTES, is_aligned
 from megavl.ops.attention import reference_attention
 from megavl.ops.dispatch import Ops, choose
 from tests.ops.hopper import hopper
@@ -89,7 +89,7 @@ class Watch(TorchDispatchMode):
     def operands(self, name: str, operands: Iterable[Tensor]) -> None:
         for operand in operands:
             if operand.dtype == torch.bfloat16 and not is_aligned(operand):
-                begin = operand.storage_offset() * operand.element_size() % BYTES
+                begin = operand.storage_offset() * operand.element_size() % ALIGNMENT_BYTES
                 shape, strides = tuple(operand.shape), operand.stride()
                 self.faults[f"{name}: {shape} with strides {strides}, {begin} bytes off"] = None
 

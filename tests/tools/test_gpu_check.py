@@ -351,10 +351,10 @@ def test_gradients_that_differ_fail(theirs, loss_error, failed):
 
 def test_as_many_blocks_as_fit():
     """The slices that were measured took 48.7 and 55.5 GiB, with images 48.9 and 59.6 (docs/benchmarks/gpu.md)."""
-    from gpu.room import room
+    from gpu.capacity import capacity
     from gpu.run import full_width
 
-    dense, routed = room(full_width("vl_7b")), room(full_width("vl2_small"))
+    dense, routed = capacity(full_width("vl_7b")), capacity(full_width("vl2_small"))
     assert dense.blocks(int(48.9 * GIB)) < 6 <= dense.blocks(56 * GIB)
     assert routed.blocks(int(59.6 * GIB)) < 4 <= routed.blocks(62 * GIB)
     assert dense.blocks(GIB) == 0

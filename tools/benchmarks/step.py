@@ -31,7 +31,7 @@ from megavl.plan.cost import step_flops
 from megavl.runtime.adamw import choose_adamw
 from megavl.runtime.balance import Balance
 from megavl.runtime.engine import build_engine
-from megavl.runtime.env import Env, process_group, read_env
+from megavl.runtime.env import Env, LaunchError, process_group, read_env
 from megavl.runtime.mesh import mesh_of
 from megavl.runtime.pipeline import Pipeline, build_stages
 
@@ -136,8 +136,11 @@ def run(args: argparse.Namespace) -> None:
         grid = grid_of(config, args.grid)
     except ConfigError as error:
         sys.exit(f"error: {error}" if env.rank == 0 else 1)
-    with process_group(env, timeout=timedelta(seconds=config.train.timeout_s)):
-        benchmark(config, env, args, grid)
+    try:
+        with process_group(env, timeout=timedelta(seconds=config.train.timeout_s)):
+            benchmark(config, env, args, grid)
+    except LaunchError as error:
+        sys.exit(f"error: {error}")
 
 
 def benchmark(config: RunConfig, env: Env, args: argparse.Namespace, grid: Grid) -> None:

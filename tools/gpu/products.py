@@ -21,6 +21,8 @@ from torch import Tensor
 
 # Kernels of Ampere, or with loads of 1, 2 or 4 elements, to which cuBLAS falls back for misaligned operands.
 _FALLBACK = re.compile(r"align[124](?!\d)|cutlass_80")
+# Kernels whose name says that they read 16-bit operands.
+_HALF_KERNEL = re.compile(r"bf16|fp16|f16|hgemm|nvjet\w*_(hsh|tst)_")
 LEAST_SHARE = 0.85
 LEAST_FLOPS = 10e9
 _HOPPER = 9
@@ -53,8 +55,10 @@ class Product:
 
     @property
     def judged(self) -> bool:
-        """Whether the rules apply: to 16-bit operands, and where the dtypes are not known."""
-        return not self.dtypes or self.dtypes <= _HALF
+        """Whether the rules apply: to 16-bit operands. Where the dtypes are not known, the names of the kernels tell."""
+        if self.dtypes:
+            return self.dtypes <= _HALF
+        return any(_HALF_KERNEL.search(name) for name in self.kernels)
 
     @property
     def rate(self) -> float:

@@ -74,7 +74,7 @@ def mesh_of_one(config: RunConfig, env: Env) -> Mesh:
 
 
 @torch.no_grad()
-def quick_values(model: nn.Module, config: ModelConfig, seed: int) -> None:
+def initialise_on_device(model: nn.Module, config: ModelConfig, seed: int) -> None:
     """Initial values drawn on the model's own device. The project draws on the CPU so that no topology changes a value,
     which takes minutes at full width; what is measured here does not depend on the values."""
     generators: dict[torch.device, torch.Generator] = {}
@@ -129,7 +129,7 @@ def one_micro_batch(batch: StepBatch) -> StepBatch:
 
 def stages_of(config: RunConfig, mesh: Mesh, ops: Ops, device: torch.device) -> nn.ModuleList:
     """The stages of one process, with quick values."""
-    with mock.patch("megavl.runtime.pipeline.initialise", quick_values):
+    with mock.patch("megavl.runtime.pipeline.initialise", initialise_on_device):
         return build_stages(config, mesh, ops, device)
 
 

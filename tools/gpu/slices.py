@@ -5,7 +5,7 @@ import time
 from functools import cache
 
 import torch
-from gpu import room as blocks_room
+from gpu.capacity import capacity
 from gpu.kernels import Profile, Traffic, profile_of
 from gpu.products import LEAST_FLOPS, ceilings, failures, gather
 from gpu.results import Finding, Results, Setting, Skipped, Table
@@ -63,7 +63,7 @@ def build_slice(subject: str, env: Env, setting: Setting) -> tuple[Run, Finding]
     else:
         free, _ = torch.cuda.mem_get_info()
         most = _MOST_BLOCKS[subject]
-        blocks = min(most, blocks_room.room(full_width(subject)).blocks(free))
+        blocks = min(most, capacity(full_width(subject)).blocks(free))
         least = 1 if full_width(subject).model.decoder.moe is None else 2
         if blocks < least:
             raise Skipped(f"not even {least} blocks fit {free / 2**30:.0f} GiB")
@@ -72,10 +72,10 @@ def build_slice(subject: str, env: Env, setting: Setting) -> tuple[Run, Finding]
     run = build(config, env)
     run.synchronize()
     parameters = sum(parameter.numel() for parameter in run.stages.parameters())
-    room = "" if free is None else f", {free / 2**30:.0f} GiB were free"
+    spare = "" if free is None else f", {free / 2**30:.0f} GiB were free"
     return run, Finding(
         f"{config.model.name}, {blocks} blocks, {parameters / 1e9:.3g} B parameters, built in "
-        f"{time.perf_counter() - started:.0f} s{room}; megavl {__version__}",
+        f"{time.perf_counter() - started:.0f} s{spare}; megavl {__version__}",
         {"blocks": blocks, "parameters": parameters, "free_bytes": free},
     )
 

@@ -17,7 +17,7 @@ _OTHER_BYTES = 8 << 30
 
 
 @dataclass(frozen=True)
-class Room:
+class Capacity:
     """Bytes that one process needs: of everything but the blocks, and of each block."""
 
     fixed_bytes: int
@@ -34,14 +34,14 @@ class Room:
         return count
 
 
-def room(config: RunConfig) -> Room:
+def capacity(config: RunConfig) -> Capacity:
     """What a run of one process needs, ZeRO-1 in bf16, one pack at a time."""
     state = [count.trainable * _TRAINED_BYTES + count.frozen * _FROZEN_BYTES for count in item_parameters(config)]
     decoder, tokens = config.model.decoder, config.data.seq_len
     stem, *blocks, head = state
     activations = [_activation_bytes(config, index) for index in range(decoder.layers)]
     fixed = stem + head + tokens * decoder.vocab_size * _LOGIT_BYTES + _OTHER_BYTES
-    return Room(fixed, tuple(map(sum, zip(blocks, activations, strict=True))))
+    return Capacity(fixed, tuple(map(sum, zip(blocks, activations, strict=True))))
 
 
 def _activation_bytes(config: RunConfig, index: int) -> int:
