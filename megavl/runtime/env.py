@@ -46,8 +46,8 @@ class Env:
     def _cuda_index(self) -> int:
         """Index of this process's device among those that it sees."""
         visible, listed = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES", "")
-        # srun --gpus-per-task shows each task only its own device. Elsewhere a second process that sees one device would
-        # share it with the first.
+        # srun --gpus-per-task shows each task only its own device. Under another launcher a second process that sees
+        # one device would share it with the first.
         if visible == 1 and os.environ.get("SLURM_LOCALID") == str(self.local_rank):
             return 0
         if self.local_rank >= visible:

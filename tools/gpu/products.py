@@ -55,7 +55,7 @@ class Product:
 
     @property
     def judged(self) -> bool:
-        """Whether the rules apply: to 16-bit operands. Where the dtypes are not known, the names of the kernels tell."""
+        """Whether the rules apply: to 16-bit operands. Where no dtype is known, the names of the kernels tell."""
         if self.dtypes:
             return self.dtypes <= _HALF
         return any(_HALF_KERNEL.search(name) for name in self.kernels)
