@@ -11,7 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "deepspeed", "torch.distributed.pipelining", "megavl.parallel.groups"])
+_CONTEXT.set_forkserver_preload(["tests.preload"])
 
 
 def _rank(connection, function: Callable, args: tuple, rank: int, world: int, store: str) -> None:
@@ -25,6 +25,7 @@ def _rank(connection, function: Callable, args: tuple, rank: int, world: int, st
         dist.init_process_group(
             "gloo", store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=timedelta(seconds=120)
         )
+        dist.barrier()  # a rank that is done at once must not leave while others still connect to it
         outcome = ("ok", function(*args))
     except BaseException:
         outcome = ("error", traceback.format_exc())

@@ -139,9 +139,9 @@ def start_deepspeed(backend: str) -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # it logs every step of its set-up on every rank
     # DeepSpeed still calls torch's collectives by their old names.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
-    # On a CPU it would compile an all-reduce that only its inference uses. A rank that is killed while torch compiles
-    # leaves a lock behind, for which every later run on the machine would wait without a word.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # On a CPU it would ask the compiler which of its operators could be built, and compile an all-reduce that only its
+    # inference uses. A rank that is killed while torch compiles leaves a lock, for which later runs wait in silence.
+    deepspeed.ops.__compatible_ops__ = {}
     # Its bf16 optimizer collects garbage and prints the memory in use before and after each parameter group.
     bf16_optimizer.see_memory_usage = lambda *_, **__: None
     deepspeed.init_distributed(backend)
