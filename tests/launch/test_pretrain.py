@@ -14,7 +14,7 @@ from megavl.data.encoded import EncodedDocument, EncodedImage
 from megavl.data.tokenizer import load_tokenizer
 from megavl.data.writer import StoreWriter
 from tests.data.conftest import encoded_text, image_bytes
-from tests.pool import free_port
+from tests.pool import Pool, free_port
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -66,8 +66,14 @@ def start(command: list[str]) -> subprocess.CompletedProcess:
     )
 
 
-def plain(recipe: str, *overrides: str) -> subprocess.CompletedProcess:
+def interpreter(recipe: str, *overrides: str) -> subprocess.CompletedProcess:
+    """One process with an interpreter of its own."""
     return start([sys.executable, "launch/pretrain.py", "--config", recipe, *overrides])
+
+
+def plain(recipe: str, *overrides: str) -> subprocess.CompletedProcess:
+    """One process, forked where an interpreter of its own makes no difference."""
+    return Pool().script(ROOT / "launch" / "pretrain.py", ["--config", recipe, *overrides], ROOT)
 
 
 def deepspeed(ranks: int, recipe: str, *overrides: str) -> subprocess.CompletedProcess:
@@ -97,7 +103,7 @@ def assert_same_run(rows: list[dict], expected: list[dict]) -> None:
 def one_process(recipe, tmp_path_factory) -> list[dict]:
     """Metrics of three steps of one plain process, which other launchers and topologies must give."""
     folder = tmp_path_factory.mktemp("one")
-    done = plain(recipe, "train.steps=3", f"output_dir={folder}")
+    done = interpreter(recipe, "train.steps=3", f"output_dir={folder}")
     assert done.returncode == 0, done.stderr
     return metrics(folder)
 
