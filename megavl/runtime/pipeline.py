@@ -114,20 +114,28 @@ class Pipeline:
         return summed_loss / self._normaliser
 
     def run(self, batch: StepBatch) -> Tensor:
-        """Returns float32 []: this rank's part of the step's loss, 0 on ranks without the last stage.
+        """Forward and backward passes. Returns float32 []: this rank's part of the step's loss, 0 on ranks without the
+        last stage.
 
         The loss is the sum over the supervised tokens of the global batch divided by their number. DeepSpeed averages
         gradients over the data axis, so each rank's share is taken times its size.
         """
+        self._take(batch)
+        with self._products:
+            return self._summed(self._forward_backward(len(batch.micro_batches)))
+
+    def evaluate(self, batch: StepBatch) -> Tensor:
+        """Forward passes alone; returns what `run` does. Without gradients, as torch.no_grad() has it."""
+        self._take(batch)
+        with self._products:
+            return self._summed(self._forward(len(batch.micro_batches)))
+
+    def _take(self, batch: StepBatch) -> None:
+        """Give the stages the micro-batches of a step, and the loss its divisor."""
         self._normaliser = batch.supervised_tokens / self._mesh.dp.size
         feed = Feed(batch.micro_batches, self._engine.device)
         for stage in self._stages:
             stage.micro_batches = feed.texts() if stage.vlm.stem is None else feed.batches()
-        with self._products:
-            losses = self._forward_backward(len(batch.micro_batches))
-        if not losses:
-            return torch.zeros((), device=self._engine.device)
-        return torch.stack([loss.detach() for loss in losses]).sum() / self._mesh.dp.size
 
     def _forward_backward(self, micro_batches: int) -> list[Tensor]:
         """Scaled loss of each micro-batch; none on ranks without the last stage."""
@@ -141,3 +149,17 @@ class Pipeline:
             self._engine.backward(loss, scale_wrt_gas=False)
             losses.append(loss)
         return losses
+
+    def _forward(self, micro_batches: int) -> list[Tensor]:
+        """As `_forward_backward`, without the backward passes."""
+        losses: list[Tensor] = []
+        if self._schedule is not None:
+            self._schedule.eval(target=torch.zeros(micro_batches), losses=losses, return_outputs=False)
+            return losses
+        return [self._scaled(self._engine()) for _ in range(micro_batches)]
+
+    def _summed(self, losses: list[Tensor]) -> Tensor:
+        """float32 []."""
+        if not losses:
+            return torch.zeros((), device=self._engine.device)
+        return torch.stack([loss.detach() for loss in losses]).sum() / self._mesh.dp.size

@@ -33,14 +33,11 @@ from megavl.config.tiles import Grid, Tiling
 from megavl.ops.dispatch import Ops, choose
 from megavl.parallel.cross_entropy import IGNORED
 from megavl.parallel.groups import Mesh
-from megavl.runtime.balance import Balance, Load
-from megavl.runtime.engine import build_engine
+from megavl.runtime.balance import Load
 from megavl.runtime.env import start_deepspeed
-from megavl.runtime.loop import keep, over_the_world, resume
 from megavl.runtime.mesh import mesh_of
-from megavl.runtime.optim import set_learning_rate
-from megavl.runtime.pipeline import Pipeline, build_stages
-from megavl.runtime.state import fragments
+from megavl.runtime.pipeline import build_stages
+from megavl.runtime.replica import Replica
 
 SEQ_LEN, GLOBAL_BATCH, STEPS = 48, 12, 5
 IMAGE = 95
@@ -202,20 +199,18 @@ def step_batch(step: int, config: RunConfig, mesh: Mesh) -> StepBatch:
     )
 
 
-def set_up(config: RunConfig, ops: Ops | None = None):
-    """(mesh, stages, engine, pipeline) of this rank, with a CPU's operators unless others are given. Collective."""
+def build(config: RunConfig, ops: Ops | None = None) -> Replica:
+    """The replica of a tiny run, with a CPU's operators unless others are given. Collective."""
     start_deepspeed("gloo")
     cpu = torch.device("cpu")
-    mesh = mesh_of(config, dist.get_world_size(), cpu)
-    ops = ops or choose(cpu)
+    mesh, ops = mesh_of(config, dist.get_world_size(), cpu), ops or choose(cpu)
     stages = build_stages(config, mesh, ops, cpu)
     # The SAM branch counts from the start: its scale begins at zero, which would hide it.
     for stage in stages:
         for name, parameter in stage.vlm.named_parameters():
             if name.endswith("hd_alpha_downsamples"):
                 parameter.data.fill_(0.7)
-    engine = build_engine(stages, config, mesh)
-    return mesh, stages, engine, Pipeline(engine, stages, config, mesh, ops)
+    return Replica(config, mesh, ops, stages)
 
 
 @dataclass(frozen=True)
@@ -224,29 +219,30 @@ class Trained:
 
     history: (loss, gradient norm) of each step
     loads:   of the experts in each step
+    evaluated: loss of the first batch in an evaluation before it is trained on
     weights: this rank's parameters after the last one, in their place in full tensors of which the rest is NaN
     """
 
     history: list[tuple[float, float]]
     loads: list[Load | None]
+    evaluated: list[float]
     weights: dict[str, Tensor]
 
 
 def train(config: RunConfig, checkpoints: str | None = None) -> Trained:
     """With `checkpoints`, begins at the newest one there and leaves one behind."""
-    mesh, stages, engine, pipeline = set_up(config)
-    balance = Balance(stages, config, mesh)
-    first = resume(engine, stages, config, mesh, Path(checkpoints))["step"] if checkpoints else 0
-    history, loads = [], []
+    replica = build(config)
+    first = replica.resume(Path(checkpoints))["step"] if checkpoints else 0
+    steps, evaluated = [], []
     for step in range(first, config.train.steps):
-        set_learning_rate(engine.basic_optimizer, config.optim.lr)
-        loss = over_the_world(pipeline.run(step_batch(step, config, mesh)), mesh)
-        engine.step()
-        loads.append(balance.step())
-        history.append((loss, float(engine.get_global_grad_norm())))
+        batch = step_batch(step, config, replica.mesh)
+        if step == first:
+            evaluated.append(replica.evaluate(batch))
+        steps.append(replica.step(batch, config.optim.lr))
     if checkpoints:
-        keep(engine, stages, config, mesh, Path(checkpoints), config.train.steps, progress={})
-    return Trained(history, loads, weights(engine, stages, mesh))
+        replica.save(Path(checkpoints), config.train.steps, progress={})
+    history = [(step.loss, step.grad_norm) for step in steps]
+    return Trained(history, [step.load for step in steps], evaluated, weights(replica))
 
 
 def train_each(configs: list[RunConfig]) -> list[Trained]:
@@ -256,16 +252,16 @@ def train_each(configs: list[RunConfig]) -> list[Trained]:
 
 def initial_weights(config: RunConfig, init_from: str | None = None) -> dict[str, Tensor]:
     """Parameters before the first step."""
-    mesh, stages, engine, _ = set_up(config)
+    replica = build(config)
     if init_from:
-        load_weights(init_from, fragments(engine, stages, mesh.dp.rank), config.model, mesh.control)
-    return weights(engine, stages, mesh)
+        load_weights(init_from, replica.fragments(), config.model, replica.mesh.control)
+    return weights(replica)
 
 
-def weights(engine, stages, mesh: Mesh) -> dict[str, Tensor]:
+def weights(replica: Replica) -> dict[str, Tensor]:
     """What this rank holds of each parameter, NaN elsewhere."""
     found = {}
-    for held in fragments(engine, stages, mesh.dp.rank):
+    for held in replica.fragments():
         if held.kind == "param":
             local = torch.full((prod(held.shape),), float("nan"))
             local[held.start : held.start + len(held.values)] = held.values.float()

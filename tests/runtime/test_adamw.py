@@ -9,7 +9,7 @@ from deepspeed import git_version_info
 
 from megavl.runtime import adamw
 from megavl.runtime.adamw import choose_adamw, first_step, set_step
-from tests.runtime.cases import over_the_world, run_config, set_up, step_batch
+from tests.runtime.cases import build, run_config, step_batch
 
 HYPER = {"lr": 3e-3, "betas": (0.9, 0.95), "eps": 1e-8}
 DECAYS = (0.1, 0.0)
@@ -230,11 +230,10 @@ def two_steps(configs) -> list[dict]:
     """What the optimizer of each run keeps after two steps."""
     found = []
     for config in configs:
-        mesh, stages, engine, pipeline = set_up(config)
+        replica = build(config)
         for step in range(2):
-            over_the_world(pipeline.run(step_batch(step, config, mesh)), mesh)
-            engine.step()
-        adam = engine.basic_optimizer
+            replica.step(step_batch(step, config, replica.mesh), config.optim.lr)
+        adam = replica.engine.basic_optimizer
         steps = [state["step"] for state in adam.state.values()]
         found.append(
             {

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from megavl.config.load import load_run
 from megavl.config.run import RunConfig
-from megavl.runtime.state import fragments
-from tests.runtime.cases import MODEL, VL2, run_config, set_up
+from tests.runtime.cases import MODEL, VL2, build, run_config
 
 RECIPES = sorted((Path(__file__).parents[2] / "launch" / "recipes").glob("*.yaml"))
 UNIT_BYTES = 128
@@ -51,8 +50,8 @@ def misaligned(configs: list[RunConfig]) -> list[list[str]]:
 
 
 def _misaligned(config: RunConfig) -> Iterator[str]:
-    mesh, stages, engine, _ = set_up(config)
-    held = fragments(engine, stages, mesh.dp.rank)
+    replica = build(config)
+    stages, engine, held = replica.stages, replica.engine, replica.fragments()
     kinds = {fragment.kind for fragment in held}
     assert kinds == {"param", "master", "exp_avg", "exp_avg_sq"}
     for fragment in held:

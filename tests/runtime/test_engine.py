@@ -14,10 +14,11 @@ from megavl.config.run import RunConfig
 from megavl.ops.dispatch import choose
 from megavl.parallel.groups import Axis, build_mesh
 from megavl.parallel.topology import Topology
-from megavl.runtime.engine import _clip_and_keep_norm, build_engine
+from megavl.runtime.engine import _clip_and_keep_norm
 from megavl.runtime.env import start_deepspeed
 from megavl.runtime.mesh import mesh_of
-from megavl.runtime.pipeline import Pipeline, build_stages
+from megavl.runtime.pipeline import build_stages
+from megavl.runtime.replica import Replica
 from tests.pool import fake_world
 from tests.runtime.cases import MODEL, VL2, run_config
 
@@ -45,7 +46,7 @@ def calls_of_new_group(configs: list[RunConfig], rank: int) -> list[int]:
         ) as calls:
             mesh, ops = mesh_of(config, WORLD, cpu), choose(cpu)
             stages = build_stages(config, mesh, ops, cpu)
-            Pipeline(build_engine(stages, config, mesh), stages, config, mesh, ops)
+            Replica(config, mesh, ops, stages)
         counts.append(calls.call_count)
     return counts
 

@@ -21,7 +21,7 @@ from megavl.ops.alignment import ALIGNMENT_BYTES, is_aligned
 from megavl.ops.attention import reference_attention
 from megavl.ops.dispatch import Ops, choose
 from tests.ops.hopper import hopper
-from tests.runtime.cases import MODEL, VL2, run_config, set_up, step_batch
+from tests.runtime.cases import MODEL, VL2, build, run_config, step_batch
 
 RECIPES = sorted((Path(__file__).parents[2] / "launch" / "recipes").glob("*.yaml"))
 MULTIMODAL, TEXT = 0, 1
@@ -130,7 +130,8 @@ def watched(configs: list[RunConfig], all_to_the_first: bool) -> list[Found]:
 def _watched(config: RunConfig, all_to_the_first: bool) -> Found:
     """A multimodal and a text step. `all_to_the_first`: the routers send every token to the first rank's experts."""
     watch = Watch()
-    mesh, stages, engine, pipeline = set_up(config, cuda_ops(watch))
+    replica = build(config, cuda_ops(watch))
+    mesh, stages, engine, pipeline = replica.mesh, replica.stages, replica.engine, replica.pipeline
     names = {parameter: name for stage in stages for name, parameter in stage.vlm.named_parameters()}
     if all_to_the_first:
         for stage in stages:

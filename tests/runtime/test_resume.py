@@ -116,14 +116,9 @@ def train_from_weights(config):
     from pathlib import Path
 
     from megavl.checkpoint.load import latest, load_weights
-    from megavl.runtime.state import fragments
-    from tests.runtime.cases import over_the_world, set_up, step_batch
+    from tests.runtime.cases import build, step_batch
 
-    mesh, stages, engine, pipeline = set_up(config)
-    load_weights(latest(Path(config.output_dir)), fragments(engine, stages, mesh.dp.rank), config.model, mesh.control)
-    history = []
-    for step in range(2, 5):
-        loss = over_the_world(pipeline.run(step_batch(step, config, mesh)), mesh)
-        engine.step()
-        history.append((loss, float(engine.get_global_grad_norm())))
-    return history, {}
+    replica = build(config)
+    load_weights(latest(Path(config.output_dir)), replica.fragments(), config.model, replica.mesh.control)
+    steps = [replica.step(step_batch(step, config, replica.mesh), config.optim.lr) for step in range(2, 5)]
+    return [(step.loss, step.grad_norm) for step in steps], {}

@@ -202,6 +202,8 @@ def compare(trained, case: Case, record_property) -> tuple[float, float, float]:
     results, (expected,) = trained(case), trained(case.alone)
     history = results[0].history
     assert all(other.history == history for other in results), "ranks disagree about a loss or a gradient norm"
+    # An evaluation has the loss that training then has, and changes nothing of it.
+    assert all(other.evaluated == [pytest.approx(history[0][0], rel=1e-6)] for other in results)
     # A text step gives the adaptor no gradient: where it alone trains, the norm must be zero as well.
     errors = [
         [abs(ours - theirs) / max(theirs, 1e-9) for ours, theirs in zip(*step, strict=True)]

@@ -24,16 +24,13 @@ from megavl.config.load import load_run
 from megavl.config.rules import check
 from megavl.config.run import RunConfig
 from megavl.config.tiles import Grid, Tiling
-from megavl.ops.dispatch import choose
 from megavl.parallel.cross_entropy import IGNORED
 from megavl.parallel.groups import Mesh
 from megavl.plan.cost import step_flops
 from megavl.runtime.adamw import choose_adamw
-from megavl.runtime.balance import Balance
-from megavl.runtime.engine import build_engine
 from megavl.runtime.env import Env, LaunchError, process_group, read_env
 from megavl.runtime.mesh import mesh_of
-from megavl.runtime.pipeline import Pipeline, build_stages
+from megavl.runtime.replica import Replica, build_replica
 
 DOCUMENTS = 4
 
@@ -110,16 +107,13 @@ def grid_of(config: RunConfig, asked: str | None) -> Grid:
     return grids[asked]
 
 
-def step_times(pipeline: Pipeline, balance: Balance, engine, batch: StepBatch, warmup: int, steps: int) -> list[float]:
+def step_times(replica: Replica, batch: StepBatch, warmup: int, steps: int) -> list[float]:
     """Seconds of each timed step, of the slowest rank."""
     times = []
     for _ in range(warmup + steps):
         dist.barrier()
         started = time.perf_counter()
-        loss = pipeline.run(batch)
-        engine.step()
-        balance.step()
-        loss.item()  # waits for the device
+        replica.step(batch, replica.config.optim.lr)
         dist.barrier()
         times.append(time.perf_counter() - started)
     return times[warmup:]
@@ -148,16 +142,12 @@ def benchmark(config: RunConfig, env: Env, args: argparse.Namespace, grid: Grid)
     from megavl.runtime.metrics import memory_bytes, peak
 
     mesh = mesh_of(config, env.world, env.device)
-    ops = choose(env.device)
-    stages = build_stages(config, mesh, ops, env.device)
-    engine = build_engine(stages, config, mesh)
-    pipeline = Pipeline(engine, stages, config, mesh, ops)
-    balance = Balance(stages, config, mesh)
+    replica = build_replica(config, mesh, env.device)
     peak_flops, origin = peak(env)
     rows = []
     for kind in ("text", "multimodal"):
         batch = made_up_step(config, mesh, kind, args.images, grid, args.documents)
-        times = step_times(pipeline, balance, engine, batch, args.warmup, args.steps)
+        times = step_times(replica, batch, args.warmup, args.steps)
         flops = step_flops(config, tokens=batch.tokens, squared_tokens=batch.squared_tokens, tiles=batch.tiles)
         median = statistics.median(times)
         capacity = peak_flops * env.world * median
@@ -174,7 +164,7 @@ def benchmark(config: RunConfig, env: Env, args: argparse.Namespace, grid: Grid)
             f"{config.model.name}, {config.model.decoder.layers} blocks, {config.train.precision}: `{command_line()}`"
         )
         print(f"peak {peak_flops * env.world / 1e12:.3g} TFLOP/s: {origin}")
-        print(*ops.lines, choose_adamw(env.device, config.parallel.zero).line, sep="\n")
+        print(*replica.ops.lines, choose_adamw(env.device, config.parallel.zero).line, sep="\n")
         print(
             "\n| step | images | tiles | tokens/s | s (fastest to slowest) | TFLOP/s a device | MFU "
             "| with recomputation | memory, GiB |"

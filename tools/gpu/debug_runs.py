@@ -113,12 +113,12 @@ def _made_up(family: str, steps: int, setting: Setting, missing: str) -> Finding
 
     env = start()
     run = build(load(_RECIPES[family], *_OVERRIDES), env)
-    batch = packs(run.config, env, run.mesh, "multimodal")
+    batch = packs(run.config, env, run.replica.mesh, "multimodal")
     losses = []
     for _ in range(steps):
-        losses.append(run.pipeline.run(batch).item())
-        run.engine.step()
-        run.balance.step()
+        losses.append(run.replica.pipeline.run(batch).item())
+        run.replica.engine.step()
+        run.replica.balance.step()
     failures = [] if losses[-1] < losses[0] else ["the loss did not fall"]
     return Finding(
         f"launch/pretrain.py and its checkpoint were not run: {missing} is missing; loss {losses[0]:.3f} to "

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from gpu.results import Finding, Results, Setting
 from gpu.run import MODELS, Run, build, start, tiny
 
-from megavl.runtime.state import MOMENTS, fragments
+from megavl.runtime.state import MOMENTS
 
 ALIGNMENT_BYTES = 128
 # One of each family.
@@ -62,8 +62,8 @@ def judge(found: list[Place], addresses: bool) -> Finding:
 
 def places(run: Run) -> Iterator[Place]:
     """Where every trainable parameter, fp32 gradient, master and moment begins in DeepSpeed's BF16_Optimizer."""
-    optimizer = run.engine.optimizer
-    names = {parameter: name for stage in run.stages for name, parameter in stage.vlm.named_parameters()}
+    optimizer = run.replica.engine.optimizer
+    names = {parameter: name for stage in run.replica.stages for name, parameter in stage.vlm.named_parameters()}
     for number, group in enumerate(optimizer.bf16_groups):
         bf16, masters = optimizer.bf16_groups_flat[number], optimizer.fp32_groups_flat_partition[number]
         gradients = optimizer.fp32_groups_gradients_flat[number]
@@ -76,7 +76,7 @@ def places(run: Run) -> Iterator[Place]:
             if parameter._hp_mapping is not None:
                 start_bytes = parameter._hp_mapping.hp_fragment_address.start * masters.element_size()
                 yield Place("masters", name, start_bytes, masters.data_ptr() + start_bytes)
-    for fragment in fragments(run.engine, run.stages, run.mesh.dp.rank):
+    for fragment in run.replica.fragments():
         if fragment.kind in MOMENTS:
             values = fragment.values
             yield Place("moments", fragment.name, values.storage_offset() * values.element_size(), values.data_ptr())

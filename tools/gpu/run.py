@@ -17,12 +17,11 @@ from megavl.config.rules import check
 from megavl.config.run import RunConfig
 from megavl.ops.dispatch import Ops, choose
 from megavl.parallel.groups import Mesh
-from megavl.runtime.balance import Balance
-from megavl.runtime.engine import build_engine
 from megavl.runtime.env import Env, read_env, start_process_group
 from megavl.runtime.feed import Feed
 from megavl.runtime.mesh import mesh_of
-from megavl.runtime.pipeline import Pipeline, build_stages
+from megavl.runtime.pipeline import build_stages
+from megavl.runtime.replica import Replica
 
 # Images of each pack of a multimodal step.
 IMAGES = 3
@@ -93,20 +92,15 @@ def initialise_on_device(model: nn.Module, config: ModelConfig, seed: int) -> No
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that a step needs."""
+    """A replica in one process, and the packs that it is fed with."""
 
     config: RunConfig
     env: Env
-    mesh: Mesh
-    ops: Ops
-    stages: nn.ModuleList
-    engine: object
-    pipeline: Pipeline
-    balance: Balance
+    replica: Replica
 
     def packs(self, kind: Kind, documents: int = 4) -> StepBatch:
         """A made-up step, in page-locked memory where there is a GPU."""
-        return packs(self.config, self.env, self.mesh, kind, documents)
+        return packs(self.config, self.env, self.replica.mesh, kind, documents)
 
     def synchronize(self) -> None:
         """Wait for the device."""
@@ -134,12 +128,9 @@ def stages_of(config: RunConfig, mesh: Mesh, ops: Ops, device: torch.device) -> 
 
 
 def build(config: RunConfig, env: Env) -> Run:
-    """Stages, engine and pipeline of a run."""
+    """The run of a recipe in one process."""
     mesh, ops = mesh_of_one(config, env), choose(env.device)
-    stages = stages_of(config, mesh, ops, env.device)
-    engine = build_engine(stages, config, mesh)
-    pipeline = Pipeline(engine, stages, config, mesh, ops)
-    return Run(config, env, mesh, ops, stages, engine, pipeline, Balance(stages, config, mesh))
+    return Run(config, env, Replica(config, mesh, ops, stages_of(config, mesh, ops, env.device)))
 
 
 def summed_loss(stages: Sequence[nn.Module], batch: StepBatch) -> torch.Tensor:

@@ -1,0 +1,129 @@
+"""One copy of the model over its ranks: what this rank holds of it, and a step of training or evaluation."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megavl.batch import StepBatch
+from megavl.checkpoint.fragments import Fragment
+from megavl.checkpoint.load import latest, load, load_weights, read_state
+from megavl.checkpoint.save import save
+from megavl.config.load import dump_run
+from megavl.config.run import RunConfig
+from megavl.ops.dispatch import Ops, choose
+from megavl.parallel.groups import Mesh
+from megavl.runtime.balance import Balance, Load
+from megavl.runtime.engine import build_engine
+from megavl.runtime.health import RunError
+from megavl.runtime.optim import set_learning_rate
+from megavl.runtime.pipeline import Pipeline, build_stages
+from megavl.runtime.state import fragments, set_optimizer_step
+
+
+@dataclass(frozen=True)
+class Step:
+    """Result of an optimizer step, the same on every rank.
+
+    loss:      mean over the supervised tokens of the global batch, nats
+    grad_norm: global norm of the gradient before it is clipped
+    load:      of the routed experts; None where the model has none
+    """
+
+    loss: float
+    grad_norm: float
+    load: Load | None
+
+
+class Replica:
+    """Mesh, operators, stages, engine and schedule of this rank. Its creation and its methods are collective.
+
+    stages: of this rank, in pipeline order, initialised
+    """
+
+    def __init__(self, config: RunConfig, mesh: Mesh, ops: Ops, stages: nn.ModuleList):
+        self.config, self.mesh, self.ops, self.stages = config, mesh, ops, stages
+        self.engine = build_engine(stages, config, mesh)
+        self.pipeline = Pipeline(self.engine, stages, config, mesh, ops)
+        self.balance = Balance(stages, config, mesh)
+
+    @property
+    def has_stem(self) -> bool:
+        """Whether this rank encodes images."""
+        return any(stage.vlm.stem is not None for stage in self.stages)
+
+    def step(self, batch: StepBatch, lr: float) -> Step:
+        """One optimizer step.
+
+        Args:
+            batch: this rank's part of the global batch
+            lr: peak learning rate times the schedule's ratio; each group has its own multiple of it
+
+        Raises:
+            RunError: loss or gradient norm is not finite; after a loss that is not, nothing has been updated.
+        """
+        set_learning_rate(self.engine.basic_optimizer, lr)
+        loss = self._over_the_world(self.pipeline.run(batch))
+        _refuse_infinite("loss", loss, batch.step)
+        self.engine.step()
+        load = self.balance.step()
+        grad_norm = float(self.engine.get_global_grad_norm())
+        _refuse_infinite("gradient norm", grad_norm, batch.step)
+        return Step(loss, grad_norm, load)
+
+    def evaluate(self, batch: StepBatch) -> float:
+        """The loss of a batch under the current weights, as `Step.loss`; nothing is changed or counted."""
+        with torch.no_grad():
+            return self._over_the_world(self.pipeline.evaluate(batch))
+
+    def fragments(self) -> list[Fragment]:
+        """What this rank holds of parameters, masters and moments, as views."""
+        return fragments(self.engine, self.stages, self.mesh.dp.rank)
+
+    def resume(self, checkpoints: Path) -> dict:
+        """Read the newest checkpoint of a directory or, without any, the weights of `checkpoint.init_from`.
+
+        Returns the checkpoint's state, whose "step" is the number of steps done; {"step": 0} without a checkpoint.
+        """
+        newest, config, control = latest(checkpoints), self.config, self.mesh.control
+        held = self.fragments()
+        if newest is None:
+            if config.checkpoint.init_from is not None:
+                load_weights(config.checkpoint.init_from, held, config.model, control)
+            return {"step": 0}
+        state = read_state(newest)
+        load(newest, held, config.model, control)
+        set_optimizer_step(self.engine, state["optimizer_step"])
+        return state | {"path": newest}
+
+    def save(self, checkpoints: Path, done: int, progress: dict) -> Path:
+        """Write a checkpoint after `done` steps, with `progress` in its state. Returns its path.
+
+        The step and the seed of the configuration determine the stream of data, and nothing else in a run is random.
+        """
+        state = {"optimizer_step": done, "config": dump_run(self.config), **progress}
+        return save(checkpoints, done, self.fragments(), state, self.config.checkpoint.keep, self.mesh.control)
+
+    def _over_the_world(self, loss: Tensor) -> float:
+        """Sum of the parts of the loss, of which every tensor rank has a copy."""
+        loss = loss / self.mesh.tp.size
+        dist.all_reduce(loss)
+        return loss.item()
+
+
+def build_replica(config: RunConfig, mesh: Mesh, device: torch.device) -> Replica:
+    """The replica of a run on `mesh`, with initial weights and the operators that serve on `device`. Collective."""
+    ops = choose(device)
+    return Replica(config, mesh, ops, build_stages(config, mesh, ops, device))
+
+
+def _refuse_infinite(what: str, value: float, step: int) -> None:
+    """Every rank has the same value."""
+    if not math.isfinite(value):
+        raise RunError(
+            f"the {what} of step {step + 1} is {value}: this run has diverged, and the weights in memory are lost; "
+            "start again from the last checkpoint with a lower optim.lr, or look at the data of this step"
+        )
