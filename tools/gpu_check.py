@@ -4,7 +4,8 @@
 
 Each stage is a process of its own with a time limit: a crash or a hang costs that stage only. The results are written
 after every stage: OUTPUT/report.md (one table, then the kernels of each slice), OUTPUT/report.json and
-OUTPUT/output.txt (what the stages printed). The exit code is 1 if a stage failed and 2 if there is no CUDA device.
+OUTPUT/output.txt (what the stages printed). The exit code is 1 if a stage failed, 3 if none failed but some found no
+time left, and 2 if there is no CUDA device or an option is wrong.
 
     python tools/gpu_check.py --rehearse
 
@@ -52,10 +53,10 @@ def main() -> None:
 
     from gpu.device import cuda_devices
     from gpu.runner import check
-    from gpu.stage import select
+    from gpu.stage import LEAST_S, select
 
-    if asked.minutes <= 0:
-        parser().error(f"--minutes {asked.minutes:g} leaves no time: give a number above 0")
+    if not LEAST_S <= asked.minutes * 60 < float("inf"):
+        parser().error(f"--minutes {asked.minutes:g}: a stage needs {LEAST_S:.0f} s, give {LEAST_S / 60:g} or more")
     try:
         stages = select(asked.only)
     except ValueError as error:
@@ -63,6 +64,10 @@ def main() -> None:
     if not asked.rehearse and cuda_devices() == 0:
         print("error: there is no CUDA device here; --rehearse runs the same stages on a CPU", file=sys.stderr)
         sys.exit(2)
+    try:
+        asked.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser().error(f"--output {asked.output} cannot be written to: {error}")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C, with a report
     sys.exit(check(stages, Path(__file__).resolve(), asked.minutes * 60, asked.output.resolve(), asked.rehearse))
 

@@ -8,6 +8,9 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from megavl.config.model import ModelConfig, Section
 
+# Above every sensible timeout, and below what overflows in torch, which counts nanoseconds.
+_MONTH_S = 30 * 24 * 3600
+
 
 class ParallelConfig(Section):
     """Sizes of the axes; data parallelism is what remains of the world, and expert parallelism divides that."""
@@ -97,7 +100,7 @@ class DataConfig(Section):
     workers: NonNegativeInt = Field(2, description="processes that decode images; 0 decodes in the training process")
     prefetch: PositiveInt = Field(2, description="steps that are prepared ahead")
     timeout_s: PositiveFloat = Field(
-        300.0, description="seconds without a batch from the loader workers before the run aborts"
+        300.0, le=_MONTH_S, description="seconds without a batch from the loader workers before the run aborts"
     )
     bad_images: NonNegativeInt = Field(
         0, description="images that may turn out to be broken in the whole run; each is replaced by a blank one"
@@ -180,7 +183,7 @@ class TrainConfig(Section):
     seed: NonNegativeInt = 0
     recompute: Literal["off", "full"] = Field("off", description="full: every block is recomputed in the backward pass")
     timeout_s: PositiveFloat = Field(
-        600.0, description="seconds that a collective of the training may take before the run aborts"
+        600.0, le=_MONTH_S, description="seconds that a collective of the training may take before the run aborts"
     )
 
 

@@ -52,6 +52,8 @@ DECODER = {"layers": 2, "width": 96, "heads": 8, "kv_heads": 8, "mlp_width": 64,
         (OptimConfig, {"lr": 1.0, "betas": (0.9, 1.0)}, "less than 1"),
         (OptimConfig, {"lr": float("nan")}, "finite number"),
         (TrainConfig, {"steps": 1, "global_batch": 1, "timeout_s": 0}, "greater than 0"),
+        # torch counts nanoseconds in 64 bits
+        (TrainConfig, {"steps": 1, "global_batch": 1, "timeout_s": 1e10}, "less than or equal to 2592000"),
         (DataConfig, {"tokenizer": "t", "text_ratio": 1, "seq_len": 8, "timeout_s": -1}, "greater than 0"),
     ],
 )

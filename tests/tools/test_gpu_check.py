@@ -174,7 +174,7 @@ def test_no_time_is_left(tmp_path):
 
     code = run_stages(STAGES[:2], None, 10, tmp_path, {"date": "", "command": "", "rehearsal": False})
     rows = json.loads((tmp_path / "report.json").read_text())["stages"]
-    assert code == 0
+    assert code == 3
     assert [row["status"] for row in rows] == ["not run", "not run"]
     assert rows[0]["line"] == "10 s of 10 were left, and a stage needs 15"
 
@@ -421,3 +421,16 @@ def test_a_report_of_any_text_is_a_table():
     assert "| s | m | failed | &#124;q&#124; |" in page
     assert "### s, m: t\n\n| c |\n|---|\n| 1 |" in page
     assert "```\nend\n```" in page
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--minutes", "0.1"], "--minutes 0.1: a stage needs 15 s"),
+        (["--minutes", "nan"], "--minutes nan"),
+        (["--output", "/proc/absent/report"], "/proc/absent/report cannot be written to"),
+    ],
+)
+def test_options_that_leave_no_report_are_refused(options, words):
+    done = command("--rehearse", *options)
+    assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr

@@ -22,7 +22,7 @@ from gpu.stage import LEAST_S, Stage, limit_s
 # A stage's name and the folder of the check to the command that runs it.
 Command = Callable[[str, Path], Sequence[str]]
 _KEPT_LINES = 30
-_INTERRUPTED = 130
+_UNFINISHED, _INTERRUPTED = 3, 130
 
 
 def check(stages: Sequence[Stage], script: Path, budget_s: float, output: Path, rehearse: bool) -> int:
@@ -45,7 +45,7 @@ def check(stages: Sequence[Stage], script: Path, budget_s: float, output: Path, 
 def run_stages(stages: Sequence[Stage], command: Command, budget_s: float, output: Path, head: dict[str, Any]) -> int:
     """Run the stages within `budget_s` seconds, writing report.md, report.json and output.txt in `output`.
 
-    Returns the exit code: 0, 1 if a stage failed, 130 if the user ended it.
+    Returns the exit code: 0, 1 if a stage failed, 3 if none failed but some did not run, 130 if the user ended it.
     """
     output.mkdir(parents=True, exist_ok=True)
     (output / "output.txt").unlink(missing_ok=True)
@@ -76,7 +76,8 @@ def run_stages(stages: Sequence[Stage], command: Command, budget_s: float, outpu
     finally:
         write_report(report, output)
         shutil.rmtree(work, ignore_errors=True)
-    return int(any(row["status"] == "failed" for row in rows))
+    found = {row["status"] for row in rows}
+    return 1 if "failed" in found else _UNFINISHED if "not run" in found else 0
 
 
 def unreached(stage: Stage) -> dict[str, Any]:
