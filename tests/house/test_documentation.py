@@ -1,7 +1,10 @@
 """Every command line in the documentation can be typed: its scripts, recipes, options and overrides exist."""
 
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -76,6 +79,24 @@ def test_commands_exist(page, tmp_path):
 def test_links_lead_somewhere(page):
     links = re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text())
     assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
+
+
+def quoted_dry_runs(text: str) -> list[tuple[str, str]]:
+    """Commands of dry runs in the code blocks of a page, each with the output that the page quotes."""
+    blocks = "\n".join(re.findall(r"^```\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
+    sessions = re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", blocks, re.MULTILINE)
+    return [(command, output) for command, output in sessions if "--dry-run" in command]
+
+
+def test_quoted_dry_runs_print_what_is_quoted():
+    sessions = [session for page in PAGES for session in quoted_dry_runs(page.read_text())]
+    assert len(sessions) >= 3
+    for command, quoted in sessions:
+        words = [sys.executable, *shlex.split(command)[1:]]
+        done = subprocess.run(
+            words, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+        )
+        assert (done.stdout + done.stderr).startswith(quoted.strip()), command
 
 
 def test_the_readme_has_commands_to_check():
