@@ -108,7 +108,7 @@ class Replica:
         return save(checkpoints, done, self.fragments(), state, self.config.checkpoint.keep, self.mesh.control)
 
     def _over_the_world(self, loss: Tensor) -> float:
-        """Sum of the parts of the loss, of which every tensor rank has a copy."""
+        """Sum of the loss over the world; every tensor rank has a copy of the same part."""
         loss = loss / self.mesh.tp.size
         dist.all_reduce(loss)
         return loss.item()
