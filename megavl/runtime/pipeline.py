@@ -6,6 +6,7 @@ with the rank: each of its stages takes the micro-batches in order.
 """
 
 from collections.abc import Iterator
+from functools import cached_property
 
 import deepspeed
 import torch
@@ -79,6 +80,7 @@ class Pipeline:
         self._stages = stages
         self._mesh = mesh
         self._normaliser = 1.0
+        self._config = config
         self._schedule = self._build_schedule(config) if mesh.pp.size > 1 else None
 
     def _build_schedule(self, config: RunConfig) -> Schedule1F1B | ScheduleInterleaved1F1B:
@@ -109,6 +111,11 @@ class Pipeline:
         if len(stages) == 1:
             return Schedule1F1B(stages[0], micro_batches, loss_fn=self._scaled, scale_grads=False)
         return ScheduleInterleaved1F1B(stages, micro_batches, loss_fn=self._scaled, scale_grads=False)
+
+    @cached_property
+    def _evaluation(self) -> Schedule1F1B | ScheduleInterleaved1F1B:
+        """A schedule with buffers of its own: torch 2.11 decides at the first step whether they carry gradients."""
+        return self._build_schedule(self._config)
 
     def _scaled(self, summed_loss: Tensor, _target: Tensor | None = None) -> Tensor:
         return summed_loss / self._normaliser
@@ -154,7 +161,7 @@ class Pipeline:
         """As `_forward_backward`, without the backward passes."""
         losses: list[Tensor] = []
         if self._schedule is not None:
-            self._schedule.eval(target=torch.zeros(micro_batches), losses=losses, return_outputs=False)
+            self._evaluation.eval(target=torch.zeros(micro_batches), losses=losses, return_outputs=False)
             return losses
         return [self._scaled(self._engine()) for _ in range(micro_batches)]
 
