@@ -10,7 +10,7 @@ import pytest
 
 from tests.pool import Pool
 
-# Folders whose files take longest come first: two workers, each of which takes a file at a time, then end together.
+# Folders with the slowest files come first. Workers take a file at a time, and so they finish at about the same time.
 _FIRST = ("runtime", "launch", "tools", "model", "plan", "checkpoint")
 
 

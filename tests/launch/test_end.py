@@ -1,4 +1,4 @@
-"""Two processes in one process group, each of which leaves it as a run does."""
+"""Two processes in one process group; each leaves it as a run does."""
 
 import subprocess
 import sys
