@@ -8,6 +8,7 @@ from pathlib import Path
 from megavl.config.error import ConfigError
 from megavl.config.parameters import parameters
 from megavl.config.run import RunConfig
+from megavl.config.stages import split_layers
 from megavl.config.tiles import Tiling
 
 
@@ -119,31 +120,27 @@ def _balance(config: RunConfig) -> list[str]:
 
 
 def _stages(config: RunConfig) -> list[str]:
-    layers, parallel = config.model.layers, config.parallel
-    count, stages = parallel.num_stages, parallel.stages
-    listed = f"the model list has {layers} items (stem, {config.model.decoder.layers} blocks, head)"
-    wanted = f"parallel.pipeline * parallel.virtual_stages = {parallel.pipeline} * {parallel.virtual_stages} = {count}"
-    if count > layers:
-        return [f"{listed}, fewer than the {count} stages of {wanted}: use fewer stages"]
-    example = [layers // count + (stage < layers % count) for stage in reversed(range(count))]
-    if stages is None and layers % count:
-        return [f"{listed}, which do not divide over {wanted} stages: say how many each has, parallel.stages={example}"]
-    if stages is not None and (len(stages) != count or sum(stages) != layers):
-        return [
-            f"parallel.stages = {list(stages)} has {len(stages)} entries with the sum {sum(stages)}, but {wanted} "
-            f"stages are asked for and {listed}: e.g. parallel.stages={example}"
-        ]
+    try:
+        split_layers(config.model.layers, config.parallel)
+    except ValueError as error:
+        return [str(error)]
     return []
 
 
-def _virtual_stages(config: RunConfig) -> list[str]:
+def _schedule(config: RunConfig) -> list[str]:
     parallel = config.parallel
-    if parallel.virtual_stages == 1 or parallel.pipeline > 1:
-        return []
-    return [
-        f"parallel.virtual_stages = {parallel.virtual_stages} with parallel.pipeline = 1: there is nothing to "
-        "interleave on one rank; set parallel.virtual_stages=1, or parallel.pipeline above 1"
-    ]
+    if parallel.schedule == "1f1b" and parallel.virtual_stages > 1:
+        return [
+            f"parallel.schedule = 1f1b runs one stage on each pipeline rank, but parallel.virtual_stages = "
+            f"{parallel.virtual_stages}: set parallel.schedule=interleaved, or parallel.virtual_stages=1"
+        ]
+    if parallel.schedule == "interleaved" and (parallel.virtual_stages == 1 or parallel.pipeline == 1):
+        return [
+            f"parallel.schedule = interleaved with parallel.virtual_stages = {parallel.virtual_stages} and "
+            f"parallel.pipeline = {parallel.pipeline}: there is nothing to interleave; set parallel.virtual_stages and "
+            "parallel.pipeline above 1, or parallel.schedule=1f1b"
+        ]
+    return []
 
 
 def _zero(config: RunConfig) -> list[str]:
@@ -175,27 +172,12 @@ def _vision(config: RunConfig) -> list[str]:
 
 
 def _batch(config: RunConfig, dp: int) -> list[str]:
-    train, parallel = config.train, config.parallel
+    train = config.train
     ranks = dp * train.micro_batch
     if train.global_batch % ranks:
         return [
             f"train.global_batch = {train.global_batch} does not divide by data-parallel ranks * train.micro_batch = "
             f"{dp} * {train.micro_batch} = {ranks}: packs would be left over; change the batch or the ranks"
-        ]
-    count = train.global_batch // ranks
-    if parallel.virtual_stages == 1 and count < parallel.pipeline:
-        return [
-            f"{count} micro-batches on each rank (train.global_batch {train.global_batch} / {dp} data-parallel ranks / "
-            f"train.micro_batch {train.micro_batch}) are fewer than the {parallel.pipeline} stages of the pipeline, "
-            "which the 1F1B schedule cannot fill: enlarge train.global_batch, or lessen train.micro_batch or the ranks"
-        ]
-    # torch's ScheduleInterleaved1F1B runs the micro-batches in rounds of about one per pipeline rank.
-    rounds = max(1, count // parallel.pipeline)
-    if parallel.virtual_stages > 1 and count % rounds:
-        return [
-            f"{count} micro-batches on each rank do not divide into {rounds} rounds of the interleaved schedule over "
-            f"{parallel.pipeline} pipeline ranks: make train.global_batch / ({dp} data-parallel ranks * "
-            f"train.micro_batch) a multiple of parallel.pipeline, or set parallel.virtual_stages=1"
         ]
     return []
 
@@ -296,7 +278,7 @@ _RUN_RULES = (
     _experts,
     _balance,
     _stages,
-    _virtual_stages,
+    _schedule,
     _zero,
     _vision,
     _positions,

@@ -23,7 +23,8 @@ class ParallelConfig(Section):
         "whole",
         description="tensor ranks share the tokens of whole experts, or cut the width of every expert",
     )
-    virtual_stages: PositiveInt = Field(1, description="stages per pipeline rank; above 1 the schedule is interleaved")
+    schedule: Literal["1f1b", "interleaved"] = Field("1f1b", description="order of the passes on a pipeline rank")
+    virtual_stages: PositiveInt = Field(1, description="stages per pipeline rank; 1f1b has one, interleaved several")
     stages: tuple[PositiveInt, ...] | None = Field(
         None, description="items of the model list (stem, blocks, head) on each stage; null splits them evenly"
     )

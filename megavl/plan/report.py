@@ -3,10 +3,11 @@
 from collections.abc import Iterable
 
 from megavl.config.run import RunConfig
+from megavl.config.stages import split_layers
 from megavl.config.tiles import Tiling
 from megavl.plan.cost import Count, active_parameters, item_parameters, item_work
 from megavl.plan.memory import state_bytes
-from megavl.plan.partition import split_layers
+from megavl.plan.schedule import rank_of, stages_of
 
 
 def describe(config: RunConfig, world: int) -> str:
@@ -55,7 +56,7 @@ def _stages(config: RunConfig) -> str:
         rows.append(
             (
                 str(stage),
-                str(stage % parallel.pipeline),
+                str(rank_of(stage, parallel)),
                 _items(held, config.model.layers),
                 _millions(parameters.trainable),
                 _millions(parameters.frozen),
@@ -77,7 +78,7 @@ def _ranks(config: RunConfig, world: int) -> str:
     stages, dp = split_layers(config.model.layers, parallel), world // parallel.model
     rows = [("pp rank", "parameters", "weights", "gradients", "optimizer", "together")]
     for rank in range(parallel.pipeline):
-        held = _add(items[item] for stage in stages[rank :: parallel.pipeline] for item in stage)
+        held = _add(items[item] for stage in stages_of(rank, parallel) for item in stages[stage])
         state = state_bytes(config, held, dp)
         sizes = map(_mib, (state.weights, state.gradients, state.optimizer, state.total))
         rows.append((str(rank), _millions(held.total), *sizes))

@@ -4,20 +4,17 @@
 say the same, but for the address, which the job script exports. Without any of them this is a run of one process.
 """
 
-import logging
 import os
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
-import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime import bf16_optimizer
 from torch.distributed import distributed_c10d
+
+from megavl.runtime.deepspeed.start import device_type, start_deepspeed
 
 
 class LaunchError(ValueError):
@@ -38,10 +35,8 @@ class Env:
 
         Raises LaunchError where this process has no CUDA device of its own.
         """
-        accelerator = get_accelerator()
-        if accelerator.device_name() == "cuda":
-            return torch.device("cuda", self._cuda_index())
-        return torch.device(accelerator.device_name(self.local_rank))
+        kind = device_type()
+        return torch.device("cuda", self._cuda_index()) if kind == "cuda" else torch.device(kind)
 
     def _cuda_index(self) -> int:
         """Index of this process's device among those that it sees."""
@@ -132,16 +127,3 @@ def start_process_group(env: Env, timeout: timedelta) -> None:
                 f"({str(error).splitlines()[0]}); another run may have that port: choose one, e.g. --master_port 29501"
             ) from error
     start_deepspeed(backend)
-
-
-def start_deepspeed(backend: str) -> None:
-    """Hand the default process group to DeepSpeed."""
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # it logs every step of its set-up on every rank
-    # DeepSpeed still calls torch's collectives by their old names.
-    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
-    # On a CPU it would ask the compiler which of its operators could be built, and compile an all-reduce that only its
-    # inference uses. A rank that is killed while torch compiles leaves a lock, for which later runs wait in silence.
-    deepspeed.ops.__compatible_ops__ = {}
-    # Its bf16 optimizer collects garbage and prints the memory in use before and after each parameter group.
-    bf16_optimizer.see_memory_usage = lambda *_, **__: None
-    deepspeed.init_distributed(backend)

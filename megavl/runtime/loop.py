@@ -12,7 +12,6 @@ from megavl.data.loader import Loader
 from megavl.data.sampler import Sampler
 from megavl.parallel.groups import TensorAxis
 from megavl.parallel.topology import Topology
-from megavl.runtime.adamw import choose_adamw
 from megavl.runtime.bad_images import BadImages
 from megavl.runtime.env import Env
 from megavl.runtime.health import together, together_with_remarks
@@ -40,8 +39,7 @@ def train(config: RunConfig, env: Env) -> None:
         if first_step:
             changes = differences(state["config"], dump_run(config))
             print(f"resumed from {state['path']}", *changes, sep="\n  ", flush=True)
-        optimizer = choose_adamw(env.device, config.parallel.zero)
-        _introduce(config, mesh.topology, (*replica.ops.lines, optimizer.line), first_step)
+        _introduce(config, mesh.topology, replica.lines, first_step)
         announce(sampler, first_step, repacked)
     metrics = Metrics(config, env)
     bad_images = BadImages(config, state.get("bad_images", 0), mesh.control)

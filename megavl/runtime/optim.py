@@ -10,7 +10,6 @@ from torch import nn
 from megavl.config.parameters import parameters
 from megavl.config.run import OptimConfig, RunConfig, ScheduleConfig
 from megavl.parallel.shard import shard_of
-from megavl.runtime.adamw import choose_adamw
 
 
 def freeze(named_parameters: Iterable[tuple[str, nn.Parameter]], optim: OptimConfig) -> None:
@@ -65,11 +64,6 @@ def parameter_groups(
         }
         for group, parameters in members.items()
     ]
-
-
-def build_optimizer(groups: list[dict], optim: OptimConfig, device: torch.device, zero: int) -> torch.optim.Optimizer:
-    """AdamW as `choose_adamw` picks it for parameters on `device` under ZeRO stage `zero`."""
-    return choose_adamw(device, zero).build(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
 
 
 def schedule_ratio(schedule: ScheduleConfig, step: int, steps: int) -> float:

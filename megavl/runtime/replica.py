@@ -17,11 +17,13 @@ from megavl.config.run import RunConfig
 from megavl.ops.dispatch import Ops, choose
 from megavl.parallel.groups import Mesh
 from megavl.runtime.balance import Balance, Load
-from megavl.runtime.engine import build_engine
+from megavl.runtime.deepspeed.adamw import choose_adamw, set_step
+from megavl.runtime.deepspeed.engine import build_engine
+from megavl.runtime.deepspeed.state import fragments
 from megavl.runtime.health import RunError
 from megavl.runtime.optim import set_learning_rate
-from megavl.runtime.pipeline import Pipeline, build_stages
-from megavl.runtime.state import fragments, set_optimizer_step
+from megavl.runtime.pipeline import Pipeline
+from megavl.runtime.stage import build_stages
 
 
 @dataclass(frozen=True)
@@ -42,11 +44,14 @@ class Replica:
     """Mesh, operators, stages, engine and schedule of this rank. Its creation and its methods are collective.
 
     stages: of this rank, in pipeline order, initialised
+    lines:  which implementation serves each operator and the optimizer, and why
     """
 
     def __init__(self, config: RunConfig, mesh: Mesh, ops: Ops, stages: nn.ModuleList):
         self.config, self.mesh, self.ops, self.stages = config, mesh, ops, stages
-        self.engine = build_engine(stages, config, mesh)
+        adamw = choose_adamw(next(stages.parameters()).device, config.parallel.zero)
+        self.lines = (*ops.lines, adamw.line)
+        self.engine = build_engine(stages, config, mesh, adamw)
         self.pipeline = Pipeline(self.engine, stages, config, mesh, ops)
         self.balance = Balance(stages, config, mesh)
 
@@ -66,7 +71,7 @@ class Replica:
             RunError: loss or gradient norm is not finite; after a loss that is not, nothing has been updated.
         """
         set_learning_rate(self.engine.basic_optimizer, lr)
-        loss = self._over_the_world(self.pipeline.run(batch))
+        loss = self._over_the_world(self.pipeline.train(batch))
         _refuse_infinite("loss", loss, batch.step)
         self.engine.step()
         load = self.balance.step()
@@ -76,8 +81,7 @@ class Replica:
 
     def evaluate(self, batch: StepBatch) -> float:
         """The loss of a batch under the current weights, as `Step.loss`; nothing is changed or counted."""
-        with torch.no_grad():
-            return self._over_the_world(self.pipeline.evaluate(batch))
+        return self._over_the_world(self.pipeline.evaluate(batch))
 
     def fragments(self) -> list[Fragment]:
         """What this rank holds of parameters, masters and moments, as views."""
@@ -96,7 +100,7 @@ class Replica:
             return {"step": 0}
         state = read_state(newest)
         load(newest, held, config.model, control)
-        set_optimizer_step(self.engine, state["optimizer_step"])
+        set_step(self.engine.basic_optimizer, state["optimizer_step"])
         return state | {"path": newest}
 
     def save(self, checkpoints: Path, done: int, progress: dict) -> Path:

@@ -40,7 +40,7 @@ def test_7b_on_512_ranks():
 
 
 def test_interleaved_ranks_hold_several_stages():
-    text = describe(make_run(parallel={"pipeline": 3, "virtual_stages": 2}), 6)
+    text = describe(make_run(parallel={"pipeline": 3, "schedule": "interleaved", "virtual_stages": 2}), 6)
     assert [stage[1] for stage in rows(text, "stage")] == ["0", "1", "2", "0", "1", "2"]
     assert [rank[0] for rank in rows(text, "pp rank")] == ["0", "1", "2"]
     stages, ranks = rows(text, "stage"), rows(text, "pp rank")

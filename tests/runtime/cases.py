@@ -34,11 +34,12 @@ from megavl.ops.dispatch import Ops, choose
 from megavl.parallel.cross_entropy import IGNORED
 from megavl.parallel.groups import Mesh
 from megavl.runtime.balance import Load
-from megavl.runtime.env import start_deepspeed
+from megavl.runtime.deepspeed.start import start_deepspeed
 from megavl.runtime.mesh import mesh_of
-from megavl.runtime.pipeline import build_stages
 from megavl.runtime.replica import Replica
+from megavl.runtime.stage import build_stages
 
+RECIPES = sorted((Path(__file__).parents[2] / "launch" / "recipes").glob("*.yaml"))
 SEQ_LEN, GLOBAL_BATCH, STEPS = 48, 12, 5
 IMAGE = 95
 # Every part of the 7B: windowed (padded) and global SAM attention, both necks, SigLIP, hybrid adaptor. 12 items in the

@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from megavl.config.run import CheckpointConfig, RunConfig, TrainConfig
-from megavl.runtime.env import Env, start_deepspeed
+from megavl.runtime.deepspeed.start import start_deepspeed
+from megavl.runtime.env import Env
 from megavl.runtime.loop import train
 from tests.runtime.test_killed import config as run_of
 

@@ -17,7 +17,7 @@ from megavl.ops.dispatch import Ops, choose
 from megavl.ops.grouped import reference_grouped_linear
 from megavl.parallel.groups import TensorAxis
 from megavl.runtime.feed import Feed
-from megavl.runtime.pipeline import Stage
+from megavl.runtime.stage import Stage
 from tests.model import tiny
 from tests.ops.hopper import hopper
 from tests.runtime.test_kernels import ALIGNED
@@ -45,8 +45,7 @@ def step(config: ModelConfig, ops: Ops, images: int) -> list[str]:
         with fake:
             vlm = VLM(config, TensorAxis(), ops, 0, config.layers)
             stage = Stage(vlm, groups=2)
-            stage.micro_batches = Feed([batch], torch.device("cpu")).batches()
-            stage().backward()
+            stage(None, next(Feed([batch], torch.device("cpu")).batches())).backward()
     finally:
         torch.set_default_dtype(torch.float32)
     return [name for name, parameter in vlm.named_parameters() if parameter.grad is not None]
@@ -80,9 +79,8 @@ def test_a_gpu_is_not_waited_for(model, images):
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode(mode)
         try:
-            stage.micro_batches = Feed([batch, batch], device).batches()
-            for _ in range(2):
-                stage().backward()
+            for micro_batch in Feed([batch, batch], device).batches():
+                stage(None, micro_batch).backward()
         finally:
             torch.cuda.set_sync_debug_mode("default")
 

@@ -21,9 +21,8 @@ from megavl.ops.alignment import ALIGNMENT_BYTES, is_aligned
 from megavl.ops.attention import reference_attention
 from megavl.ops.dispatch import Ops, choose
 from tests.ops.hopper import hopper
-from tests.runtime.cases import MODEL, VL2, build, run_config, step_batch
+from tests.runtime.cases import MODEL, RECIPES, VL2, build, run_config, step_batch
 
-RECIPES = sorted((Path(__file__).parents[2] / "launch" / "recipes").glob("*.yaml"))
 MULTIMODAL, TEXT = 0, 1
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "_scaled_dot_product_flash_attention_for_cpu"}
 PRODUCTS |= {f"{name}_backward" for name in PRODUCTS}
@@ -138,10 +137,10 @@ def _watched(config: RunConfig, all_to_the_first: bool) -> Found:
             for router in stage.vlm.routers.values():
                 router.bias[: router.config.per_token] = 100.0
     with watch:
-        pipeline.run(step_batch(MULTIMODAL, config, mesh))
+        pipeline.train(step_batch(MULTIMODAL, config, mesh))
         engine.step()
         convolutions = watch.counts.get("convolution", 0)
-        pipeline.run(step_batch(TEXT, config, mesh))
+        pipeline.train(step_batch(TEXT, config, mesh))
     optimizer, wrong = engine.optimizer, []
     for group, got in zip(optimizer.bf16_groups, optimizer.fp32_groups_has_gradients, strict=True):
         for parameter, has_gradient in zip(group, got, strict=True):

@@ -18,7 +18,8 @@ from megavl.config.run import (
     SourceConfig,
     TrainConfig,
 )
-from megavl.runtime.env import Env, start_deepspeed
+from megavl.runtime.deepspeed.start import start_deepspeed
+from megavl.runtime.env import Env
 from megavl.runtime.loop import train
 from megavl.runtime.metrics import Metrics
 from tests.data.conftest import corpus

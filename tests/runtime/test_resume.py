@@ -9,7 +9,10 @@ from tests.runtime.cases import MODEL, VL2, initial_weights, merge, run_config, 
 # Topology that saves after step 2, and the one that goes on: world, parallel, train.
 CHANGES = [
     ((4, {"tensor": 2, "sequence": True, "pipeline": 2, "zero": 1}, {}), (2, {"zero": 1}, {"micro_batch": 3})),
-    ((2, {"zero": 3}, {"micro_batch": 3}), (4, {"pipeline": 2, "virtual_stages": 3, "zero": 1}, {})),
+    (
+        (2, {"zero": 3}, {"micro_batch": 3}),
+        (4, {"pipeline": 2, "schedule": "interleaved", "virtual_stages": 3, "zero": 1}, {}),
+    ),
     ((3, {"zero": 1}, {"micro_batch": 4}), (2, {"tensor": 2, "zero": 0}, {"micro_batch": 3})),
     ((1, {"zero": 0}, {}), (3, {"zero": 2}, {"micro_batch": 4})),
     ((3, {"pipeline": 3, "zero": 0}, {}), (2, {"tensor": 2, "zero": 3}, {"micro_batch": 6})),

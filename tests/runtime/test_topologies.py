@@ -88,11 +88,11 @@ TABLE = [
     Case(2, "vl", {"tensor": 2, "sequence": True}, {"micro_batch": 2}),
     Case(2, "vl", {"tensor": 2, "vision": "sharded"}, {"micro_batch": 3}),
     Case(2, "vl", {"pipeline": 2, "zero": 0}, {}),
-    Case(2, "vl", {"pipeline": 2, "virtual_stages": 3}, {"recompute": "full"}),
+    Case(2, "vl", {"pipeline": 2, "schedule": "interleaved", "virtual_stages": 3}, {"recompute": "full"}),
     Case(3, "vl", {"zero": 2}, {"micro_batch": 2}),
     Case(3, "vl", {"tensor": 3, "sequence": True}, {"micro_batch": 4, "recompute": "full"}),
     Case(3, "vl", {"pipeline": 3}, {"micro_batch": 2}),
-    Case(4, "vl", {"pipeline": 2, "virtual_stages": 2, "zero": 1}, {"micro_batch": 3}),
+    Case(4, "vl", {"pipeline": 2, "schedule": "interleaved", "virtual_stages": 2, "zero": 1}, {"micro_batch": 3}),
     Case(4, "vl", {"pipeline": 2, "stages": (3, 9), "zero": 0}, {}),
     Case(4, "vl", {"tensor": 2, "sequence": True, "pipeline": 2}, {"micro_batch": 3, "recompute": "full"}),
     Case(4, "vl", {"tensor": 2, "zero": 3}, {"micro_batch": 6}),
@@ -120,14 +120,24 @@ TABLE = [
     Case(4, "base", {"tensor": 2, "expert": 2, "expert_width": "cut"}, {"micro_batch": 6}),
     Case(4, "small", {"tensor": 2, "sequence": True, "expert": 2, "vision": "sharded"}, {"micro_batch": 6}),
     Case(4, "tiny", {"pipeline": 2, "expert": 2, "stages": (1, 5), "zero": 0}, {"micro_batch": 3}),
-    Case(4, "base", {"pipeline": 2, "virtual_stages": 3, "expert": 2}, {"micro_batch": 3, "recompute": "full"}),
+    Case(
+        4,
+        "base",
+        {"pipeline": 2, "schedule": "interleaved", "virtual_stages": 3, "expert": 2},
+        {"micro_batch": 3, "recompute": "full"},
+    ),
     Case(
         8,
         "base",
         {"tensor": 2, "sequence": True, "pipeline": 2, "expert": 2, "expert_width": "cut", "vision": "sharded"},
         {"micro_batch": 3, "recompute": "full"},
     ),
-    Case(8, "small", {"pipeline": 2, "virtual_stages": 3, "expert": 4, "zero": 0}, {"micro_batch": 1}),
+    Case(
+        8,
+        "small",
+        {"pipeline": 2, "schedule": "interleaved", "virtual_stages": 3, "expert": 4, "zero": 0},
+        {"micro_batch": 1},
+    ),
     Case(8, "tiny", {"tensor": 2, "expert": 4}, {"micro_batch": 3}),
 ]
 UNDER_RULES = [
@@ -136,7 +146,12 @@ UNDER_RULES = [
         for topology, rule in itertools.product(
             (
                 (4, "vl", {"tensor": 2, "sequence": True, "pipeline": 2}, {"micro_batch": 3}),
-                (4, "vl", {"pipeline": 2, "virtual_stages": 3, "zero": 0}, {"micro_batch": 3}),
+                (
+                    4,
+                    "vl",
+                    {"pipeline": 2, "schedule": "interleaved", "virtual_stages": 3, "zero": 0},
+                    {"micro_batch": 3},
+                ),
                 (2, "vl", {"zero": 3}, {"micro_batch": 6}),
             ),
             (
@@ -164,7 +179,13 @@ IN_BF16 = [
     Case(2, "vl", {"zero": 1}, {"micro_batch": 6}, precision="bf16"),
     Case(3, "vl", {"zero": 2}, {"micro_batch": 4}, precision="bf16"),
     Case(2, "vl", {"zero": 3}, {"micro_batch": 6}, precision="bf16"),
-    Case(4, "vl", {"pipeline": 2, "virtual_stages": 2}, {"micro_batch": 3, "recompute": "full"}, precision="bf16"),
+    Case(
+        4,
+        "vl",
+        {"pipeline": 2, "schedule": "interleaved", "virtual_stages": 2},
+        {"micro_batch": 3, "recompute": "full"},
+        precision="bf16",
+    ),
     Case(4, "vl", {"tensor": 2, "sequence": True, "pipeline": 2}, {"micro_batch": 3}, precision="bf16"),
     # Rounding decides between two experts that are almost as good; a bias, which moves by a sign, would magnify that.
     Case(

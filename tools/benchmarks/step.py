@@ -27,7 +27,6 @@ from megavl.config.tiles import Grid, Tiling
 from megavl.parallel.cross_entropy import IGNORED
 from megavl.parallel.groups import Mesh
 from megavl.plan.cost import step_flops
-from megavl.runtime.adamw import choose_adamw
 from megavl.runtime.env import Env, LaunchError, process_group, read_env
 from megavl.runtime.mesh import mesh_of
 from megavl.runtime.replica import Replica, build_replica
@@ -164,7 +163,7 @@ def benchmark(config: RunConfig, env: Env, args: argparse.Namespace, grid: Grid)
             f"{config.model.name}, {config.model.decoder.layers} blocks, {config.train.precision}: `{command_line()}`"
         )
         print(f"peak {peak_flops * env.world / 1e12:.3g} TFLOP/s: {origin}")
-        print(*replica.ops.lines, choose_adamw(env.device, config.parallel.zero).line, sep="\n")
+        print(*replica.lines, sep="\n")
         print(
             "\n| step | images | tiles | tokens/s | s (fastest to slowest) | TFLOP/s a device | MFU "
             "| with recomputation | memory, GiB |"

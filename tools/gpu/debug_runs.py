@@ -116,7 +116,7 @@ def _made_up(family: str, steps: int, setting: Setting, missing: str) -> Finding
     batch = packs(run.config, env, run.replica.mesh, "multimodal")
     losses = []
     for _ in range(steps):
-        losses.append(run.replica.pipeline.run(batch).item())
+        losses.append(run.replica.pipeline.train(batch).item())
         run.replica.engine.step()
         run.replica.balance.step()
     failures = [] if losses[-1] < losses[0] else ["the loss did not fall"]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from gpu.results import Finding, Results, Setting
 from gpu.run import MODELS, Run, build, start, tiny
 
-from megavl.runtime.state import MOMENTS
+from megavl.runtime.deepspeed.state import MOMENTS
 
 ALIGNMENT_BYTES = 128
 # One of each family.

@@ -20,8 +20,8 @@ from megavl.parallel.groups import Mesh
 from megavl.runtime.env import Env, read_env, start_process_group
 from megavl.runtime.feed import Feed
 from megavl.runtime.mesh import mesh_of
-from megavl.runtime.pipeline import build_stages
 from megavl.runtime.replica import Replica
+from megavl.runtime.stage import build_stages
 
 # Images of each pack of a multimodal step.
 IMAGES = 3
@@ -123,7 +123,7 @@ def one_micro_batch(batch: StepBatch) -> StepBatch:
 
 def stages_of(config: RunConfig, mesh: Mesh, ops: Ops, device: torch.device) -> nn.ModuleList:
     """The stages of one process, with quick values."""
-    with mock.patch("megavl.runtime.pipeline.initialise", initialise_on_device):
+    with mock.patch("megavl.runtime.stage.initialise", initialise_on_device):
         return build_stages(config, mesh, ops, device)
 
 
@@ -136,5 +136,4 @@ def build(config: RunConfig, env: Env) -> Run:
 def summed_loss(stages: Sequence[nn.Module], batch: StepBatch) -> torch.Tensor:
     """Summed loss of the first micro-batch through the stage of one process, without an engine: float32 []."""
     (stage,) = stages
-    stage.micro_batches = Feed(batch.micro_batches[:1], next(stage.parameters()).device).batches()
-    return stage()
+    return stage(None, next(Feed(batch.micro_batches[:1], next(stage.parameters()).device).batches()))

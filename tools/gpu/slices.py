@@ -93,7 +93,7 @@ def _on_hopper(run: Run) -> bool:
 
 def forward_backward(run: Run, batch: StepBatch) -> None:
     """One micro-batch, to the end of its work on the device."""
-    run.replica.pipeline.run(one_micro_batch(batch))
+    run.replica.pipeline.train(one_micro_batch(batch))
     run.synchronize()
 
 
@@ -107,7 +107,7 @@ def timed(run: Run, batch: StepBatch, setting: Setting, least_mfu: float | None 
     for _ in range(warmup + steps):
         run.synchronize()
         started = time.perf_counter()
-        loss = run.replica.pipeline.run(batch)
+        loss = run.replica.pipeline.train(batch)
         launched = time.perf_counter()
         run.synchronize()
         passed = time.perf_counter()
@@ -155,9 +155,9 @@ def kernels(run: Run, batch: StepBatch, profile: Profile, setting: Setting) -> F
     """What one micro-batch launches, and whether the host or the device bounds it."""
     one = one_micro_batch(batch)
     with Traffic() as traffic:
-        run.replica.pipeline.run(one)
+        run.replica.pipeline.train(one)
     run.synchronize()
-    wall_s = median_wall_s(lambda: run.replica.pipeline.run(one), run.synchronize, 1 if setting.rehearse else 5)
+    wall_s = median_wall_s(lambda: run.replica.pipeline.train(one), run.synchronize, 1 if setting.rehearse else 5)
     bound = "device" if profile.seconds > 0.9 * wall_s else "host"
     kernel = "operations" if setting.rehearse else "kernels"
     rows = [
@@ -182,7 +182,7 @@ def kernels(run: Run, batch: StepBatch, profile: Profile, setting: Setting) -> F
 def products(run: Run, batch: StepBatch, profile: Profile, setting: Setting) -> Finding:
     """Every matrix product of a micro-batch beside what its shape reaches alone."""
     with Traffic() as traffic:
-        run.replica.pipeline.run(one_micro_batch(batch))
+        run.replica.pipeline.train(one_micro_batch(batch))
     run.synchronize()
     if not setting.rehearse:
         torch.cuda.empty_cache()
@@ -225,7 +225,7 @@ def waits(run: Run, batch: StepBatch, setting: Setting) -> Finding:
     """Where the host waits for the device, in a micro-batch and in the optimizer step."""
     if setting.rehearse:
         raise Skipped("not on a CPU")
-    passes = waits_of(lambda: run.replica.pipeline.run(one_micro_batch(batch)))
+    passes = waits_of(lambda: run.replica.pipeline.train(one_micro_batch(batch)))
     step = waits_of(run.replica.engine.step)
     line = f"{sum(passes.values())} in a micro-batch, {sum(step.values())} in the optimizer step"
     rows = [
@@ -240,7 +240,7 @@ def waits(run: Run, batch: StepBatch, setting: Setting) -> Finding:
 def towers(run: Run) -> Finding:
     """Whether a text step runs the towers or their backward."""
     batch = one_micro_batch(run.packs("text"))
-    found = tower_work(run.replica.stages[0], lambda: run.replica.pipeline.run(batch))
+    found = tower_work(run.replica.stages[0], lambda: run.replica.pipeline.train(batch))
     run.synchronize()
     spent = ", ".join(f"{count} {what}" for what, count in found.items())
     failures = [f"a text micro-batch computes in the towers: {spent}"] if found else []

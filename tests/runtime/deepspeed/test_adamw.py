@@ -7,8 +7,8 @@ import pytest
 import torch
 from deepspeed import git_version_info
 
-from megavl.runtime import adamw
-from megavl.runtime.adamw import choose_adamw, first_step, set_step
+from megavl.runtime.deepspeed import adamw
+from megavl.runtime.deepspeed.adamw import choose_adamw, first_step, set_step
 from tests.runtime.cases import build, run_config, step_batch
 
 HYPER = {"lr": 3e-3, "betas": (0.9, 0.95), "eps": 1e-8}

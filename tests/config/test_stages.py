@@ -1,7 +1,7 @@
 import pytest
 
 from megavl.config.run import ParallelConfig
-from megavl.plan.partition import split_layers
+from megavl.config.stages import split_layers
 
 
 def test_even():

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from megavl.config.load import load_run
 from megavl.config.run import RunConfig
-from tests.runtime.cases import MODEL, VL2, build, run_config
+from tests.runtime.cases import MODEL, RECIPES, VL2, build, run_config
 
-RECIPES = sorted((Path(__file__).parents[2] / "launch" / "recipes").glob("*.yaml"))
 UNIT_BYTES = 128
 
 
@@ -36,7 +35,7 @@ MESHES = {
     2: [
         *(of_mesh(2, model, zero=zero) for model in ("vl", "small") for zero in (1, 2, 3)),
         of_mesh(2, "vl", tensor=2),
-        of_mesh(2, "vl", pipeline=2, virtual_stages=2),
+        of_mesh(2, "vl", pipeline=2, schedule="interleaved", virtual_stages=2),
         *(of_mesh(2, "base", expert=2, zero=zero) for zero in (1, 2)),
     ],
     3: [of_mesh(3, model, zero=zero) for model in ("vl", "tiny") for zero in (1, 2, 3)],
@@ -105,7 +104,7 @@ def test_an_odd_parameter_without_a_spacer_would_be_noticed(pool):
 
 
 def misaligned_without_spacers(configs: list[RunConfig]) -> list[list[str]]:
-    import megavl.runtime.engine as engine
+    import megavl.runtime.deepspeed.engine as engine
 
     engine.spaced = lambda parameters, zero, ranks: parameters
     return misaligned(configs)

@@ -1,6 +1,6 @@
 """The state of the run as named fragments: what this rank holds of every parameter, its fp32 master and Adam moments.
 
-The bias of a router, which no optimizer knows, is a parameter without master and moments.
+A persistent buffer (the bias of a router) is written as a parameter without master and moments.
 
 DeepSpeed keeps masters and moments in flat buffers. Under ZeRO-1 and 2 each parameter knows its part of them
 (`_hp_mapping`); under ZeRO-3 each rank holds one flat range of every parameter; without ZeRO the parameter is its own
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from megavl.checkpoint.fragments import Fragment
 from megavl.parallel.shard import shard_of
-from megavl.runtime.adamw import first_step, set_step
+from megavl.runtime.deepspeed.adamw import first_step
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -31,18 +31,20 @@ def fragments(engine: deepspeed.DeepSpeedEngine, stages: nn.ModuleList, dp_rank:
         for shape, shard in [(tuple(getattr(parameter, "ds_shape", parameter.shape)), shard_of(parameter))]
         for kind, start, values in _tensors(engine, parameter, dp_rank)
     ]
-    biases = [
-        Fragment.whole(f"blocks.{index}.mlp.router.bias", "param", router.bias.shape, (0,), router.bias)
+    buffers = [
+        Fragment.whole(name, "param", tuple(buffer.shape), (0,) * buffer.dim(), buffer)
         for stage in stages
-        for index, router in stage.vlm.routers.items()
-        if router.bias is not None
+        for name, buffer in _persistent_buffers(stage.vlm)
     ]
-    return trained + biases
+    return trained + buffers
 
 
-def set_optimizer_step(engine: deepspeed.DeepSpeedEngine, step: int) -> None:
-    """Tell Adam, whose bias correction needs it, how many updates its moments have seen."""
-    set_step(engine.basic_optimizer, step)
+def _persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Buffers that belong to the state of the model, by name."""
+    parameters = {name for name, _ in module.named_parameters()}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if name not in parameters:
+            yield name, tensor
 
 
 def _tensors(engine: deepspeed.DeepSpeedEngine, parameter: nn.Parameter, dp_rank: int) -> Iterator[tuple]:

@@ -14,11 +14,11 @@ from megavl.config.run import RunConfig
 from megavl.ops.dispatch import choose
 from megavl.parallel.groups import Axis, build_mesh
 from megavl.parallel.topology import Topology
-from megavl.runtime.engine import _clip_and_keep_norm
-from megavl.runtime.env import start_deepspeed
+from megavl.runtime.deepspeed.clipping import clip_and_keep_norm
+from megavl.runtime.deepspeed.start import start_deepspeed
 from megavl.runtime.mesh import mesh_of
-from megavl.runtime.pipeline import build_stages
 from megavl.runtime.replica import Replica
+from megavl.runtime.stage import build_stages
 from tests.pool import fake_world
 from tests.runtime.cases import MODEL, VL2, run_config
 
@@ -28,7 +28,7 @@ LARGE = [
     (MODEL, {}, 4),
     (MODEL, {"zero": 0}, 4),
     (MODEL, {"zero": 3}, 4),
-    (MODEL, {"tensor": 2, "sequence": True, "pipeline": 2, "virtual_stages": 2}, 7),
+    (MODEL, {"tensor": 2, "sequence": True, "pipeline": 2, "schedule": "interleaved", "virtual_stages": 2}, 7),
     (VL2["base"], {"tensor": 2, "pipeline": 2, "expert": 4}, 7),
     (VL2["base"], {"tensor": 2, "pipeline": 2, "expert": 4, "expert_width": "cut", "zero": 0}, 7),
     (VL2["tiny"], {"expert": 2, "zero": 2}, 5),
@@ -68,7 +68,7 @@ def norms() -> tuple[float, float]:
     for used in (mesh, replace(mesh, model=Axis())):
         module.weight.grad = torch.tensor([[3.0, 4.0]])
         engine = SimpleNamespace(module=module, device=torch.device("cpu"), gradient_clipping=lambda: 1.0)
-        _clip_and_keep_norm(engine, used)
+        clip_and_keep_norm(engine, used)
         found.append(engine._global_grad_norm.item())
     assert dist.get_world_size() == 2
     return tuple(found)

@@ -1,0 +1,153 @@
+"""Pipeline schedules: the rank of each stage, the order of a rank's passes, and the transfers between ranks.
+
+Sources: 1F1B and interleaved 1F1B are those of Megatron-LM (arXiv 2104.04473, section 2.2).
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain, groupby, pairwise, starmap
+from typing import Literal
+
+from megavl.config.run import ParallelConfig
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One stage over one micro-batch, forward or backward."""
+
+    kind: Literal["forward", "backward"]
+    stage: int
+    micro_batch: int
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """A message between two pipeline ranks: the input of pass `consumer`, which is hidden states or their gradient."""
+
+    consumer: Pass
+    source: int
+    target: int
+
+
+# What a rank does in a step: passes, and transfers that are posted as one batch.
+Program = tuple[Pass | tuple[Transfer, ...], ...]
+# (stages of the rank, rank, ranks, micro-batches) -> passes of the rank.
+Order = Callable[[Sequence[int], int, int, int], list[Pass]]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """placement: "loop" puts stage s on rank s % ranks; "v" runs back, so that first and last stage share rank 0."""
+
+    placement: Literal["loop", "v"]
+    order: Order
+
+
+def rank_of(stage: int, parallel: ParallelConfig) -> int:
+    """Pipeline rank of a stage."""
+    lap, place = divmod(stage, parallel.pipeline)
+    turned = lap % 2 == 1 and _SCHEDULES[parallel.schedule].placement == "v"
+    return parallel.pipeline - 1 - place if turned else place
+
+
+def stages_of(rank: int, parallel: ParallelConfig) -> tuple[int, ...]:
+    """Stages of a pipeline rank, in pipeline order."""
+    return tuple(stage for stage in range(parallel.num_stages) if rank_of(stage, parallel) == rank)
+
+
+@lru_cache(maxsize=8)
+def programs(parallel: ParallelConfig, micro_batches: int, *, backward: bool = True) -> tuple[Program, ...]:
+    """What each pipeline rank does in a step of `micro_batches`; without `backward` the forward passes alone.
+
+    Every rank performs its part of one total order of transfers, each posted only after the pass that produces the
+    message. So neither in-order channels nor messages without a buffer can make ranks wait for one another in a circle.
+
+    Raises:
+        ValueError: the order of passes cannot be performed.
+    """
+    ranks = range(parallel.pipeline)
+    order = _SCHEDULES[parallel.schedule].order
+    passes = [order(stages_of(rank, parallel), rank, len(ranks), micro_batches) for rank in ranks]
+    if not backward:
+        passes = [[each for each in of_rank if each.kind == "forward"] for of_rank in passes]
+    return tuple(tuple(_batched(program)) for program in _with_transfers(passes, parallel))
+
+
+def _one_forward_one_backward(stages: Sequence[int], rank: int, ranks: int, micro_batches: int) -> list[Pass]:
+    (stage,) = stages
+    forwards = [Pass("forward", stage, index) for index in range(micro_batches)]
+    backwards = [Pass("backward", stage, index) for index in range(micro_batches)]
+    return _phases(forwards, backwards, warm_up=ranks - 1 - rank)
+
+
+def _interleaved(stages: Sequence[int], rank: int, ranks: int, micro_batches: int) -> list[Pass]:
+    """Rounds of about as many micro-batches as there are ranks; in a round a rank runs its stages one after another."""
+    count = max(1, micro_batches // ranks)
+    borders = [-(-micro_batches * number // count) for number in range(count + 1)]
+    rounds = list(starmap(range, pairwise(borders)))
+    forwards = [Pass("forward", stage, index) for each in rounds for stage in stages for index in each]
+    backwards = [Pass("backward", stage, index) for each in rounds for stage in reversed(stages) for index in each]
+    return _phases(forwards, backwards, warm_up=(len(stages) - 1) * len(rounds[0]) + 2 * (ranks - 1 - rank))
+
+
+def _phases(forwards: list[Pass], backwards: list[Pass], warm_up: int) -> list[Pass]:
+    """Warm-up: forward passes. Steady state: one forward, one backward. Cool-down: the remaining backward passes."""
+    warm_up = min(warm_up, len(forwards))
+    steady = len(forwards) - warm_up
+    pairs = zip(forwards[warm_up:], backwards[:steady], strict=True)
+    return [*forwards[:warm_up], *chain.from_iterable(pairs), *backwards[steady:]]
+
+
+_SCHEDULES = {
+    "1f1b": Schedule("loop", _one_forward_one_backward),
+    "interleaved": Schedule("loop", _interleaved),
+}
+
+
+def _with_transfers(passes: list[list[Pass]], parallel: ParallelConfig) -> list[list[Pass | Transfer]]:
+    """The passes of each rank with its transfers.
+
+    All ranks are simulated side by side. When a pass is done, the transfer of its output comes next on the rank that
+    sends it and on the rank that receives it.
+    """
+    programs: list[list[Pass | Transfer]] = [[] for _ in passes]
+    waiting = [deque(of_rank) for of_rank in passes]
+    ready = {each for of_rank in passes for each in of_rank if each.kind == "forward" and each.stage == 0}
+    while any(waiting):
+        runnable = [rank for rank, queue in enumerate(waiting) if queue and queue[0] in ready]
+        if not runnable:
+            raise ValueError(
+                f"the order of passes cannot be performed: none of {[q[0] for q in waiting if q]} has input"
+            )
+        for rank in runnable:
+            done = waiting[rank].popleft()
+            programs[rank].append(done)
+            consumer = consumer_of(done, parallel.num_stages)
+            if consumer is None:
+                continue
+            ready.add(consumer)
+            target = rank_of(consumer.stage, parallel)
+            if target != rank:
+                for end in (rank, target):
+                    programs[end].append(Transfer(consumer, rank, target))
+    return programs
+
+
+def consumer_of(done: Pass, num_stages: int) -> Pass | None:
+    """The pass whose input is the output of `done`. The backward pass of the last stage begins with the loss."""
+    if done.kind == "backward":
+        return Pass("backward", done.stage - 1, done.micro_batch) if done.stage > 0 else None
+    if done.stage == num_stages - 1:
+        return Pass("backward", done.stage, done.micro_batch)
+    return Pass("forward", done.stage + 1, done.micro_batch)
+
+
+def _batched(program: list[Pass | Transfer]) -> Iterator[Pass | tuple[Transfer, ...]]:
+    """Transfers between two passes as one batch: a send and a receive then run at the same time."""
+    for is_pass, group in groupby(program, lambda action: isinstance(action, Pass)):
+        if is_pass:
+            yield from group
+        else:
+            yield tuple(group)

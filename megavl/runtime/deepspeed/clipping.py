@@ -1,0 +1,37 @@
+"""Clipping by the global gradient norm without ZeRO."""
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.moe.utils import is_moe_param
+from deepspeed.runtime.utils import is_model_parallel_parameter
+from torch import Tensor
+
+from megavl.parallel.groups import Mesh
+
+
+def clip_and_keep_norm(engine: deepspeed.DeepSpeedEngine, mesh: Mesh) -> None:
+    """Clip without ZeRO: DeepSpeed sums the norm in fp32 and drops it; this sums in fp64, as ZeRO does, and keeps it.
+
+    The towers have no gradient after a text step, and Adam would skip them. Gradients of zeros, which ZeRO's buffers
+    hold, still decay their moments and weights; so missing gradients become zeros here.
+    """
+    parameters = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    counted = [p for p in parameters if mesh.tp.rank == 0 or is_model_parallel_parameter(p)]
+    experts = _squared_norm([p.grad for p in counted if is_moe_param(p)], engine.device)
+    dist.all_reduce(experts, group=mesh.ep.group)
+    squared = experts + _squared_norm([p.grad for p in counted if not is_moe_param(p)], engine.device)
+    dist.all_reduce(squared, group=mesh.model.group)
+    norm = squared.sqrt()
+    if norm > engine.gradient_clipping():
+        torch._foreach_mul_([p.grad for p in parameters], (engine.gradient_clipping() / (norm + 1e-6)).item())
+    engine._global_grad_norm = norm
+
+
+def _squared_norm(grads: list[Tensor], device: torch.device) -> Tensor:
+    """float64 []."""
+    norms = [torch.linalg.vector_norm(grad, dtype=torch.float64) for grad in grads]
+    return sum((norm**2 for norm in norms), start=torch.zeros((), dtype=torch.float64, device=device))

@@ -1,0 +1,97 @@
+"""The DeepSpeed engine of this rank: precision, ZeRO, gradient reduction, clipping and the optimizer step.
+
+One engine holds all stages of the rank. Backward passes only accumulate gradients; `engine.step()` reduces over the
+data axis, clips by the global norm and updates.
+"""
+
+import itertools
+import sys
+from collections.abc import Callable
+from functools import partial
+
+import deepspeed
+from torch import nn
+
+from megavl.config.run import RunConfig
+from megavl.parallel.groups import Mesh
+from megavl.parallel.shard import shard_of
+from megavl.runtime.deepspeed.adamw import AdamW
+from megavl.runtime.deepspeed.alignment import spaced
+from megavl.runtime.deepspeed.axes import ModelParallelUnit
+from megavl.runtime.deepspeed.clipping import clip_and_keep_norm
+from megavl.runtime.deepspeed.experts import announce_experts
+from megavl.runtime.optim import groups_of, parameter_groups
+
+Engine = deepspeed.DeepSpeedEngine
+
+
+def deepspeed_config(config: RunConfig) -> dict:
+    """DeepSpeed's own configuration of a run."""
+    bf16 = config.train.precision == "bf16"
+    return {
+        # The loss is already divided by the tokens of the global batch: DeepSpeed's batch size scales nothing.
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        # DeepSpeed computes the norm only where it clips; the largest float clips nothing.
+        "gradient_clipping": config.optim.grad_clip or sys.float_info.max,
+        "bf16": {"enabled": bf16, "immediate_grad_update": bf16},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "zero_optimization": {
+            "stage": config.parallel.zero,
+            # Overlap needs CUDA streams and, without managed accumulation, stage 2; it is left off at every stage.
+            "overlap_comm": False,
+            # Small parameters stay whole under ZeRO-3 by default; here every parameter is cut, small models too.
+            "stage3_param_persistence_threshold": 0,
+        },
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": None,
+    }
+
+
+def build_engine(stages: nn.ModuleList, config: RunConfig, mesh: Mesh, adamw: AdamW) -> Engine:
+    """Wrap this rank's stages in an engine. Collective.
+
+    Args:
+        stages: of this rank, initialised and frozen
+        adamw: implementation of the optimizer
+    """
+    anchors = {group: [stage.anchors[number] for stage in stages] for number, group in enumerate(groups_of(config))}
+    cut = [parameter for parameter in stages.parameters() if shard_of(parameter).over("tp")]
+    for parameter in [*cut, *itertools.chain(*anchors.values())]:
+        parameter.model_parallel = True  # DeepSpeed's mark: counted in the norm on every tensor rank
+    named_parameters = itertools.chain.from_iterable(stage.vlm.named_parameters() for stage in stages)
+    groups = parameter_groups(named_parameters, anchors, config.optim)
+    if config.parallel.zero:
+        registered = set(stages.parameters())
+        for group in groups:
+            group["params"] = spaced(group["params"], config.parallel.zero, mesh.dp.size)
+        # DeepSpeed finds parameters only in modules.
+        grouped = itertools.chain.from_iterable(group["params"] for group in groups)
+        stages[0].spacers = nn.ParameterList(parameter for parameter in grouped if parameter not in registered)
+    if config.model.decoder.moe is not None:
+        announce_experts(stages, groups, mesh, config.model.decoder.moe.experts)
+    engine, *_ = deepspeed.initialize(
+        # ZeRO-3 gathers parameters in the hooks of the outermost module's forward: that must be the stage itself.
+        model=stages[0] if len(stages) == 1 else stages,
+        optimizer=adamw.build(groups, lr=config.optim.lr, betas=config.optim.betas, eps=config.optim.eps),
+        config=deepspeed_config(config),
+        mpu=ModelParallelUnit(mesh),
+        dist_init_required=False,
+    )
+    if config.parallel.zero == 0:
+        engine.clip_fp32_gradients = partial(clip_and_keep_norm, engine, mesh)
+    if config.parallel.zero == 3:
+        engine.optimizer.step = partial(_step_and_clear, engine.optimizer, engine.optimizer.step)
+    return engine
+
+
+def _step_and_clear(optimizer, step: Callable[[], None]) -> None:
+    """Update, then clear ZeRO-3's gradient buffer.
+
+    ZeRO-3 overwrites the buffer of a parameter with its first gradient of a step. A text step has none for the towers,
+    which would keep the gradient of the last multimodal step.
+    """
+    step()
+    optimizer.grad_partitions_flat_buffer.zero_()

@@ -1,0 +1,27 @@
+"""Start of DeepSpeed in this process, and the device that it chooses."""
+
+import logging
+import warnings
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime import bf16_optimizer
+
+
+def device_type() -> str:
+    """ "cuda" or "cpu": DeepSpeed's choice, which DS_ACCELERATOR overrides."""
+    return torch.device(get_accelerator().device_name()).type
+
+
+def start_deepspeed(backend: str) -> None:
+    """Hand the default process group to DeepSpeed."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # it logs every step of its set-up on every rank
+    # DeepSpeed still calls torch's collectives by their old names.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    # On a CPU it would ask the compiler which of its operators could be built, and compile an all-reduce that only its
+    # inference uses. A rank that is killed while torch compiles leaves a lock, for which later runs wait in silence.
+    deepspeed.ops.__compatible_ops__ = {}
+    # Its bf16 optimizer collects garbage and prints the memory in use before and after each parameter group.
+    bf16_optimizer.see_memory_usage = lambda *_, **__: None
+    deepspeed.init_distributed(backend)

@@ -1,0 +1,61 @@
+"""Stages of this rank: slices of the model list, initialised, frozen and recomputing as the run says."""
+
+import torch
+from torch import Tensor, nn
+
+from megavl.batch import Batch
+from megavl.config.run import RunConfig
+from megavl.config.stages import split_layers
+from megavl.model.init import initialise
+from megavl.model.vlm import VLM
+from megavl.ops.dispatch import Ops
+from megavl.ops.zero_gradient import with_zero_gradients
+from megavl.parallel.groups import Mesh
+from megavl.plan.schedule import stages_of
+from megavl.runtime.deepspeed.alignment import UNIT_ELEMENTS
+from megavl.runtime.optim import freeze, groups_of
+from megavl.runtime.recompute import recompute_blocks
+
+
+class Stage(nn.Module):
+    """A slice of the model list.
+
+    It has one anchor for each optimizer group of the model: a parameter that is not read and gets a gradient of zeros.
+    Whatever is frozen, and whichever parameters live here, DeepSpeed then finds the same groups on every rank, and
+    every output requires a gradient.
+    """
+
+    def __init__(self, vlm: VLM, groups: int):
+        super().__init__()
+        self.vlm = vlm
+        self.anchors = nn.ParameterList(nn.Parameter(torch.zeros(UNIT_ELEMENTS)) for _ in range(groups))
+        if vlm.stem is not None and vlm.routers:
+            # Routers count in their backward pass. If nothing upstream is trainable, autograd skips it.
+            vlm.stem.register_forward_hook(lambda _stem, _inputs, h: with_zero_gradients(h, *self.anchors))
+
+    def forward(self, h: Tensor | None, batch: Batch) -> Tensor:
+        """Run the slice.
+
+        Args:
+            h: None on the first stage, else [T, D] ([T / tp, D] under sequence parallelism)
+            batch: the micro-batch, on the device of the stage
+
+        Returns:
+            h of the next stage, or of the last stage the summed -log p of the supervised tokens, float32 [].
+        """
+        return with_zero_gradients(self.vlm(h, batch), *self.anchors)
+
+
+def build_stages(config: RunConfig, mesh: Mesh, ops: Ops, device: torch.device) -> nn.ModuleList:
+    """The stages of this rank, in pipeline order."""
+    stages, items = nn.ModuleList(), split_layers(config.model.layers, config.parallel)
+    for index in stages_of(mesh.pp.rank, config.parallel):
+        with device:
+            vlm = VLM(config.model, mesh.tp, ops, items[index].start, items[index].stop, mesh.ep)
+        initialise(vlm, config.model, config.train.seed)
+        freeze(vlm.named_parameters(), config.optim)
+        if config.train.recompute == "full":
+            recompute_blocks(vlm, ops.products)
+        with device:
+            stages.append(Stage(vlm, len(groups_of(config))))
+    return stages
