@@ -37,19 +37,28 @@ Program = tuple[Pass | tuple[Transfer, ...], ...]
 Order = Callable[[Sequence[int], int, int, int], list[Pass]]
 
 
+# "loop": stage s is on rank s % ranks. "v": every second lap runs backwards, so that rank 0 has the first and the last
+# of 2 * ranks stages.
+Placement = Literal["loop", "v"]
+
+
 @dataclass(frozen=True)
 class Schedule:
-    """placement: "loop" puts stage s on rank s % ranks; "v" runs back, so that first and last stage share rank 0."""
+    """Where the stages are and in which order a rank runs its passes."""
 
-    placement: Literal["loop", "v"]
+    placement: Placement
     order: Order
 
 
+def place(stage: int, ranks: int, placement: Placement) -> int:
+    """Pipeline rank of a stage among `ranks`."""
+    lap, position = divmod(stage, ranks)
+    return ranks - 1 - position if placement == "v" and lap % 2 else position
+
+
 def rank_of(stage: int, parallel: ParallelConfig) -> int:
-    """Pipeline rank of a stage."""
-    lap, place = divmod(stage, parallel.pipeline)
-    turned = lap % 2 == 1 and _SCHEDULES[parallel.schedule].placement == "v"
-    return parallel.pipeline - 1 - place if turned else place
+    """Pipeline rank of a stage of a run."""
+    return place(stage, parallel.pipeline, _SCHEDULES[parallel.schedule].placement)
 
 
 def stages_of(rank: int, parallel: ParallelConfig) -> tuple[int, ...]:
