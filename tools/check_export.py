@@ -25,6 +25,7 @@ from megavl.checkpoint.layout import locate
 from megavl.checkpoint.reader import Checkpoint
 from megavl.config.model import ModelConfig
 from megavl.config.tiles import Tiling
+from megavl.config.tokens import IGNORE_INDEX
 from megavl.data.assemble import Assembler, ImageShare
 from megavl.data.decode import decode
 from megavl.data.errors import DataError
@@ -69,7 +70,7 @@ def load_model(checkpoint: Checkpoint, config: ModelConfig) -> VLM:
 
 def losses(logits: Tensor, labels: Tensor) -> Tensor:
     """-log p of each supervised token, in nats: [T, V] and [T] -> [supervised]."""
-    supervised = labels != -100
+    supervised = labels != IGNORE_INDEX
     return functional.cross_entropy(logits[supervised].float(), labels[supervised], reduction="none")
 
 
