@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from megavl.config.data_rules import sampler_problems
 from megavl.config.model import ModelConfig
 from megavl.config.run import DataConfig, SourceConfig, TrainConfig
 from megavl.config.tiles import Tiling
@@ -61,9 +62,8 @@ class Sampler:
                 not fit the model or the pack; `text_ratio` needs a modality that has no source; a source would be read
                 more often than its `max_epochs`.
         """
-        _check_ratio(data)
-        self.tiling = Tiling(model)
-        _check_budgets(data, self.tiling)
+        if problems := sampler_problems(data, model):
+            raise DataError("\n".join(problems))
         tokenizer = load_tokenizer(data.tokenizer)
         if tokenizer.vocab_size > model.decoder.vocab_size:
             raise DataError(
@@ -73,7 +73,7 @@ class Sampler:
             )
         _check_placeholder(data, model, tokenizer)
         self.data, self.model, self.train = data, model, train
-        self.eos = tokenizer.eos
+        self.eos, self.tiling = tokenizer.eos, Tiling(model)
         self._sources: dict[Kind, tuple[SourceConfig, ...]] = {"text": data.text, "multimodal": data.multimodal}
         self.stores: dict[Kind, tuple[Store, ...]] = {
             "text": tuple(_open(source, False, data, model, tokenizer) for source in data.text),
@@ -182,33 +182,6 @@ class Sampler:
             self.tiling,
             key=(self.train.seed, modality),
             max_tiles=self.data.max_tiles,
-        )
-
-
-def _check_ratio(data: DataConfig) -> None:
-    least, most = data.text_ratio.extremes
-    for kind, sources, needed, ratio in (
-        ("text", data.text, most > 0, most),
-        ("multimodal", data.multimodal, least < 1, least),
-    ):
-        if needed and not sources:
-            raise DataError(
-                f"data.text_ratio is {ratio:g}, so some steps are {kind}, but data.{kind} lists no source; add one or "
-                f"set data.text_ratio to {0 if kind == 'text' else 1}"
-            )
-
-
-def _check_budgets(data: DataConfig, tiling: Tiling) -> None:
-    tokens, tiles = int(tiling.tokens.max()), int(tiling.tiles.max())
-    if data.multimodal and tokens > data.seq_len:
-        raise DataError(
-            f"one image takes up to {tokens} tokens, but data.seq_len is {data.seq_len}; an image is never split; "
-            "raise data.seq_len"
-        )
-    if data.multimodal and data.max_tiles is not None and tiles > data.max_tiles:
-        raise DataError(
-            f"one image takes up to {tiles} tiles, but data.max_tiles is {data.max_tiles}; an image is never split; "
-            "raise data.max_tiles"
         )
 
 
