@@ -12,8 +12,13 @@ from megavl.config.tiles import Tiling
 
 def sampler_problems(data: DataConfig, model: ModelConfig) -> list[str]:
     """What keeps the documents of `data` from being packed for `model`, one line each."""
-    tiling = Tiling(model)
-    return [*_modalities(data), *_image_tokens(data, tiling), *_image_tiles(data, tiling)]
+    images = image_problems(Tiling(model), data.seq_len, data.max_tiles) if data.multimodal else []
+    return [*_modalities(data), *images]
+
+
+def image_problems(tiling: Tiling, seq_len: int, max_tiles: int | None) -> list[str]:
+    """What keeps images from packs of at most `seq_len` tokens and `max_tiles` tiles (None: any), one line each."""
+    return [*_image_tokens(tiling, seq_len), *_image_tiles(tiling, max_tiles)]
 
 
 def loader_problems(train: TrainConfig, dp: int) -> list[str]:
@@ -42,23 +47,23 @@ def _modalities(data: DataConfig) -> list[str]:
     return problems
 
 
-def _image_tokens(data: DataConfig, tiling: Tiling) -> list[str]:
+def _image_tokens(tiling: Tiling, seq_len: int) -> list[str]:
     tokens = int(tiling.tokens.max())
     # An image of exactly seq_len tokens still fits, but alone: of its text, only the first token is predicted from it.
-    if not data.multimodal or tokens < data.seq_len:
+    if tokens < seq_len:
         return []
     return [
-        f"an image takes up to {tokens} tokens and is never split, so data.seq_len = {data.seq_len} leaves no room for "
+        f"an image takes up to {tokens} tokens and is never split, so data.seq_len = {seq_len} leaves no room for "
         f"text beside it: the text would be learned without its image; set data.seq_len well above {tokens}"
     ]
 
 
-def _image_tiles(data: DataConfig, tiling: Tiling) -> list[str]:
+def _image_tiles(tiling: Tiling, max_tiles: int | None) -> list[str]:
     tiles = int(tiling.tiles.max())
-    if not data.multimodal or data.max_tiles is None or tiles <= data.max_tiles:
+    if max_tiles is None or tiles <= max_tiles:
         return []
     return [
         f"an image takes up to {tiles} tiles, its overview included, and is never split, so no pack of "
-        f"data.max_tiles = {data.max_tiles} could hold it: set data.max_tiles to {tiles} or more, or lower "
+        f"data.max_tiles = {max_tiles} could hold it: set data.max_tiles to {tiles} or more, or lower "
         "model.tiling.max_tiles"
     ]
