@@ -204,12 +204,11 @@ def _open(source: SourceConfig, multimodal: bool, data: DataConfig, model: Model
             f"dataset {source.prefix} holds {store.meta.images} images, but data.{kinds[multimodal]} lists it; list it "
             f"under data.{kinds[not multimodal]}: a step is all text or all multimodal"
         )
-    if store.meta.tokenizer != tokenizer.identity:
+    name = f"data.tokenizer {data.tokenizer}"
+    if other := store.meta.other_tokenizer(name, tokenizer.identity, tokenizer.vocab_size):
         raise DataError(
-            f"dataset {source.prefix} was made with another tokenizer (sha256 {store.meta.tokenizer[:16]}..., "
-            f"vocabulary {store.meta.vocab_size}) than data.tokenizer {data.tokenizer} (sha256 "
-            f"{tokenizer.identity[:16]}..., vocabulary {tokenizer.vocab_size}); its ids would mean other words; "
-            "point data.tokenizer at the file that made it, or make the dataset again"
+            f"dataset {source.prefix} {other}; its ids would mean other words; point data.tokenizer at the file that "
+            "made it, or make the dataset again"
         )
     if foreign := set(store.meta.templates) & set(OF_A_FAMILY) - {model.family}:
         raise DataError(
