@@ -10,11 +10,11 @@ import argparse
 import sys
 import time
 from datetime import timedelta
-from pathlib import Path
 
 from megavl.config.error import ConfigError
+from megavl.config.files import check_files, missing_data
 from megavl.config.load import load_run
-from megavl.config.rules import check, check_files
+from megavl.config.rules import check
 from megavl.config.run import RunConfig
 from megavl.plan.report import describe
 
@@ -45,16 +45,14 @@ def arguments() -> argparse.Namespace:
 
 def describe_data(config: RunConfig) -> str:
     """What the run would read of each source, if its datasets are there. Ends the process where they do not fit."""
-    data = config.data
-    needed = [data.tokenizer, *(f"{source.prefix}.idx" for source in (*data.text, *data.multimodal))]
-    if missing := [path for path in needed if not Path(path).is_file()]:
-        return f"Data: this run would not start, for there is no file {', '.join(missing)}."
+    if missing := missing_data(config.data):
+        return "\n  ".join(["Data: files are missing, without which this run would not start:", *missing])
     # Imported here: the plan of a run does not need the readers of the data.
     from megavl.data.errors import DataError
     from megavl.data.sampler import Sampler
 
     try:
-        return f"Data, as expected: {Sampler(data, config.model, config.train).expected()}"
+        return f"Data, as expected: {Sampler(config.data, config.model, config.train).expected()}"
     except DataError as error:
         sys.exit(f"error: {error}")
 

@@ -33,7 +33,7 @@ class Batch:
     Lengths, packs and grids are host values, so that no layer reads them from a device.
 
     tokens:     int64 [T]; an image is a run of placeholders, as many as its grid takes
-    labels:     int64 [T]; the token that position t should predict, -100 where nothing is supervised
+    labels:     int64 [T]; the token that position t should predict, IGNORE_INDEX (`config.tokens`) where there is none
     positions:  int64 [T]; restart at 0 with every document
     cu_seqlens: int32 [N + 1]; document n is tokens[cu_seqlens[n]:cu_seqlens[n + 1]]; the last entry is T
     lengths:    tokens of each of the N documents, T in all

@@ -23,8 +23,10 @@ from megavl.checkpoint.agree import CheckpointError
 from megavl.checkpoint.hf import describe
 from megavl.checkpoint.layout import locate
 from megavl.checkpoint.reader import Checkpoint
+from megavl.config.data_rules import image_problems
 from megavl.config.model import ModelConfig
 from megavl.config.tiles import Tiling
+from megavl.config.tokens import IGNORE_INDEX
 from megavl.data.assemble import Assembler, ImageShare
 from megavl.data.decode import decode
 from megavl.data.errors import DataError
@@ -43,10 +45,13 @@ def read_batch(store: Store, model: ModelConfig, tokens: int) -> Batch:
     """The first pack of `tokens` tokens, as training would assemble it.
 
     Raises:
-        DataError: one of its images does not decode, so that training would put a blank one in its place.
+        DataError: an image does not fit the tokens, or one of its images does not decode, so that training would put a
+            blank one in its place.
     """
-    kind = "multimodal" if store.multimodal else "text"
-    pack = Stream((store,), (1.0,), tokens, Tiling(model), key=(0,)).packs(0, 1)[0]
+    kind, tiling = "multimodal" if store.multimodal else "text", Tiling(model)
+    if store.meta.images and (problems := image_problems(tiling, tokens, None)):
+        raise DataError(f"--tokens {tokens}: {problems[0]}")
+    pack = Stream((store,), (1.0,), tokens, tiling, key=(0,)).packs(0, 1)[0]
     assembler = Assembler({kind: (store,)}, model, tokens, pad=0, images=ImageShare())
     assembled = assembler(kind, 0, [pack], lambda tiles: room(model, tiles, torch.empty(numbers(model, tiles))))
     if assembled.bad_images:
@@ -69,7 +74,7 @@ def load_model(checkpoint: Checkpoint, config: ModelConfig) -> VLM:
 
 def losses(logits: Tensor, labels: Tensor) -> Tensor:
     """-log p of each supervised token, in nats: [T, V] and [T] -> [supervised]."""
-    supervised = labels != -100
+    supervised = labels != IGNORE_INDEX
     return functional.cross_entropy(logits[supervised].float(), labels[supervised], reduction="none")
 
 

@@ -151,11 +151,12 @@ def random_documents(
 
 def check_tokenizer(store: Store, tokenizer: Tokenizer | None, path: str | None) -> None:
     """Raise DataError where a dataset was made with another tokenizer: its tokens would be shown as other words."""
-    if tokenizer is not None and store.meta.tokenizer != tokenizer.identity:
+    if tokenizer is None:
+        return
+    if other := store.meta.other_tokenizer(path, tokenizer.identity, tokenizer.vocab_size):
         raise DataError(
-            f"dataset {store.prefix} was made with another tokenizer (sha256 {store.meta.tokenizer[:16]}...) than "
-            f"{path} (sha256 {tokenizer.identity[:16]}...); its tokens would be shown as other words; give the one "
-            "that made it, or none to see the ids"
+            f"dataset {store.prefix} {other}; its tokens would be shown as other words; give the one that made it, or "
+            "none to see the ids"
         )
 
 

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from megavl.config.data_rules import image_problems
 from megavl.config.error import ConfigError
 from megavl.config.load import load_run
 from megavl.config.presets import PRESETS
@@ -83,6 +84,10 @@ class Blend(NamedTuple):
     stores: tuple[Store | MadeUp, ...]
     weights: tuple[float, ...]
 
+    @property
+    def has_images(self) -> bool:
+        return any((store.modes == IMAGE).any() for store in self.stores)
+
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -129,6 +134,14 @@ def measure(blend: Blend, seq_len: int, tiling: Tiling, max_tiles: int | None, p
     )
 
 
+def check_images(blends: list[Blend], tiling: Tiling, seq_lens: list[int], max_tiles: int | None) -> None:
+    """Raise DataError where an image would not fit a pack, whose figures would be those of images that are split."""
+    if not any(blend.has_images for blend in blends):
+        return
+    if problems := [problem for seq_len in seq_lens for problem in image_problems(tiling, seq_len, max_tiles)]:
+        raise DataError("\n".join(dict.fromkeys(problems)))
+
+
 def main() -> None:
     args = arguments()
     try:
@@ -140,11 +153,13 @@ def main() -> None:
                 for kind, sources in (("text", data.text), ("multimodal", data.multimodal))
                 if sources
             ]
-            defaults = (data.seq_len, data.max_tiles)
+            seq_len, max_tiles = data.seq_len, data.max_tiles
         else:
             stores = tuple(MadeUp(name, *MADE_UP[name]) for name in args.made_up)
-            blends, defaults = [Blend(" + ".join(args.made_up), stores, (1.0,) * len(stores))], (4096, None)
-            model = PRESETS[args.model]
+            blends = [Blend(" + ".join(args.made_up), stores, (1.0,) * len(stores))]
+            model, seq_len, max_tiles = PRESETS[args.model], 4096, None
+        tiling, seq_lens, max_tiles = Tiling(model), args.seq_len or [seq_len], args.max_tiles or max_tiles
+        check_images(blends, tiling, seq_lens, max_tiles)
     except (ConfigError, DataError) as error:
         sys.exit(f"error: {error}")
     print(
@@ -153,8 +168,8 @@ def main() -> None:
     )
     print("|---|---|---|---|---|---|---|---|---|---|")
     for blend in blends:
-        for seq_len in args.seq_len or defaults[:1]:
-            print(measure(blend, seq_len, Tiling(model), args.max_tiles or defaults[1], args.packs), flush=True)
+        for seq_len in seq_lens:
+            print(measure(blend, seq_len, tiling, max_tiles, args.packs), flush=True)
 
 
 if __name__ == "__main__":

@@ -3,13 +3,11 @@
 Each rule is a small function that returns its problems: what, the values, the consequence, the remedy.
 """
 
-from pathlib import Path
-
+from megavl.config.data_rules import loader_problems, sampler_problems
 from megavl.config.error import ConfigError
 from megavl.config.parameters import parameters
 from megavl.config.run import RunConfig
 from megavl.config.stages import split_layers
-from megavl.config.tiles import Tiling
 
 
 def check(config: RunConfig, world: int) -> None:
@@ -24,16 +22,9 @@ def check(config: RunConfig, world: int) -> None:
             "otherwise",
         )
     else:
-        problems += _batch(config, world // model_ranks) + _expert_ranks(config, world // model_ranks)
+        problems += loader_problems(config.train, world // model_ranks) + _expert_ranks(config, world // model_ranks)
     if problems:
         raise ConfigError(f"this run cannot start on {world} ranks", problems)
-
-
-def check_files(config: RunConfig) -> None:
-    """Raise ConfigError with every file that the run reads and that is not there, and the command that makes it; and
-    with an output folder that cannot be one."""
-    if problems := [problem for rule in _FILE_RULES for problem in rule(config)]:
-        raise ConfigError(f"files are not as the run needs them (paths are relative to {Path.cwd()})", problems)
 
 
 def _tensor(config: RunConfig) -> list[str]:
@@ -171,17 +162,6 @@ def _vision(config: RunConfig) -> list[str]:
     ]
 
 
-def _batch(config: RunConfig, dp: int) -> list[str]:
-    train = config.train
-    ranks = dp * train.micro_batch
-    if train.global_batch % ranks:
-        return [
-            f"train.global_batch = {train.global_batch} does not divide by data-parallel ranks * train.micro_batch = "
-            f"{dp} * {train.micro_batch} = {ranks}: packs would be left over; change the batch or the ranks"
-        ]
-    return []
-
-
 def _expert_ranks(config: RunConfig, dp: int) -> list[str]:
     expert = config.parallel.expert
     if dp % expert == 0:
@@ -200,40 +180,8 @@ def _positions(config: RunConfig) -> list[str]:
     return [f"data.seq_len = {seq_len} is above model.decoder.max_positions = {limit}: shorten it, or raise the limit"]
 
 
-def _image_room(config: RunConfig) -> list[str]:
-    tokens, seq_len = int(Tiling(config.model).tokens.max()), config.data.seq_len
-    if not config.data.multimodal or tokens < seq_len:
-        return []
-    return [
-        f"an image takes up to {tokens} tokens, and data.seq_len = {seq_len} leaves no room for text beside it: "
-        f"documents with such images would be lost; set data.seq_len well above {tokens}"
-    ]
-
-
-def _max_tiles(config: RunConfig) -> list[str]:
-    needed, budget = int(Tiling(config.model).tiles.max()), config.data.max_tiles
-    if budget is None or needed <= budget:
-        return []
-    return [
-        f"an image takes up to {needed} tiles, its overview included, and data.max_tiles = {budget} for a whole pack: "
-        f"documents with such images would be lost; set data.max_tiles to {needed} or more, or lower "
-        "model.tiling.max_tiles"
-    ]
-
-
-def _modalities(config: RunConfig) -> list[str]:
-    (least, most), problems = config.data.text_ratio.extremes, []
-    if most > 0 and not config.data.text:
-        problems.append(
-            f"data.text_ratio = {most:g} asks for text steps, but data.text is empty: add a source, or set "
-            "data.text_ratio=0"
-        )
-    if least < 1 and not config.data.multimodal:
-        problems.append(
-            f"data.text_ratio = {least:g} asks for multimodal steps, but data.multimodal is empty: add a source, or "
-            "set data.text_ratio=1"
-        )
-    return problems
+def _sampler(config: RunConfig) -> list[str]:
+    return sampler_problems(config.data, config.model)
 
 
 def _text_ratio(config: RunConfig) -> list[str]:
@@ -282,68 +230,8 @@ _RUN_RULES = (
     _zero,
     _vision,
     _positions,
-    _image_room,
-    _max_tiles,
-    _modalities,
+    _sampler,
     _text_ratio,
     _trainable,
     _warmup,
 )
-
-
-def _tokenizer(config: RunConfig) -> list[str]:
-    path = config.data.tokenizer
-    if Path(path).is_file():
-        return []
-    remedy = _quickstart(path) or "give a sentencepiece .model or a tokenizer.json"
-    return [f"data.tokenizer: no file {path}; {remedy}"]
-
-
-def _datasets(config: RunConfig) -> list[str]:
-    problems = []
-    for kind in ("text", "multimodal"):
-        for index, source in enumerate(getattr(config.data, kind)):
-            files = [source.prefix + suffix for suffix in (".bin", ".idx", ".meta")]
-            if missing := [file for file in files if not Path(file).is_file()]:
-                remedy = _quickstart(source.prefix) or _preprocess(source.prefix, config)
-                problems.append(f"data.{kind}[{index}].prefix: no file {', '.join(missing)}; {remedy}")
-    return problems
-
-
-def _init_from(config: RunConfig) -> list[str]:
-    path = config.checkpoint.init_from
-    if path is None or Path(path).is_dir():
-        return []
-    return [
-        f"checkpoint.init_from: no directory {path}; give a checkpoint (`python tools/convert_checkpoint.py from-hf "
-        f"--input DIR --output {path}` makes one of published weights), or null to start from random weights"
-    ]
-
-
-def _output_dir(config: RunConfig) -> list[str]:
-    output = Path(config.output_dir)
-    files = [path for path in (output, *output.parents) if path.is_file()]
-    return [
-        f"output_dir = {config.output_dir}: {path} is a file, so nothing could be written there; give a folder, which "
-        "is made where it is not there"
-        for path in files
-    ]
-
-
-_FILE_RULES = (_tokenizer, _datasets, _init_from, _output_dir)
-_QUICKSTARTS = {"quickstart": "make quickstart", "quickstart_vl2": "make quickstart MODEL=vl2"}
-
-
-def _quickstart(path: str) -> str | None:
-    """What makes a file of a quickstart."""
-    match Path(path).parts:
-        case ("data", folder, *_) if folder in _QUICKSTARTS:
-            return f"`{_QUICKSTARTS[folder]}` makes it"
-    return None
-
-
-def _preprocess(prefix: str, config: RunConfig) -> str:
-    return (
-        "make it with `python tools/preprocess_data.py --input DOCUMENTS.jsonl "
-        f"--output-prefix {prefix} --tokenizer {config.data.tokenizer}`"
-    )

@@ -187,6 +187,10 @@ class TrainConfig(Section):
         600.0, le=_MONTH_S, description="seconds that a collective of the training may take before the run aborts"
     )
 
+    def micro_batches(self, dp: int) -> int:
+        """Micro-batches of a step on each of `dp` data-parallel ranks."""
+        return self.global_batch // (dp * self.micro_batch)
+
 
 class CheckpointConfig(Section):
     """When the state of the run is written, and from where it starts."""

@@ -10,14 +10,13 @@ from torch import Tensor
 from megavl.batch import BadImage, Batch, ImagePlaces, Kind, tile_share
 from megavl.config.model import ModelConfig
 from megavl.config.tiles import Grid, Tiling
+from megavl.config.tokens import IGNORE_INDEX
 from megavl.data import image
 from megavl.data.decode import decode
 from megavl.data.errors import DataError
 from megavl.data.format import IMAGE, TEXT
 from megavl.data.pack import Pack, Piece
 from megavl.data.store import Store
-
-_IGNORE = -100
 
 # Memory for the pixels of some tiles: tower name -> float32 [tiles, 3, S, S].
 Room = Callable[[int], Mapping[str, Tensor]]
@@ -113,7 +112,7 @@ class Assembler:
         """
         size = len(packs) * self._seq_len
         tokens = np.full(size, self._pad, dtype=np.int64)
-        labels = np.full(size, _IGNORE, dtype=np.int64)
+        labels = np.full(size, IGNORE_INDEX, dtype=np.int64)
         borders = [0]
         for number, pack in enumerate(packs):
             for piece in pack:
@@ -142,7 +141,7 @@ class Assembler:
         to learn."""
         # One token more than the piece has: the target of its last position. Outside a text it stays unset.
         tokens = np.full(piece.tokens + 1, self._model.image_token_id, dtype=np.int64)
-        targets = np.full(piece.tokens + 1, _IGNORE, dtype=np.int64)
+        targets = np.full(piece.tokens + 1, IGNORE_INDEX, dtype=np.int64)
         for sequence, offset, length, grid in self._segments(store, piece):
             if grid is not None:
                 continue

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from megavl.config.files import DATASET_SUFFIXES
 from megavl.data.errors import DataError
 
 # Modes of a sequence. 0 and 1 are Megatron's; text that is read but not learned (a user's turn) is 2.
@@ -34,7 +35,7 @@ def dataset_paths(prefix: str) -> Paths:
             f"the prefix {prefix!r} ends without a name, so that its files would be hidden ones called .bin, .idx and "
             f".meta; add a name, for example {prefix}corpus"
         )
-    return Paths(*(f"{prefix}.{suffix}" for suffix in Paths._fields))
+    return Paths(*(prefix + suffix for suffix in DATASET_SUFFIXES))
 
 
 def token_dtype(vocab_size: int, multimodal: bool) -> np.dtype:

@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from megavl.batch import Kind, StepBatch
+from megavl.config.data_rules import loader_problems
 from megavl.config.model import ModelConfig
 from megavl.data import image
 from megavl.data.assemble import Assembled, Assembler, ImageShare
@@ -63,11 +64,8 @@ class Loader:
             DataError: the global batch does not divide into micro-batches of every rank.
         """
         train, data = sampler.train, sampler.data
-        if train.global_batch % (dp_size * train.micro_batch):
-            raise DataError(
-                f"train.global_batch {train.global_batch} does not divide by {dp_size} data-parallel ranks times "
-                f"train.micro_batch {train.micro_batch}; change one of them"
-            )
+        if problems := loader_problems(train, dp_size):
+            raise DataError("\n".join(problems))
         self._sampler, self._first_step, self._pin_memory = sampler, first_step, pin_memory
         share = train.global_batch // dp_size
         self._firsts = range(dp_rank * share, (dp_rank + 1) * share, train.micro_batch)

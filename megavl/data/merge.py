@@ -54,12 +54,8 @@ def merge(
         refuse_existing(prefix)
     metas = [Store(one).meta for one in prefixes]
     for one, meta in zip(prefixes, metas, strict=True):
-        if (meta.tokenizer, meta.vocab_size) != (metas[0].tokenizer, metas[0].vocab_size):
-            raise DataError(
-                f"dataset {one} was made with another tokenizer (sha256 {meta.tokenizer[:16]}..., vocabulary "
-                f"{meta.vocab_size}) than {prefixes[0]} (sha256 {metas[0].tokenizer[:16]}..., vocabulary "
-                f"{metas[0].vocab_size}); one id would mean two words; make them again with one tokenizer"
-            )
+        if other := meta.other_tokenizer(prefixes[0], metas[0].tokenizer, metas[0].vocab_size):
+            raise DataError(f"dataset {one} {other}; one id would mean two words; make them again with one tokenizer")
     _refuse_two_families(prefixes, metas)
     with new_dataset(prefix) as temporary:
         if consume and len(prefixes) == 1:

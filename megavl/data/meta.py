@@ -47,6 +47,16 @@ class Meta:
     idx_sha256: str
     row_parts: tuple[tuple[int, str], ...]
 
+    def other_tokenizer(self, name: str, identity: str, vocab_size: int) -> str | None:
+        """What to say of a dataset that was made with another tokenizer than the one called `name`; None if it was made
+        with that one."""
+        if (self.tokenizer, self.vocab_size) == (identity, vocab_size):
+            return None
+        return (
+            f"was made with another tokenizer (sha256 {self.tokenizer[:16]}..., vocabulary {self.vocab_size}) than "
+            f"{name} (sha256 {identity[:16]}..., vocabulary {vocab_size})"
+        )
+
 
 class RowWriter:
     """Collects the rows of documents; a context manager.

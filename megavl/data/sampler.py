@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from megavl.config.data_rules import sampler_problems
 from megavl.config.model import ModelConfig
 from megavl.config.run import DataConfig, SourceConfig, TrainConfig
 from megavl.config.tiles import Tiling
@@ -61,9 +62,8 @@ class Sampler:
                 not fit the model or the pack; `text_ratio` needs a modality that has no source; a source would be read
                 more often than its `max_epochs`.
         """
-        _check_ratio(data)
-        self.tiling = Tiling(model)
-        _check_budgets(data, self.tiling)
+        if problems := sampler_problems(data, model):
+            raise DataError("\n".join(problems))
         tokenizer = load_tokenizer(data.tokenizer)
         if tokenizer.vocab_size > model.decoder.vocab_size:
             raise DataError(
@@ -73,7 +73,7 @@ class Sampler:
             )
         _check_placeholder(data, model, tokenizer)
         self.data, self.model, self.train = data, model, train
-        self.eos = tokenizer.eos
+        self.eos, self.tiling = tokenizer.eos, Tiling(model)
         self._sources: dict[Kind, tuple[SourceConfig, ...]] = {"text": data.text, "multimodal": data.multimodal}
         self.stores: dict[Kind, tuple[Store, ...]] = {
             "text": tuple(_open(source, False, data, model, tokenizer) for source in data.text),
@@ -185,33 +185,6 @@ class Sampler:
         )
 
 
-def _check_ratio(data: DataConfig) -> None:
-    least, most = data.text_ratio.extremes
-    for kind, sources, needed, ratio in (
-        ("text", data.text, most > 0, most),
-        ("multimodal", data.multimodal, least < 1, least),
-    ):
-        if needed and not sources:
-            raise DataError(
-                f"data.text_ratio is {ratio:g}, so some steps are {kind}, but data.{kind} lists no source; add one or "
-                f"set data.text_ratio to {0 if kind == 'text' else 1}"
-            )
-
-
-def _check_budgets(data: DataConfig, tiling: Tiling) -> None:
-    tokens, tiles = int(tiling.tokens.max()), int(tiling.tiles.max())
-    if data.multimodal and tokens > data.seq_len:
-        raise DataError(
-            f"one image takes up to {tokens} tokens, but data.seq_len is {data.seq_len}; an image is never split; "
-            "raise data.seq_len"
-        )
-    if data.multimodal and data.max_tiles is not None and tiles > data.max_tiles:
-        raise DataError(
-            f"one image takes up to {tiles} tiles, but data.max_tiles is {data.max_tiles}; an image is never split; "
-            "raise data.max_tiles"
-        )
-
-
 def _check_placeholder(data: DataConfig, model: ModelConfig, tokenizer: Tokenizer) -> None:
     spelling = PLACEHOLDERS[model.family]
     token = tokenizer.special.get(spelling, model.image_token_id)
@@ -231,12 +204,11 @@ def _open(source: SourceConfig, multimodal: bool, data: DataConfig, model: Model
             f"dataset {source.prefix} holds {store.meta.images} images, but data.{kinds[multimodal]} lists it; list it "
             f"under data.{kinds[not multimodal]}: a step is all text or all multimodal"
         )
-    if store.meta.tokenizer != tokenizer.identity:
+    name = f"data.tokenizer {data.tokenizer}"
+    if other := store.meta.other_tokenizer(name, tokenizer.identity, tokenizer.vocab_size):
         raise DataError(
-            f"dataset {source.prefix} was made with another tokenizer (sha256 {store.meta.tokenizer[:16]}..., "
-            f"vocabulary {store.meta.vocab_size}) than data.tokenizer {data.tokenizer} (sha256 "
-            f"{tokenizer.identity[:16]}..., vocabulary {tokenizer.vocab_size}); its ids would mean other words; "
-            "point data.tokenizer at the file that made it, or make the dataset again"
+            f"dataset {source.prefix} {other}; its ids would mean other words; point data.tokenizer at the file that "
+            "made it, or make the dataset again"
         )
     if foreign := set(store.meta.templates) & set(OF_A_FAMILY) - {model.family}:
         raise DataError(

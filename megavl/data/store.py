@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import pyarrow as pa
 
+from megavl.config.files import DATASET_SUFFIXES
 from megavl.data.checksum import Checksum
 from megavl.data.errors import DataError
 from megavl.data.format import dataset_paths, token_dtype
@@ -40,7 +41,7 @@ class Store:
         missing = [path for path in self.paths if not os.path.isfile(path)]
         if missing:
             stem, suffix = os.path.splitext(prefix)
-            if suffix in (".bin", ".idx", ".meta") and os.path.isfile(prefix):
+            if suffix in DATASET_SUFFIXES and os.path.isfile(prefix):
                 raise DataError(f"dataset {prefix}: give the prefix of its three files, {stem}, without {suffix}")
             raise DataError(
                 f"dataset {prefix}: {', '.join(missing)} not found; make the dataset with "

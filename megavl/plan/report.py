@@ -21,7 +21,7 @@ def describe(config: RunConfig, world: int) -> str:
 def _run(config: RunConfig, world: int) -> str:
     parallel, train, seq_len = config.parallel, config.train, config.data.seq_len
     dp, tokens = world // parallel.model, train.global_batch * seq_len
-    micro_batches = train.global_batch // dp // train.micro_batch
+    micro_batches = train.micro_batches(dp)
     uncut = config.model_copy(update={"parallel": parallel.model_copy(update={"tensor": 1, "expert": 1})})
     parameters = _add(item_parameters(uncut))
     counts = f"parameters: {parameters.total:,} = {parameters.trainable:,} trainable + {parameters.frozen:,} frozen"

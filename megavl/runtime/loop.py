@@ -76,13 +76,12 @@ def _images_of(tp: TensorAxis) -> ImageShare:
 def _introduce(config: RunConfig, topology: Topology, lines: Iterable[str], first_step: int) -> None:
     parallel, train = config.parallel, config.train
     ranks = "1 rank" if topology.world == 1 else f"{topology.world} ranks"
-    micro_batches = train.global_batch // (topology.dp * train.micro_batch)
     experts = f" (experts over {topology.ep}, {parallel.expert_width})" if config.model.decoder.moe else ""
     print(
         f"{config.model.name} on {ranks}: tensor {topology.tp}{' with sequence' * parallel.sequence}, "
         f"pipeline {topology.pp} x {parallel.virtual_stages} stages, data {topology.dp}{experts}, "
         f"ZeRO-{parallel.zero}, {train.precision}\n"
-        f"a step: {train.global_batch} packs of {config.data.seq_len} tokens, {micro_batches} micro-batches a rank\n"
+        f"a step: {train.global_batch} packs of {config.data.seq_len} tokens, {train.micro_batches(topology.dp)} micro-batches a rank\n"
         + "\n".join(lines)
         + f"\nfrom step {first_step} to {train.steps}, output in {config.output_dir}"
         + ("; nothing is left to do: raise train.steps to go on" if first_step >= train.steps else ""),

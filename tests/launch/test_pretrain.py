@@ -169,9 +169,11 @@ def test_dry_run_imports_no_torch(recipe):
 
 def test_dry_run_says_which_files_of_the_data_are_absent_and_refuses_repeats(recipe, corpus):
     done = plain(recipe, "--dry-run", "data.text=[{prefix: nowhere/text}]")
+    assert done.returncode == 0, done.stderr
     assert (
-        done.returncode == 0 and "Data: this run would not start, for there is no file nowhere/text.idx." in done.stdout
-    )
+        "Data: files are missing, without which this run would not start:\n"
+        "  data.text[0].prefix: no file nowhere/text.bin, nowhere/text.idx, nowhere/text.meta; make it with"
+    ) in done.stdout
     limited = f"data.text=[{{prefix: {corpus.prefix('text')}, max_epochs: 0.01}}]"
     refused(plain(recipe, "--dry-run", "train.steps=40", limited), corpus.prefix("text"), "max_epochs is 0.01")
 

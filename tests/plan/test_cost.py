@@ -13,6 +13,7 @@ from megavl.config.parameters import parameters
 from megavl.config.presets import PRESETS
 from megavl.config.run import RunConfig
 from megavl.config.tiles import Tiling
+from megavl.config.tokens import IGNORE_INDEX
 from megavl.model.init import initialise
 from megavl.model.vlm import VLM
 from megavl.ops.dispatch import choose
@@ -93,7 +94,7 @@ def make_batch(model: ModelConfig, documents: list[tuple[int, int]]) -> Batch:
     return Batch.of(
         tiling,
         tokens=tokens,
-        labels=tokens.where(tokens != model.image_token_id, -100),
+        labels=tokens.where(tokens != model.image_token_id, IGNORE_INDEX),
         lengths=lengths,
         packs=1,
         grids=(tiling.grids[-1],) * total,

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from megavl.checkpoint.agree import CheckpointError
 from megavl.checkpoint.hf import to_hf
+from megavl.config.tiles import Tiling
 from megavl.data.encoded import EncodedDocument, EncodedImage
 from megavl.data.errors import DataError
 from megavl.data.tokenizer import load_tokenizer
@@ -109,3 +110,6 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_computed(check_ex
     ):
         with pytest.raises(error, match=message):
             check_export.check(*arguments, 512)
+    most = int(Tiling(SIGLIP_ONLY).tokens.max())
+    with pytest.raises(DataError, match=f"--tokens {most}: an image takes up to {most} tokens and is never split"):
+        check_export.check(checkpoint, tmp_path / "hf", data, None, most)

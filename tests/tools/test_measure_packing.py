@@ -62,6 +62,15 @@ def test_made_up_sources_in_tiles():
     [
         (["--config", "launch/recipes/absent.yaml"], "error: no recipe launch/recipes/absent.yaml"),
         (["--config", "launch/recipes/vl_7b_stage2.yaml"], "error: dataset data/pretrain/text: "),
+        (
+            ["--made-up", "c4", "obelics", "--seq-len", "4096", "576", "--packs", "1"],
+            "error: an image takes up to 576 tokens and is never split, so data.seq_len = 576 leaves no room",
+        ),
+        (
+            ["--made-up", "obelics", "--model", "vl2_tiny", "--max-tiles", "9", "--packs", "1"],
+            "error: an image takes up to 10 tiles, its overview included, and is never split, so no pack of "
+            "data.max_tiles = 9 could hold it",
+        ),
     ],
 )
 def test_what_cannot_be_measured_is_one_message(arguments, message):
@@ -72,4 +81,4 @@ def test_what_cannot_be_measured_is_one_message(arguments, message):
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 1 and done.stderr.startswith(message)
+    assert done.returncode == 1 and done.stderr.startswith(message) and not done.stdout

@@ -19,6 +19,7 @@ from torch import nn
 from megavl.batch import Kind, StepBatch
 from megavl.config.model import ModelConfig
 from megavl.config.run import RunConfig
+from megavl.config.tokens import IGNORE_INDEX
 from megavl.plan.cost import step_flops
 from megavl.plan.hardware import peak_flops
 
@@ -196,7 +197,7 @@ def inputs_of(batch: StepBatch, config: ModelConfig, device: torch.device) -> di
     inputs = {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
-        "labels": ids.masked_fill(ids == config.image_token_id, -100),  # shifted by the model itself
+        "labels": ids.masked_fill(ids == config.image_token_id, IGNORE_INDEX),  # shifted by the model itself
     }
     if pack.tiles:
         inputs["pixel_values"] = pack.pixels["siglip"].bfloat16()

@@ -12,6 +12,7 @@ from megavl.config.model import ModelConfig, SiglipConfig, TilingConfig
 from megavl.config.parameters import parameters
 from megavl.config.presets import PRESETS
 from megavl.config.tiles import Tiling
+from megavl.config.tokens import IGNORE_INDEX
 
 MODEL_TYPES = ("deepseek_vl_v2",)
 
@@ -105,7 +106,7 @@ def processor_json(model: ModelConfig, image_token: str) -> dict[str, dict]:
         "add_special_token": False,
         "sft_format": "deepseek",
         "mask_prompt": True,
-        "ignore_id": -100,
+        "ignore_id": IGNORE_INDEX,
     }
     return {"processor_config.json": processor}
 

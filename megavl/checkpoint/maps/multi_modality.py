@@ -10,6 +10,7 @@ from megavl.checkpoint.maps.rule import Names, Rule, Shape, rules
 from megavl.checkpoint.maps.siglip_vit import pool_shapes, siglip_names
 from megavl.config.model import ModelConfig, SamConfig, SiglipConfig
 from megavl.config.parameters import parameters
+from megavl.config.tokens import IGNORE_INDEX
 
 MODEL_TYPES = ("multi_modality",)
 
@@ -128,7 +129,7 @@ def processor_json(model: ModelConfig, image_token: str) -> dict[str, dict]:
         "num_image_tokens": model.tile_features,
         "add_special_token": False,
         "mask_prompt": True,
-        "ignore_id": -100,
+        "ignore_id": IGNORE_INDEX,
         "sft_format": "deepseek",
     }
     return {"preprocessor_config.json": image, "processor_config.json": processor}

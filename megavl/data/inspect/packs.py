@@ -8,6 +8,7 @@ from megavl.batch import Kind
 from megavl.config.model import ModelConfig
 from megavl.config.run import DataConfig, SourceConfig, TrainConfig
 from megavl.config.tiles import Tiling
+from megavl.config.tokens import IGNORE_INDEX
 from megavl.data.assemble import Assembler
 from megavl.data.format import PROMPT
 from megavl.data.inspect.sample import images_of, spell
@@ -16,9 +17,6 @@ from megavl.data.pack import Pack, Piece
 from megavl.data.sampler import Sampler
 from megavl.data.store import Store
 from megavl.data.tokenizer import Tokenizer
-
-_IGNORE = -100
-
 
 # Steps of a run that is only imagined: enough that both kinds are among them.
 _STEPS = 64
@@ -77,14 +75,14 @@ def _read(sampler: Sampler, tokenizer: Tokenizer, step: int, kind: Kind, number:
         seq_len=seq_len,
         max_tiles=sampler.data.max_tiles,
         tiles=sum(piece.tiles for piece in pack),
-        target_tokens=int((labels != _IGNORE).sum()),
+        target_tokens=int((labels != IGNORE_INDEX).sum()),
         pieces=tuple(pieces),
     )
 
 
 def _piece(store: Store, piece: Piece, labels: np.ndarray, tiling: Tiling, tokenizer: Tokenizer) -> PackedPiece:
     # Label t is token t + 1: a token is learned where the position before it has a label.
-    learned = np.concatenate(([False], labels[:-1] != _IGNORE))
+    learned = np.concatenate(([False], labels[:-1] != IGNORE_INDEX))
     images = images_of(store, piece.document, tiling)
     parts: list[tuple[int, Part]] = []
     offset = 0
@@ -111,7 +109,7 @@ def _piece(store: Store, piece: Piece, labels: np.ndarray, tiling: Tiling, token
         stop=piece.stop,
         document_tokens=offset,
         parts=tuple(parts),
-        beyond=None if beyond == _IGNORE else (beyond, spell(store, piece.document, [beyond], tokenizer)[0]),
+        beyond=None if beyond == IGNORE_INDEX else (beyond, spell(store, piece.document, [beyond], tokenizer)[0]),
     )
 
 

@@ -19,11 +19,8 @@ def check_tokenizer(store: Store, path: str, found: Found) -> None:
         DataError: the tokenizer cannot be loaded.
     """
     tokenizer = load_tokenizer(path)
-    if tokenizer.identity != store.meta.tokenizer:
-        found.add(
-            f"it was made with the tokenizer of sha256 {store.meta.tokenizer} (vocabulary {store.meta.vocab_size}), "
-            f"but {path} has {tokenizer.identity} (vocabulary {tokenizer.vocab_size})"
-        )
+    if other := store.meta.other_tokenizer(path, tokenizer.identity, tokenizer.vocab_size):
+        found.add(f"it {other}")
         return
     for document in np.unique(np.linspace(0, len(store) - 1, _DOCUMENTS, dtype=np.int64)).tolist():
         for sequence in store.sequences(document):
