@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from megavl.batch import Batch
-from megavl.checkpoint.agree import CheckpointError
+from megavl.checkpoint.error import CheckpointError
 from megavl.checkpoint.hf import describe
 from megavl.checkpoint.layout import locate
 from megavl.checkpoint.reader import Checkpoint

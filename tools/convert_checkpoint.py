@@ -10,7 +10,7 @@ docs/checkpoints.md says what each layout holds and what is not carried.
 import argparse
 import sys
 
-from megavl.checkpoint.agree import CheckpointError
+from megavl.checkpoint.error import CheckpointError
 from megavl.checkpoint.hf import LAYOUTS, from_hf, to_hf
 
 

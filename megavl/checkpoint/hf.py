@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
-from megavl.checkpoint.agree import CheckpointError, some
+from megavl.checkpoint.error import CheckpointError, some
 from megavl.checkpoint.fragments import Boxes
 from megavl.checkpoint.hf_tokenizer import write_tokenizer
 from megavl.checkpoint.layout import locate

@@ -10,7 +10,7 @@ import json
 import re
 from pathlib import Path
 
-from megavl.checkpoint.agree import CheckpointError
+from megavl.checkpoint.error import CheckpointError
 
 STATE = "state.json"
 FORMAT = 1

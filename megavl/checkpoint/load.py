@@ -5,11 +5,12 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megavl.checkpoint.agree import CheckpointError, every_rank, gather, some
+from megavl.checkpoint.error import CheckpointError, some
 from megavl.checkpoint.fragments import Fragment, by_key
 from megavl.checkpoint.layout import latest, locate, read_state
 from megavl.checkpoint.reader import OTHER_PARAMETERS, Checkpoint
 from megavl.config.model import ModelConfig
+from megavl.parallel.agree import gather, on_every_rank
 
 __all__ = ["CheckpointError", "latest", "load", "load_weights", "locate", "read_state"]
 
@@ -44,7 +45,8 @@ def load_weights(
     checkpoint has, and leaves those of other kinds as they are.
     """
     weights = [fragment for fragment in fragments if fragment.kind in ("param", "master")]
-    _fill(every_rank(lambda: locate(path), control), weights, model, {"param"}, control)
+    found = on_every_rank(lambda: locate(path), control, CheckpointError)
+    _fill(found, weights, model, {"param"}, control)
 
 
 def _fill(
@@ -55,12 +57,12 @@ def _fill(
     control: dist.ProcessGroup | None,
 ) -> None:
     """Verify, then read. `kinds`: those that must be asked for in full."""
-    checkpoint = every_rank(lambda: Checkpoint(path), control)
-    every_rank(lambda: checkpoint.check_model(model), control)
-    boxes = every_rank(lambda: by_key(fragments), control)
-    plan = every_rank(lambda: checkpoint.plan(boxes), control)
+    checkpoint = on_every_rank(lambda: Checkpoint(path), control, CheckpointError)
+    on_every_rank(lambda: checkpoint.check_model(model), control, CheckpointError)
+    boxes = on_every_rank(lambda: by_key(fragments), control, CheckpointError)
+    plan = on_every_rank(lambda: checkpoint.plan(boxes), control, CheckpointError)
     _check_none_left(checkpoint, set(boxes), kinds, control)
-    every_rank(lambda: checkpoint.read(boxes, plan), control)
+    on_every_rank(lambda: checkpoint.read(boxes, plan), control, CheckpointError)
 
 
 def _check_none_left(

@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from megavl.checkpoint.agree import CheckpointError, some
+from megavl.checkpoint.error import CheckpointError, some
 from megavl.checkpoint.fragments import Boxes
 from megavl.checkpoint.layout import read_state, verify_files
 from megavl.config.model import ModelConfig

@@ -22,9 +22,10 @@ from torch.futures import Future
 
 from megavl import __version__
 from megavl.checkpoint import layout
-from megavl.checkpoint.agree import CheckpointError, every_rank, first_rank, is_first, some
+from megavl.checkpoint.error import CheckpointError, some
 from megavl.checkpoint.fragments import Boxes, Fragment, by_key
 from megavl.checkpoint.versions import RecordingWriter
+from megavl.parallel.agree import is_first, on_every_rank, on_first_rank
 
 _FILE_BYTES = 1 << 28
 
@@ -49,7 +50,7 @@ def save(
     Raises:
         CheckpointError: on all ranks, when any of them failed; no checkpoint of this step is there then.
     """
-    boxes = every_rank(lambda: by_key(fragments), control)
+    boxes = on_every_rank(lambda: by_key(fragments), control, CheckpointError)
     return save_boxes(directory, step, boxes, state, keep, control)
 
 
@@ -64,16 +65,17 @@ def save_boxes(
     """As `save`, of boxes that are grouped by tensor already; `keep` None removes nothing. Collective."""
     directory = Path(directory)
     final, saving = layout.step_path(directory, step), layout.saving_path(directory, step)
-    first_rank(partial(_begin, directory, final), control)
+    on_first_rank(partial(_begin, directory, final), control, CheckpointError)
     try:
-        metadata = every_rank(lambda: _write(saving, boxes, control), control)
-        first_rank(lambda: _finish(saving, final, {**state, "step": step}, metadata), control)
+        metadata = on_every_rank(lambda: _write(saving, boxes, control), control, CheckpointError)
+        finish = partial(_finish, saving, final, {**state, "step": step}, metadata)
+        on_first_rank(finish, control, CheckpointError)
     except CheckpointError:
         if is_first(control):
             shutil.rmtree(saving, ignore_errors=True)
         raise
     if keep is not None:
-        first_rank(lambda: _remove(layout.checkpoints(directory)[:-keep]), control)
+        on_first_rank(lambda: _remove(layout.checkpoints(directory)[:-keep]), control, CheckpointError)
     return final
 
 

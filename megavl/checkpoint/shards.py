@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megavl.checkpoint.agree import CheckpointError, some
+from megavl.checkpoint.error import CheckpointError, some
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from megavl.batch import BadImage
 from megavl.config.run import RunConfig
-from megavl.runtime.health import RunError, together
+from megavl.parallel.agree import RunError, on_first_rank
 
 
 class BadImages:
@@ -33,7 +33,7 @@ class BadImages:
         if not images:
             return
         self.count += len(images)
-        together(lambda: self._write(step, images), self._control)
+        on_first_rank(lambda: self._write(step, images), self._control)
         first = images[0]
         told = (
             f"step {step + 1} has images that cannot be decoded, {len(images)} of them; the first: {first.dataset}: "
@@ -49,8 +49,6 @@ class BadImages:
             print(f"{told}Blank images take their places: {self.count} of {self._budget}, see {self._log}", flush=True)
 
     def _write(self, step: int, images: list[BadImage]) -> None:
-        if dist.get_rank() != 0:
-            return
         self._log.parent.mkdir(parents=True, exist_ok=True)
         with open(self._log, "a", encoding="utf-8") as log:
             for bad in images:

@@ -3,6 +3,7 @@
 import itertools
 import time
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 from megavl.config.load import differences, dump_run
@@ -10,11 +11,11 @@ from megavl.config.run import RunConfig
 from megavl.data.assemble import ImageShare
 from megavl.data.loader import Loader
 from megavl.data.sampler import Sampler
+from megavl.parallel.agree import on_every_rank, on_every_rank_with_notes, on_first_rank
 from megavl.parallel.groups import TensorAxis
 from megavl.parallel.topology import Topology
 from megavl.runtime.bad_images import BadImages
 from megavl.runtime.env import Env
-from megavl.runtime.health import together, together_with_remarks
 from megavl.runtime.mesh import mesh_of
 from megavl.runtime.metrics import Metrics
 from megavl.runtime.optim import schedule_ratio
@@ -28,20 +29,22 @@ def train(config: RunConfig, env: Env) -> None:
     Raises RunError with the same message on every rank when the run cannot go on.
     """
     mesh = mesh_of(config, env.world, env.device)
-    sampler = together(lambda: Sampler(config.data, config.model, config.train), mesh.control)
+    sampler = on_every_rank(lambda: Sampler(config.data, config.model, config.train), mesh.control)
     replica = build_replica(config, mesh, env.device)
     checkpoints = Path(config.output_dir) / "checkpoints"
     state = replica.resume(checkpoints)
     first_step = state["step"]
     repacked = sampler.resume(state.get("data", {})) if first_step else []
 
-    if env.rank == 0:
+    def introduce() -> None:
         if first_step:
             changes = differences(state["config"], dump_run(config))
             print(f"resumed from {state['path']}", *changes, sep="\n  ", flush=True)
         _introduce(config, mesh.topology, replica.lines, first_step)
         announce(sampler, first_step, repacked)
-    metrics = Metrics(config, env)
+
+    on_first_rank(introduce, mesh.control)
+    metrics = Metrics(config, env, mesh.control)
     bad_images = BadImages(config, state.get("bad_images", 0), mesh.control)
     images = _images_of(mesh.tp) if replica.has_stem else None
     pin_memory = env.device.type == "cuda"
@@ -50,7 +53,7 @@ def train(config: RunConfig, env: Env) -> None:
     try:
         for step in range(first_step, config.train.steps):
             started = time.perf_counter()
-            batch, replaced = together_with_remarks(
+            batch, replaced = on_every_rank_with_notes(
                 lambda: next(batches), lambda batch: batch.bad_images or None, mesh.control
             )
             bad_images.record(step, itertools.chain(*replaced))
@@ -60,12 +63,15 @@ def train(config: RunConfig, env: Env) -> None:
             if (step + 1) % config.checkpoint.every == 0 or step + 1 == config.train.steps:
                 progress = {"data": sampler.position(step + 1), "bad_images": bad_images.count}
                 saved = replica.save(checkpoints, step + 1, progress)
-                if env.rank == 0:
-                    print(f"checkpoint {saved}", flush=True)
-                    report(sampler, step + 1, config.output_dir)
+                on_first_rank(partial(_report_saved, saved, sampler, step + 1, config.output_dir), mesh.control)
     finally:
         loader.close()
         metrics.close()
+
+
+def _report_saved(path: Path, sampler: Sampler, done: int, output_dir: str) -> None:
+    print(f"checkpoint {path}", flush=True)
+    report(sampler, done, output_dir)
 
 
 def _images_of(tp: TensorAxis) -> ImageShare:
@@ -81,7 +87,8 @@ def _introduce(config: RunConfig, topology: Topology, lines: Iterable[str], firs
         f"{config.model.name} on {ranks}: tensor {topology.tp}{' with sequence' * parallel.sequence}, "
         f"pipeline {topology.pp} x {parallel.virtual_stages} stages, data {topology.dp}{experts}, "
         f"ZeRO-{parallel.zero}, {train.precision}\n"
-        f"a step: {train.global_batch} packs of {config.data.seq_len} tokens, {train.micro_batches(topology.dp)} micro-batches a rank\n"
+        f"a step: {train.global_batch} packs of {config.data.seq_len} tokens, "
+        f"{train.micro_batches(topology.dp)} micro-batches a rank\n"
         + "\n".join(lines)
         + f"\nfrom step {first_step} to {train.steps}, output in {config.output_dir}"
         + ("; nothing is left to do: raise train.steps to go on" if first_step >= train.steps else ""),

@@ -12,6 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from megavl.batch import StepBatch
 from megavl.config.run import RunConfig
+from megavl.parallel.agree import on_first_rank
 from megavl.plan.cost import step_flops
 from megavl.plan.hardware import peak_flops
 from megavl.runtime.balance import Load
@@ -36,31 +37,40 @@ _LOAD = ("max/mean load", 13)  # of the experts of the worst layer
 class Metrics:
     """Rank 0 writes; the other ranks only take part in the collectives."""
 
-    def __init__(self, config: RunConfig, env: Env):
+    def __init__(self, config: RunConfig, env: Env, control: dist.ProcessGroup | None):
         """Collective: on a device of unknown peak all ranks measure together."""
-        self._config, self._env = config, env
+        self._config, self._env, self._control = config, env, control
         self._peak_flops, origin = peak(env)
         self._file = self._board = None
-        if env.rank == 0:
-            folder = Path(config.output_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            self._file = open(folder / "metrics.jsonl", "a", encoding="utf-8", buffering=1)  # noqa: SIM115
-            self._board = SummaryWriter(folder / "tensorboard") if config.log.tensorboard else None
-            print(f"MFU is over {self._peak_flops * env.world / 1e12:.3g} TFLOP/s, {origin}")
-            self._columns = _COLUMNS if config.model.decoder.moe is None else (*_COLUMNS, _LOAD)
-            print(" ".join(name.rjust(width) for name, width in self._columns))
+        on_first_rank(lambda: self._open(origin), control)
+
+    def _open(self, origin: str) -> None:
+        folder = Path(self._config.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = open(folder / "metrics.jsonl", "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+        self._board = SummaryWriter(folder / "tensorboard") if self._config.log.tensorboard else None
+        print(f"MFU is relative to {self._peak_flops * self._env.world / 1e12:.3g} TFLOP/s, {origin}")
+        self._columns = _COLUMNS if self._config.model.decoder.moe is None else (*_COLUMNS, _LOAD)
+        print(" ".join(name.rjust(width) for name, width in self._columns))
 
     def record(
         self, batch: StepBatch, loss: float, grad_norm: float, lr: float, step_s: float, load: Load | None
     ) -> None:
-        """One step; `load` is None where the model has no experts. Collective: memory is that of the fullest rank."""
+        """One step; `load` is None where the model has no experts. Collective: memory is that of the fullest rank.
+
+        Raises:
+            RunError: the files cannot be written.
+        """
         memory = torch.tensor(memory_bytes(self._env.device), dtype=torch.int64, device=self._env.device)
         dist.all_reduce(memory, dist.ReduceOp.MAX)
-        if self._file is None:
-            return
+        on_first_rank(
+            lambda: self._write(self._row(batch, loss, grad_norm, lr, step_s, memory.item()), load), self._control
+        )
+
+    def _row(self, batch: StepBatch, loss: float, grad_norm: float, lr: float, step_s: float, memory: int) -> dict:
         flops = step_flops(self._config, tokens=batch.tokens, squared_tokens=batch.squared_tokens, tiles=batch.tiles)
         capacity = self._peak_flops * self._env.world * step_s
-        row = {
+        return {
             "step": batch.step + 1,
             "kind": batch.kind,
             "loss": loss,
@@ -75,9 +85,11 @@ class Metrics:
             "step_s": step_s,
             "mfu": flops.model / capacity,
             "hardware_utilization": flops.hardware / capacity,
-            "memory_bytes": memory.item(),
+            "memory_bytes": memory,
             "time": time.time(),
         }
+
+    def _write(self, row: dict, load: Load | None) -> None:
         if load is not None:
             row["experts"] = experts(load)
         self._file.write(json.dumps(row) + "\n")

@@ -10,17 +10,17 @@ from torch import Tensor, nn
 
 from megavl.batch import StepBatch
 from megavl.checkpoint.fragments import Fragment
-from megavl.checkpoint.load import latest, load, load_weights, read_state
+from megavl.checkpoint.load import CheckpointError, latest, load, load_weights, read_state
 from megavl.checkpoint.save import save
 from megavl.config.load import dump_run
 from megavl.config.run import RunConfig
 from megavl.ops.dispatch import Ops, choose
+from megavl.parallel.agree import RunError, gather, on_every_rank
 from megavl.parallel.groups import Mesh
 from megavl.runtime.balance import Balance, Load
 from megavl.runtime.deepspeed.adamw import choose_adamw, set_step
 from megavl.runtime.deepspeed.engine import build_engine
 from megavl.runtime.deepspeed.state import fragments
-from megavl.runtime.health import RunError
 from megavl.runtime.optim import set_learning_rate
 from megavl.runtime.pipeline import Pipeline
 from megavl.runtime.stage import build_stages
@@ -92,13 +92,15 @@ class Replica:
 
         Returns the checkpoint's state, whose "step" is the number of steps done; {"step": 0} without a checkpoint.
         """
-        newest, config, control = latest(checkpoints), self.config, self.mesh.control
+        config, control = self.config, self.mesh.control
+        # A shared disk may show another directory to each rank for a while.
+        newest, *_ = gather(latest(checkpoints), control)
         held = self.fragments()
         if newest is None:
             if config.checkpoint.init_from is not None:
                 load_weights(config.checkpoint.init_from, held, config.model, control)
             return {"step": 0}
-        state = read_state(newest)
+        state = on_every_rank(lambda: read_state(newest), control, CheckpointError)
         load(newest, held, config.model, control)
         set_step(self.engine.basic_optimizer, state["optimizer_step"])
         return state | {"path": newest}

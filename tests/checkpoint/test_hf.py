@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megavl.batch import Batch
-from megavl.checkpoint.agree import CheckpointError
+from megavl.checkpoint.error import CheckpointError
 from megavl.checkpoint.fragments import Fragment
 from megavl.checkpoint.hf import LAYOUTS, from_hf, to_hf
 from megavl.checkpoint.layout import latest, read_state

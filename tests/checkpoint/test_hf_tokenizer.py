@@ -7,7 +7,7 @@ import pytest
 import sentencepiece
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-from megavl.checkpoint.agree import CheckpointError
+from megavl.checkpoint.error import CheckpointError
 from megavl.checkpoint.hf import to_hf
 from megavl.checkpoint.hf_tokenizer import write_tokenizer
 from tests.checkpoint.models import HYBRID, SIGLIP_ONLY, TEXTS, train_tokenizer, write_checkpoint

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megavl.checkpoint.agree import CheckpointError
+from megavl.checkpoint.error import CheckpointError
 from megavl.checkpoint.fragments import Fragment
 from megavl.checkpoint.load import latest, load, load_weights, locate, read_state
 from megavl.checkpoint.save import save

@@ -24,7 +24,7 @@ MAY_IMPORT = {
 }
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "misc"}
 ENVIRONMENT_READER = Path("megavl/runtime/env.py")
-DEEPSPEED_ROOM = Path("megavl/runtime")
+DEEPSPEED_ROOM = Path("megavl/runtime/deepspeed")
 
 
 @dataclass(frozen=True)
@@ -124,12 +124,53 @@ def cycles(root: Path) -> list[str]:
 
 
 def deepspeed_elsewhere(root: Path) -> list[str]:
-    """Imports of deepspeed outside the runtime."""
+    """Imports of deepspeed outside its room."""
     return [
         str(edge)
         for edge in _all_imports(root, "megavl", "launch", "tools")
         if edge.module.split(".")[0] == "deepspeed" and not edge.importer.is_relative_to(DEEPSPEED_ROOM)
     ]
+
+
+def private_writes_elsewhere(root: Path) -> list[str]:
+    """Assignments to a private attribute of an object other than `self`, or to an item of one, outside DeepSpeed's
+    room. Such a write depends on the inside of a library, or of another class of ours."""
+    found = []
+    for path, tree in sources(root, "megavl", "launch", "tools"):
+        if path.is_relative_to(DEEPSPEED_ROOM):
+            continue
+        for node in ast.walk(tree):
+            match node:
+                case ast.Assign(targets=targets):
+                    pass
+                case ast.AugAssign(target=target) | ast.AnnAssign(target=target):
+                    targets = [target]
+                case _:
+                    continue
+            for target in targets:
+                attribute = target.value if isinstance(target, ast.Subscript) else target
+                match attribute:
+                    case ast.Attribute(value=ast.Name(id="self" | "cls")) if attribute is target:
+                        continue
+                    case ast.Attribute(attr=name) if is_private(name) and name not in _own_private(tree):
+                        found.append(f"{path}:{node.lineno} writes {ast.unparse(attribute)}")
+    return found
+
+
+def is_private(name: str) -> bool:
+    """Whether a name is private; those with two underscores are Python's own."""
+    return name.startswith("_") and not name.startswith("__")
+
+
+def _own_private(tree: ast.Module) -> set[str]:
+    """Private attributes that the classes of a file assign to `self`."""
+    return {
+        target.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign | ast.AnnAssign)
+        for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
+        if isinstance(target, ast.Attribute) and isinstance(target.value, ast.Name) and target.value.id == "self"
+    }
 
 
 def environment_read_elsewhere(root: Path) -> list[str]:
@@ -173,6 +214,7 @@ RULES = (
     doors_imported,
     cycles,
     deepspeed_elsewhere,
+    private_writes_elsewhere,
     environment_read_elsewhere,
     ambient_state,
     empty_names,

@@ -31,6 +31,9 @@ BREACHES = {
         "megavl/model/a.py",
         "def f():\n    from deepspeed import comm",
     ),
+    "deepspeed in the runtime": (rules.deepspeed_elsewhere, "megavl/runtime/a.py", "import deepspeed"),
+    "a private attribute": (rules.private_writes_elsewhere, "megavl/runtime/a.py", "def f(x):\n    x.inner._norm = 1"),
+    "an item of one": (rules.private_writes_elsewhere, "megavl/model/a.py", "def f(self):\n    self._buffers['a'] = 1"),
     "deepspeed in a door": (rules.deepspeed_elsewhere, "launch/pretrain.py", "import deepspeed"),
     "environ": (rules.environment_read_elsewhere, "megavl/runtime/a.py", 'import os\nos.environ["RANK"]'),
     "getenv": (rules.environment_read_elsewhere, "tools/a.py", 'import os\nos.getenv("RANK")'),
@@ -67,8 +70,9 @@ def tree(tmp_path):
         "megavl/model/vlm.py": "from megavl.batch import Batch\nfrom megavl.config.model import ModelConfig",
         "megavl/plan/cost.py": "from megavl.parallel.topology import Topology",
         "megavl/runtime/env.py": 'import os\nos.environ["RANK"]',
-        "megavl/runtime/engine.py": "def f():\n    import deepspeed",
-        "launch/pretrain.py": "from megavl.runtime.engine import f",
+        "megavl/runtime/deepspeed/engine.py": "def f(engine):\n    import deepspeed\n    engine._norm = 1",
+        "megavl/runtime/loop.py": "class A:\n    def __init__(self):\n        self._a = {}\n        self._a[0] = 1",
+        "launch/pretrain.py": "from megavl.runtime.deepspeed.engine import f",
         "tools/benchmark.py": "from megavl.plan import cost",
     }.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

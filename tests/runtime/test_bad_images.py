@@ -10,9 +10,9 @@ from megavl.config.run import RunConfig, SourceConfig
 from megavl.data.encoded import EncodedDocument, EncodedImage
 from megavl.data.tokenizer import load_tokenizer
 from megavl.data.writer import StoreWriter
+from megavl.parallel.agree import RunError
 from megavl.runtime.deepspeed.start import start_deepspeed
 from megavl.runtime.env import Env
-from megavl.runtime.health import RunError
 from megavl.runtime.loop import train
 from tests.data.conftest import encoded_text, image_bytes
 from tests.runtime.cases import MODEL, run_config

@@ -5,10 +5,12 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megavl.batch import StepBatch
 from megavl.config.presets import PRESETS
+from megavl.parallel.agree import RunError
 from megavl.runtime.balance import Load
 from megavl.runtime.env import Env
 from megavl.runtime.metrics import Metrics
@@ -31,7 +33,7 @@ def test_statistics_of_a_load():
 def record(folder: str, loads: list[Load | None], preset: str) -> None:
     """One rank writes a step of each load."""
     config = make_run(output_dir=folder, model=PRESETS[preset].model_dump(mode="json"), train={"steps": len(loads)})
-    metrics = Metrics(config, Env(rank=0, local_rank=0, world=1))
+    metrics = Metrics(config, Env(rank=0, local_rank=0, world=1), None)
     for step, load in enumerate(loads):
         metrics.record(
             StepBatch(step, "multimodal", (), 90, 100, 3, 7, 10_000),
@@ -71,3 +73,19 @@ def test_a_run_without_experts(pool, tmp_path):
     pool.run(1, record, str(tmp_path), [None], "vl_debug")
     (row,) = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert "experts" not in row
+
+
+def write_nowhere(folder: str) -> str:
+    config = make_run(output_dir=folder)
+    world = dist.get_world_size()
+    try:
+        Metrics(config, Env(dist.get_rank(), dist.get_rank(), world), dist.new_group())
+    except RunError as error:
+        return str(error)
+    return "opened"
+
+
+def test_a_folder_that_cannot_be_written_ends_all_ranks(pool, tmp_path):
+    (tmp_path / "file").write_text("")
+    first, second = pool.run(2, write_nowhere, str(tmp_path / "file"))
+    assert first == second and "File exists" in first

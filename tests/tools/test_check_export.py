@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from megavl.checkpoint.agree import CheckpointError
+from megavl.checkpoint.error import CheckpointError
 from megavl.checkpoint.hf import to_hf
 from megavl.config.tiles import Tiling
 from megavl.data.encoded import EncodedDocument, EncodedImage

@@ -8,7 +8,7 @@ from exports.document import Document
 from PIL import Image
 from torch import Tensor
 
-from megavl.checkpoint.agree import CheckpointError
+from megavl.checkpoint.error import CheckpointError
 
 
 class ExportedVL:

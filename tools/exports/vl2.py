@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from megavl.batch import Batch
-from megavl.checkpoint.agree import CheckpointError, some
+from megavl.checkpoint.error import CheckpointError, some
 from megavl.checkpoint.maps import deepseek_vl_v2
 from megavl.checkpoint.shards import Shards
 from megavl.config.model import ModelConfig

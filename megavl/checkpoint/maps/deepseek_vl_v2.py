@@ -3,7 +3,7 @@
 import re
 from math import ceil
 
-from megavl.checkpoint.agree import CheckpointError
+from megavl.checkpoint.error import CheckpointError
 from megavl.checkpoint.maps.deepseek_v2 import LATENT_NORM_EPS, decoder_json, decoder_names, read_decoder
 from megavl.checkpoint.maps.fields import Fields
 from megavl.checkpoint.maps.rule import Names, Rule, Shape, rules

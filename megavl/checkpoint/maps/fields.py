@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from megavl.checkpoint.agree import CheckpointError
+from megavl.checkpoint.error import CheckpointError
 
 
 class Fields:

@@ -3,7 +3,7 @@
 import re
 from typing import TypeVar
 
-from megavl.checkpoint.agree import CheckpointError
+from megavl.checkpoint.error import CheckpointError
 from megavl.checkpoint.maps.fields import Fields
 from megavl.checkpoint.maps.llama import llama_decoder, llama_json, llama_names
 from megavl.checkpoint.maps.rule import Names, Rule, Shape, rules
