@@ -24,19 +24,9 @@ UNUSED = re.compile(r"vision_model\.((vision_tower_low\.)?vision_tower\.attn_poo
 
 def names(hybrid: bool) -> Names:
     """The names of the parameters: the SigLIP tower of the hybrid encoder is `vision_tower_low`."""
-    kept = ("norm1", "norm2", "attn.qkv", "attn.proj", "mlp.lin1", "mlp.lin2")
-    table = {f"stem.sam.blocks.#.{name}.@": f"{_SAM}.blocks.#.{name}.@" for name in kept}
-    table |= {
-        f"stem.sam.{neck}.{index}.@": f"{_SAM}.{neck}.{index}.@" for neck in ("neck", "neck_hd") for index in range(4)
-    }
-    table |= {
+    table = {
+        "stem.sam.": f"{_SAM}.",
         "stem.sam.patch_embed.@": f"{_SAM}.patch_embed.proj.@",
-        "stem.sam.pos_embed": f"{_SAM}.pos_embed",
-        "stem.sam.blocks.#.attn.rel_pos_h": f"{_SAM}.blocks.#.attn.rel_pos_h",
-        "stem.sam.blocks.#.attn.rel_pos_w": f"{_SAM}.blocks.#.attn.rel_pos_w",
-        "stem.sam.downsamples.0.@": f"{_SAM}.downsamples.0.@",
-        "stem.sam.downsamples.1.@": f"{_SAM}.downsamples.1.@",
-        "stem.sam.hd_alpha_downsamples": f"{_SAM}.hd_alpha_downsamples",
         "stem.adaptor.high_up_proj.@": "aligner.high_up_proj.@",
         "stem.adaptor.low_up_proj.@": "aligner.low_up_proj.@",
         "stem.adaptor.proj.@": "aligner.layers.1.@",

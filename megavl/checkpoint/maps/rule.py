@@ -6,11 +6,13 @@ from dataclasses import dataclass
 
 from torch import Tensor, cat, stack
 
-from megavl.config.parameters import Parameter
+from megavl.checkpoint.agree import CheckpointError
+from megavl.config.dataflow import Parameter
 
 Shape = tuple[int, ...]
 # A name of megavl -> its name there, or the names of its equal slices along dim 0. "#" stands for the index of a block,
-# "@" for weight or bias, "*" for an index of dim 0, of which each has a tensor there.
+# "@" for weight or bias, "*" for an index of dim 0, of which each has a tensor there. A name that ends with a dot is a
+# prefix: names that are not listed themselves go on there as here.
 Names = Mapping[str, str | tuple[str, ...]]
 
 
@@ -51,16 +53,30 @@ def rules(parameters: Iterable[Parameter], names: Names, flat: frozenset[str] = 
 
 
 def _rule(parameter: Parameter, names: Names, flat: bool) -> Rule:
-    block = re.search(r"\bblocks\.(\d+)\.", parameter.name)
-    ending = re.search(r"\.(weight|bias)$", parameter.name)
-    pattern = re.sub(r"\bblocks\.\d+\.", "blocks.#.", parameter.name)
-    if ending and pattern not in names:
-        pattern = pattern.removesuffix(ending[1]) + "@"
-    theirs = (names[pattern],) if isinstance(names[pattern], str) else names[pattern]
+    theirs = _their_names(parameter.name, names)
     each = "*" in theirs[0]
     if each:
         theirs = tuple(theirs[0].replace("*", str(index)) for index in range(parameter.shape[0]))
-    filled = tuple(
-        name.replace("#", block[1] if block else "").replace("@", ending[1] if ending else "") for name in theirs
+    return Rule(parameter.name, theirs, flat or each, parameter.shape)
+
+
+def _their_names(name: str, names: Names) -> tuple[str, ...]:
+    """The entry of `names` for a parameter, with its block and its ending filled in."""
+    block, ending = re.search(r"\bblocks\.(\d+)\.", name), re.search(r"\.(weight|bias)$", name)
+    pattern = re.sub(r"\bblocks\.\d+\.", "blocks.#.", name)
+    if ending and pattern not in names:
+        pattern = pattern.removesuffix(ending[1]) + "@"
+    theirs = names.get(pattern) or _under_prefix(name, names)
+    theirs = (theirs,) if isinstance(theirs, str) else theirs
+    return tuple(
+        there.replace("#", block[1] if block else "").replace("@", ending[1] if ending else "") for there in theirs
     )
-    return Rule(parameter.name, filled, flat or each, parameter.shape)
+
+
+def _under_prefix(name: str, names: Names) -> str:
+    for prefix in names:
+        if prefix.endswith(".") and name.startswith(prefix):
+            return f"{names[prefix]}{name.removeprefix(prefix)}"
+    raise CheckpointError(
+        f"this layout has no name for {name}: whoever reads it computes no such layer. Nothing was converted"
+    )

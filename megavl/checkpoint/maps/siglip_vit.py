@@ -6,12 +6,7 @@ from megavl.config.model import SiglipConfig
 
 def siglip_names(root: str) -> Names:
     """The names of its parameters; `root` is the tower's own."""
-    kept = ("norm1", "norm2", "attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
-    return {f"stem.siglip.blocks.#.{name}.@": f"{root}.blocks.#.{name}.@" for name in kept} | {
-        "stem.siglip.patch_embed.@": f"{root}.patch_embed.proj.@",
-        "stem.siglip.pos_embed": f"{root}.pos_embed",
-        "stem.siglip.norm.@": f"{root}.norm.@",
-    }
+    return {"stem.siglip.": f"{root}.", "stem.siglip.patch_embed.@": f"{root}.patch_embed.proj.@"}
 
 
 def pool_shapes(root: str, siglip: SiglipConfig) -> dict[str, Shape]:
