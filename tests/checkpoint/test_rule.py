@@ -1,6 +1,6 @@
 import pytest
 
-from megavl.checkpoint.agree import CheckpointError
+from megavl.checkpoint.error import CheckpointError
 from megavl.checkpoint.maps.rule import rules
 from megavl.config.dataflow import Parameter
 

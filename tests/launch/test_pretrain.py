@@ -196,7 +196,7 @@ def refused(done: subprocess.CompletedProcess, *parts: str) -> None:
         (["parallel.tensor=5"], ["vocab_size = 402", "parallel.tensor = 5"]),
         (["parallel.pipeline=4"], ["6 items"]),
         (["parallel.tensor=2"], ["1 ranks do not divide"]),
-        (["train.global_batch=3", "train.micro_batch=2"], ["train.global_batch = 3 does not divide"]),
+        (["train.global_batch=3", "train.micro_batch=2"], ["train.global_batch = 3 is not divisible"]),
         (["data.text=[{prefix: nowhere/text}]"], ["nowhere/text.bin", "preprocess_data.py"]),
         (["data.text=[{prefix: data/quickstart_absent/text}]", "data.tokenizer=absent.model"], ["absent.model"]),
     ],

@@ -84,7 +84,7 @@ def test_messages_and_objects_go_over_the_control_group(pool, corpus, tmp_path, 
     for calls in pool.run(2, calls_of_a_run, config, parallel):
         # Those of this project and those of DCP.
         assert {call.where for call in calls if call.collective in OBJECTS} == {
-            ("control", "megavl/checkpoint/agree.py"),
+            ("control", "megavl/parallel/agree.py"),
             ("control", "distributed/checkpoint/utils.py"),
         }
         tensors = [call for call in calls if call.collective in TENSORS]

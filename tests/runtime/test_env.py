@@ -8,6 +8,7 @@ from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
 from torch.distributed import distributed_c10d
 
 from megavl.runtime import env
+from megavl.runtime.deepspeed import start
 from megavl.runtime.env import Env, LaunchError, process_group, read_env, start_process_group
 
 NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID", "SLURM_LOCALID")
@@ -59,7 +60,7 @@ def cuda(environment, monkeypatch):
 
     def see(count: int, **variables: str) -> dict:
         environment(**variables)
-        monkeypatch.setattr(env, "get_accelerator", CUDA_Accelerator)
+        monkeypatch.setattr(start, "get_accelerator", CUDA_Accelerator)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
         monkeypatch.setattr(torch.cuda, "set_device", lambda device: told.update(current=device))
         monkeypatch.setattr(

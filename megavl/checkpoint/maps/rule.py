@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, cat, stack
 
-from megavl.checkpoint.agree import CheckpointError
+from megavl.checkpoint.error import CheckpointError
 from megavl.config.dataflow import Parameter
 
 Shape = tuple[int, ...]
