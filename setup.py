@@ -28,9 +28,8 @@ setup(
     package_data={"megavl.data.inspect": ["page.html", "page.css", "page.js"]},
     python_requires=">=3.11",
     install_requires=[
-        # The suite passes on both ends of this range. It is closed because torch.distributed.pipelining, DCP's planner
-        # hooks and varlen_attn are used below their stable surface; what differs between these versions is in the files
-        # named versions.py.
+        # The suite passes on both ends of this range. It is closed because DCP's planner hooks and varlen_attn are used
+        # below their stable surface; what differs between these versions is in the files named versions.py.
         "torch>=2.11,<2.14",
         # Exact: its BF16 optimizer's fragments (`_hp_mapping`) are what a checkpoint is written from.
         "deepspeed==0.19.8",
