@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
+from megavl.parallel.autograd import with_backward
 from megavl.parallel.groups import Axis
 
 
@@ -42,43 +43,32 @@ class _Transfer:
         return _Transfer(self.received, self.sent, self.axis)
 
     def start(self, x: Tensor) -> Tensor:
-        """The rows that are received, once they have been waited for."""
+        """Begin to send the rows `x`. Returns the tensor that holds the received rows after `finish`."""
         self.arriving = x.new_empty(sum(self.received), *x.shape[1:])  # [rows received, ...]
         self.work = dist.all_to_all_single(
             self.arriving, x.contiguous(), self.received, self.sent, group=self.axis.group, async_op=True
         )
         return self.arriving
 
-    def wait(self) -> Tensor:
+    def start_gradient(self, grad: Tensor) -> Tensor:
+        """Begin to send `grad`. Returns it, as autograd requires a gradient of the shape of the rows that `finish` got;
+        `_start_rows` replaces it by the received one."""
+        self.start(grad)
+        return grad
+
+    def finish(self, _x: Tensor) -> Tensor:
         """The rows that are received."""
         self.work.wait()
         arrived, self.work, self.arriving = self.arriving, None, None
-        return arrived
+        return arrived.view_as(arrived)
 
 
-class _Start(Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, there: _Transfer, back: _Transfer) -> Tensor:
-        ctx.back = back
-        return there.start(x)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        return ctx.back.wait(), None, None
+def _start_rows(x: Tensor, there: _Transfer, back: _Transfer) -> Tensor:
+    return with_backward(x, forward=there.start, backward=back.finish)
 
 
-class _Finish(Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, there: _Transfer, back: _Transfer) -> Tensor:
-        ctx.back = back
-        there.wait()
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        # What autograd hands on has the shape of the rows here; _Start.backward has those that arrive.
-        ctx.back.start(grad)
-        return grad, None, None
+def _finish_rows(x: Tensor, there: _Transfer, back: _Transfer) -> Tensor:
+    return with_backward(x, forward=there.finish, backward=back.start_gradient)
 
 
 class _Spread(Function):
@@ -184,13 +174,13 @@ class Dispatch:
     def start(self, x: Tensor) -> Tensor:
         """Send the tokens [T, D] off. What it returns is for `finish` alone."""
         rows = _Spread.apply(x, self._places, self._tokens)  # [T * k, D]
-        return rows if self._ep.size == 1 else _Start.apply(rows, self._there, self._there_dual)
+        return rows if self._ep.size == 1 else _start_rows(rows, self._there, self._there_dual)
 
     def finish(self, under_way: Tensor) -> Tensor:
         """Rows of this rank's experts, sorted by expert: [counts.sum(), D]."""
         if self._ep.size == 1:
             return under_way
-        rows = _Finish.apply(under_way, self._there, self._there_dual)  # [N, D]
+        rows = _finish_rows(under_way, self._there, self._there_dual)  # [N, D]
         return _Permute.apply(rows, self._by_expert, self._by_rank) if len(rows) else rows
 
     def combine(self, rows: Tensor, weights: Tensor) -> Tensor:
@@ -202,5 +192,5 @@ class Dispatch:
             rows = _Permute.apply(rows, self._by_rank, self._by_expert) if len(rows) else rows
             back = self._there.dual()
             dual = back.dual()
-            rows = _Finish.apply(_Start.apply(rows, back, dual), back, dual)  # [T * k, D]
+            rows = _finish_rows(_start_rows(rows, back, dual), back, dual)  # [T * k, D]
         return _Combine.apply(rows, weights, self._places)
