@@ -6,7 +6,6 @@ from megavl.batch import Batch
 from megavl.config.model import DecoderConfig
 from megavl.model.norm import RmsNorm
 from megavl.ops.dispatch import Ops
-from megavl.parallel.collectives import enter_parallel
 from megavl.parallel.cross_entropy import summed_cross_entropy
 from megavl.parallel.groups import TensorAxis
 from megavl.parallel.linear import ColumnLinear
@@ -23,7 +22,7 @@ class Head(nn.Module):
 
     def logits(self, h: Tensor) -> Tensor:
         """[T, D] ([T / tp, D] under sequence parallelism) -> [T, V / tp], this rank's columns of the vocabulary."""
-        return self.proj(enter_parallel(self.norm(h), self.tp))  # [T, V / tp]
+        return self.proj(self.norm(h))  # [T, V / tp]
 
     def forward(self, h: Tensor, batch: Batch) -> Tensor:
         """float32 []: the sum over the batch's supervised tokens of -log p(label), in nats; equal on all tp ranks.
