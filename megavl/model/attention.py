@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from megavl.batch import Batch
 from megavl.config.model import DecoderConfig
 from megavl.ops.dispatch import Ops
-from megavl.ops.rope import rotate_halves, rotation
+from megavl.ops.rope import rotary_tables
 from megavl.parallel.groups import TensorAxis
 from megavl.parallel.linear import ColumnLinear, RowLinear, column_linears, share
 
@@ -32,7 +32,7 @@ class Attention(nn.Module):
         q = q.unflatten(1, (self.heads, self.head_width))  # [T, heads / tp, d]
         k = k.unflatten(1, (self.kv_heads, self.head_width))  # [T, kv_heads / tp, d]
         v = v.unflatten(1, (self.kv_heads, self.head_width))  # [T, kv_heads / tp, d]
-        cos, sin = rotation(batch.positions, self.head_width, self.theta)
-        q, k = rotate_halves(q, cos, sin), rotate_halves(k, cos, sin)
+        cos, sin = rotary_tables(batch.positions, self.head_width, self.theta)
+        q, k = self.ops.rotate_halves(q, k, cos, sin)
         attended = self.ops.attention(q, k, v, batch.cu_seqlens, batch.lengths)  # [T, heads / tp, d]
         return self.o_proj(attended.flatten(1))  # [T, heads * d / tp] -> [T, D]

@@ -4,6 +4,7 @@ from torch import Tensor, nn
 
 from megavl.batch import Batch
 from megavl.config.model import DecoderConfig
+from megavl.config.tokens import IGNORE_INDEX
 from megavl.model.norm import RmsNorm
 from megavl.ops.dispatch import Ops
 from megavl.parallel.cross_entropy import summed_cross_entropy
@@ -16,7 +17,7 @@ class Head(nn.Module):
 
     def __init__(self, config: DecoderConfig, tp: TensorAxis, ops: Ops):
         super().__init__()
-        self.tp = tp
+        self.tp, self.ops = tp, ops
         self.norm = RmsNorm(config.width, config.norm_eps, tp, ops)
         self.proj = ColumnLinear(config.width, config.vocab_size, tp)
 
@@ -29,4 +30,4 @@ class Head(nn.Module):
 
         A sum, not a mean: whoever knows the supervised tokens of the whole global batch divides.
         """
-        return summed_cross_entropy(self.logits(h), batch.labels, self.tp)
+        return summed_cross_entropy(self.logits(h), batch.labels, IGNORE_INDEX, self.tp, self.ops.cross_entropy)

@@ -10,7 +10,7 @@ from megavl.batch import Batch
 from megavl.config.model import DecoderConfig
 from megavl.model.norm import RmsNorm
 from megavl.ops.dispatch import Ops
-from megavl.ops.rope import rotate_pairs, rotation
+from megavl.ops.rope import rotary_tables
 from megavl.parallel.groups import TensorAxis
 from megavl.parallel.linear import ColumnLinear, RowLinear, SharedLinear, column_linear_with, share
 
@@ -37,16 +37,16 @@ class LatentAttention(nn.Module):
 
     def forward(self, h: Tensor, batch: Batch) -> Tensor:
         mla = self.mla
-        cos, sin = rotation(batch.positions, mla.rope_width, self.theta)
+        cos, sin = rotary_tables(batch.positions, mla.rope_width, self.theta)
         latent, k_rope = self.kv_down_proj(h).split((mla.kv_rank, mla.rope_width), dim=1)
         kv, k_rope = column_linear_with(self.kv_norm(latent), self.kv_up_proj, k_rope)  # k_rope: [T, rope]
         kv = kv.unflatten(1, (self.heads, -1))  # [T, heads / tp, nope + value]
         k_nope, v = kv.split((mla.nope_width, mla.value_width), dim=2)
-        # All heads share the positioned channels of a key.
-        k_rope = rotate_pairs(k_rope.unsqueeze(1), cos, sin).expand(-1, self.heads, -1)  # [T, heads / tp, rope]
         q = self.q_proj(h).unflatten(1, (self.heads, -1))  # [T, heads / tp, nope + rope]
         q_nope, q_rope = q.split((mla.nope_width, mla.rope_width), dim=2)
-        q = torch.cat((q_nope, rotate_pairs(q_rope, cos, sin)), dim=2)
-        k = torch.cat((k_nope, k_rope), dim=2)  # [T, heads / tp, nope + rope]
+        q_rope, k_rope = self.ops.rotate_pairs(q_rope, k_rope.unsqueeze(1), cos, sin)  # k_rope: [T, 1, rope]
+        q = torch.cat((q_nope, q_rope), dim=2)  # [T, heads / tp, nope + rope]
+        # All heads share the positioned channels of a key.
+        k = torch.cat((k_nope, k_rope.expand(-1, self.heads, -1)), dim=2)  # [T, heads / tp, nope + rope]
         attended = self.ops.attention(q, k, v, batch.cu_seqlens, batch.lengths)  # [T, heads / tp, value]
         return self.o_proj(attended.flatten(1))  # [T, heads * value / tp] -> [T, D]

@@ -156,7 +156,7 @@ class Moe(nn.Module):
 
     def __init__(self, config: MoeConfig, width: int, tp: TensorAxis, ep: ExpertAxis, ops: Ops):
         super().__init__()
-        self.total, self.tp, self.ep = config.experts, tp, ep
+        self.total, self.tp, self.ep, self.ops = config.experts, tp, ep, ops
         self.router = Router(config, width, tp)
         self.shared = Mlp(width, config.shared_width, tp, ops)
         self.experts = Experts(config, width, tp, ep, ops)
@@ -164,7 +164,7 @@ class Moe(nn.Module):
     def forward(self, h: Tensor, batch: Batch) -> Tensor:
         weights, experts = self.router(h, batch.packs)
         x, weights, experts = self._enter(h, weights, experts)
-        dispatch = Dispatch(experts, self.total, self.ep)
+        dispatch = Dispatch(experts, self.total, self.ep, self.ops.permutation)
         under_way = dispatch.start(x)
         shared = self.shared(h, batch)
         rows = self.experts(dispatch.finish(under_way), dispatch.counts)

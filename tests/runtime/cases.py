@@ -30,8 +30,8 @@ from megavl.config.run import (
     TrainConfig,
 )
 from megavl.config.tiles import Grid, Tiling
+from megavl.config.tokens import IGNORE_INDEX
 from megavl.ops.dispatch import Ops, choose
-from megavl.parallel.cross_entropy import IGNORED
 from megavl.parallel.groups import Mesh
 from megavl.runtime.balance import Load
 from megavl.runtime.env import start_deepspeed
@@ -143,11 +143,11 @@ def _pack(step: int, number: int, model: ModelConfig) -> tuple[Tensor, Tensor, l
     tiling = Tiling(model)
     tokens[: sum(len(tiling.layout(grid)) for grid in _grids(step, number, model))] = IMAGE
     labels = tokens.roll(-1)
-    labels[labels == IMAGE] = IGNORED
+    labels[labels == IMAGE] = IGNORE_INDEX
     for border in torch.tensor(lengths).cumsum(0).tolist():
-        labels[border - 1] = IGNORED
+        labels[border - 1] = IGNORE_INDEX
     if number % 3:
-        labels[SEQ_LEN - number % 3 :] = IGNORED  # the last document is padding
+        labels[SEQ_LEN - number % 3 :] = IGNORE_INDEX  # the last document is padding
     return tokens, labels, lengths
 
 
@@ -183,7 +183,7 @@ def step_batch(step: int, config: RunConfig, mesh: Mesh) -> StepBatch:
     share = GLOBAL_BATCH // mesh.dp.size
     numbers = list(range(GLOBAL_BATCH))[mesh.dp.rank * share : (mesh.dp.rank + 1) * share]
     size = config.train.micro_batch
-    supervised = sum((_pack(step, number, model)[1] != IGNORED).sum().item() for number in range(GLOBAL_BATCH))
+    supervised = sum((_pack(step, number, model)[1] != IGNORE_INDEX).sum().item() for number in range(GLOBAL_BATCH))
     grids = [grid for number in range(GLOBAL_BATCH) for grid in _grids(step, number, model)]
     return StepBatch(
         step=step,

@@ -24,7 +24,7 @@ from megavl.config.load import load_run
 from megavl.config.rules import check
 from megavl.config.run import RunConfig
 from megavl.config.tiles import Grid, Tiling
-from megavl.parallel.cross_entropy import IGNORED
+from megavl.config.tokens import IGNORE_INDEX
 from megavl.parallel.groups import Mesh
 from megavl.plan.cost import step_flops
 from megavl.runtime.adamw import choose_adamw
@@ -53,8 +53,8 @@ def made_up_pack(config: RunConfig, images: int, grid: Grid, mesh: Mesh, documen
         start = image // in_each * length + image % in_each * placeholders
         tokens[start : start + placeholders] = model.image_token_id
     labels = tokens.roll(-1)
-    labels[labels == model.image_token_id] = IGNORED
-    labels[torch.tensor(lengths).cumsum(0) - 1] = IGNORED
+    labels[labels == model.image_token_id] = IGNORE_INDEX
+    labels[torch.tensor(lengths).cumsum(0) - 1] = IGNORE_INDEX
     towers = {"siglip": model.siglip} | ({"sam": model.sam} if model.sam else {})
     tiles = images * grid.tiles
     mine = len(tile_share(tiles, mesh.tp.rank, mesh.tp.size)) if mesh.tp.shares_images else tiles
@@ -86,7 +86,7 @@ def made_up_step(
         step=0,
         kind=kind,
         micro_batches=(pack,) * (packs // mesh.dp.size),
-        supervised_tokens=packs * int((pack.labels != IGNORED).sum()),
+        supervised_tokens=packs * int((pack.labels != IGNORE_INDEX).sum()),
         tokens=packs * config.data.seq_len,
         images=packs * images,
         tiles=packs * pack.tiles,
