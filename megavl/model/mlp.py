@@ -2,7 +2,6 @@
 
 from torch import Tensor, nn
 
-from megavl.batch import Batch
 from megavl.ops.dispatch import Ops
 from megavl.parallel.groups import TensorAxis
 from megavl.parallel.linear import ColumnLinear, RowLinear, column_linears
@@ -18,7 +17,6 @@ class Mlp(nn.Module):
         self.up_proj = ColumnLinear(width, hidden, tp)
         self.down_proj = RowLinear(hidden, width, tp)
 
-    def forward(self, h: Tensor, batch: Batch) -> Tensor:
-        """`batch` is what every layer of a block gets; this one does not read it."""
+    def forward(self, h: Tensor) -> Tensor:
         gate, up = column_linears(h, (self.gate_proj, self.up_proj))  # [T, hidden / tp] each
         return self.down_proj(self.ops.swiglu(gate, up))  # [T, hidden / tp] -> [T, D]

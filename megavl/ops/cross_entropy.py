@@ -3,8 +3,7 @@
 As in DeepSeek-LLM (arXiv 2401.02954, section 2.4) the logits stay in their own dtype, are read as fp32 block by block,
 and are overwritten with their gradient.
 
-`columns`, int64 [T], is the column of each row's label on this rank, or -1 if the label is on another rank or the row has
-none.
+`columns`, int64 [T], is the column of each row's label on this rank; -1 if it is on another rank or there is no label.
 """
 
 from collections.abc import Callable

@@ -16,7 +16,7 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleIn
 from megavl.batch import Batch, StepBatch
 from megavl.config.run import RunConfig
 from megavl.model.init import initialise
-from megavl.model.vlm import VLM
+from megavl.model.vlm import VLM, call_block
 from megavl.ops.dispatch import Ops
 from megavl.ops.zero_gradient import with_zero_gradients
 from megavl.parallel.groups import Mesh
@@ -24,7 +24,7 @@ from megavl.plan.partition import split_layers
 from megavl.runtime.alignment import UNIT_ELEMENTS
 from megavl.runtime.feed import Feed
 from megavl.runtime.optim import freeze, groups_of
-from megavl.runtime.recompute import recompute_blocks
+from megavl.runtime.recompute import recomputing
 
 
 class Stage(nn.Module):
@@ -57,13 +57,24 @@ class Stage(nn.Module):
 def build_stages(config: RunConfig, mesh: Mesh, ops: Ops, device: torch.device) -> nn.ModuleList:
     """The stages of this rank, in pipeline order, initialised, frozen and recomputing as the run says."""
     stages = nn.ModuleList()
+    # Each pack of the global batch has the same part in the auxiliary loss. DeepSpeed averages gradients over the data
+    # axis, so each rank's share is multiplied by its size.
+    auxiliary_scale = config.balance.auxiliary_weight * mesh.dp.size / config.train.global_batch
+    run_block = recomputing(ops.products) if config.train.recompute == "full" else call_block
     for layers in split_layers(config.model.layers, config.parallel)[mesh.pp.rank :: mesh.pp.size]:
         with device:
-            vlm = VLM(config.model, mesh.tp, ops, layers.start, layers.stop, mesh.ep)
+            vlm = VLM(
+                config.model,
+                mesh.tp,
+                ops,
+                layers.start,
+                layers.stop,
+                mesh.ep,
+                auxiliary_scale=auxiliary_scale,
+                run_block=run_block,
+            )
         initialise(vlm, config.model, config.train.seed)
         freeze(vlm.named_parameters(), config.optim)
-        if config.train.recompute == "full":
-            recompute_blocks(vlm, ops.products)
         with device:
             stages.append(Stage(vlm, len(groups_of(config))))
     return stages

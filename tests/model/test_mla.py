@@ -4,7 +4,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megavl.batch import Batch
 from megavl.config.model import DecoderConfig, MlaConfig
 from megavl.model.mla import LatentAttention
 from megavl.parallel import linear
@@ -36,15 +35,10 @@ def layer(tp: TensorAxis) -> LatentAttention:
     return part
 
 
-def batch() -> Batch:
-    tokens = [torch.zeros(length, dtype=torch.int64) for length in (7, 1, 16)]
-    return tiny.pack(tokens, {"siglip": torch.empty(0)}, tiny.MLA_SOFTMAX)
-
-
 def run(attention: LatentAttention, x: torch.Tensor, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Output and input gradient."""
     x = x.clone().requires_grad_()
-    y = attention(x, batch())
+    y = attention(x, tiny.layout(CONFIG, (7, 1, 16)))
     y.backward(dy)
     return y.detach(), x.grad
 

@@ -56,7 +56,7 @@ def test_features_and_their_layout():
     expected = theirs.embed(tokens, pixels["siglip"], GRIDS)
     tower = worst(ours.stem.siglip(pixels["siglip"]), theirs.vision(pixel_values=pixels["siglip"]).last_hidden_state)
     features = worst(ours.stem.encode(pixels, tiles(GRIDS)), theirs.features(pixels["siglip"]).flatten(1, 2))
-    stem = worst(ours.stem(None, tiny.pack([tokens], pixels, config, GRIDS)), expected)
+    stem = worst(ours.stem(tiny.pack([tokens], pixels, config, GRIDS)), expected)
     assert max(tower, features, stem) < 2e-6, (tower, features, stem)  # measured 3.3e-7
 
 
