@@ -18,7 +18,8 @@ class LatentAttention(nn.Module):
     """Causal within each document of the pack. [T, D] -> [T, D] ([T / tp, D] under sequence parallelism).
 
     The heads are cut over the tensor axis. The latent, of which the keys and values of all heads are made, is computed
-    from the residual stream's own tokens by weights that every rank has, and enters the parallel region as h does.
+    from the residual stream's own tokens by weights that every rank has, and enters the parallel region as h does; the
+    positioned channels of the keys enter with it.
 
     Raises ValueError where the heads do not divide over the tensor axis.
     """
@@ -36,12 +37,14 @@ class LatentAttention(nn.Module):
 
     def forward(self, h: Tensor, layout: PackLayout) -> Tensor:
         mla = self.mla
+        # [T, kv_rank] and [T, rope], or [T / tp, ...] under sequence parallelism
         latent, k_rope = self.kv_down_proj(h).split((mla.kv_rank, mla.rope_width), dim=1)
         kv, k_rope = column_linear_with(self.kv_norm(latent), self.kv_up_proj, k_rope)  # k_rope: [T, rope]
         kv = kv.unflatten(1, (self.heads, -1))  # [T, heads / tp, nope + value]
         k_nope, v = kv.split((mla.nope_width, mla.value_width), dim=2)
         q = self.q_proj(h).unflatten(1, (self.heads, -1))  # [T, heads / tp, nope + rope]
         q_nope, q_rope = q.split((mla.nope_width, mla.rope_width), dim=2)
+        # [T, heads / tp, rope] and [T, 1, rope]
         q_rope, k_rope = self.ops.rotate_pairs(q_rope, k_rope.unsqueeze(1), layout.cos, layout.sin)
         q = torch.cat((q_nope, q_rope), dim=2)  # [T, heads / tp, nope + rope]
         # All heads share the positioned channels of a key.

@@ -1,8 +1,8 @@
 """Collectives at the borders of a tensor-parallel region, each with its backward.
 
 Megatron-LM (arXiv 1909.08053) section 3 names f and g, here `copy` and `reduce`; Megatron sequence parallelism (arXiv
-2205.05198) section 4.2 replaces them by all-gather and reduce-scatter over the tokens. The table of both directions is
-the block of constants below.
+2205.05198) section 4.2 replaces them by all-gather and reduce-scatter over the tokens. The constants from `copy` to
+`join` are the table of both directions.
 """
 
 from collections.abc import Callable, Sequence

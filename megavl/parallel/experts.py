@@ -51,8 +51,8 @@ class _Transfer:
         return self.arriving
 
     def start_gradient(self, grad: Tensor) -> Tensor:
-        """Begin to send `grad`. Returns it, as autograd requires a gradient of the shape of the rows that `finish` got;
-        `_start_rows` replaces it by the received one."""
+        """Begin to send `grad`. Returns `grad` itself: autograd requires a gradient of the shape of the input of
+        `_finish_rows`, and the backward of `_start_rows` replaces it by the received one."""
         self.start(grad)
         return grad
 

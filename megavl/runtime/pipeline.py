@@ -57,7 +57,7 @@ class Stage(nn.Module):
 def build_stages(config: RunConfig, mesh: Mesh, ops: Ops, device: torch.device) -> nn.ModuleList:
     """The stages of this rank, in pipeline order, initialised, frozen and recomputing as the run says."""
     stages = nn.ModuleList()
-    # Each pack of the global batch has the same part in the auxiliary loss. DeepSpeed averages gradients over the data
+    # The auxiliary loss is the mean over the packs of the global batch. DeepSpeed averages gradients over the data
     # axis, so each rank's share is multiplied by its size.
     auxiliary_scale = config.balance.auxiliary_weight * mesh.dp.size / config.train.global_batch
     run_block = recomputing(ops.products) if config.train.recompute == "full" else call_block
