@@ -2,9 +2,9 @@
 
 from torch import Tensor, nn
 
-from megavl.batch import Batch
 from megavl.config.model import DecoderConfig
 from megavl.model.attention import Attention
+from megavl.model.layout import PackLayout
 from megavl.model.mla import LatentAttention
 from megavl.model.mlp import Mlp
 from megavl.model.moe import Moe
@@ -15,18 +15,32 @@ from megavl.parallel.groups import ExpertAxis, TensorAxis
 
 class Block(nn.Module):
     """Pre-norm attention and feed-forward, each added to the residual stream. [T, D] -> [T, D], or [T / tp, D] on each
-    rank under sequence parallelism. `layer` is its index among the blocks of the whole model."""
+    rank under sequence parallelism.
 
-    def __init__(self, config: DecoderConfig, layer: int, tp: TensorAxis, ep: ExpertAxis, ops: Ops):
+    Args:
+        layer: index among the blocks of the whole model
+        auxiliary_scale: of the router, as in `Router`
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        layer: int,
+        tp: TensorAxis,
+        ep: ExpertAxis,
+        ops: Ops,
+        auxiliary_scale: float = 0.0,
+    ):
         super().__init__()
         self.attn_norm = RmsNorm(config.width, config.norm_eps, tp, ops)
         self.attn = Attention(config, tp, ops) if config.mla is None else LatentAttention(config, tp, ops)
         self.mlp_norm = RmsNorm(config.width, config.norm_eps, tp, ops)
         if config.has_experts(layer):
-            self.mlp = Moe(config.moe, config.width, tp, ep, ops)
+            self.mlp = Moe(config.moe, config.width, tp, ep, ops, auxiliary_scale)
         else:
             self.mlp = Mlp(config.width, config.mlp_width, tp, ops)
 
-    def forward(self, h: Tensor, batch: Batch) -> Tensor:
-        h = h + self.attn(self.attn_norm(h), batch)
-        return h + self.mlp(self.mlp_norm(h), batch)
+    def forward(self, h: Tensor, layout: PackLayout) -> Tensor:
+        h = h + self.attn(self.attn_norm(h), layout)
+        x = self.mlp_norm(h)
+        return h + (self.mlp(x, layout.packs) if isinstance(self.mlp, Moe) else self.mlp(x))

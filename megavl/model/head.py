@@ -2,11 +2,10 @@
 
 from torch import Tensor, nn
 
-from megavl.batch import Batch
 from megavl.config.model import DecoderConfig
+from megavl.config.tokens import IGNORE_INDEX
 from megavl.model.norm import RmsNorm
 from megavl.ops.dispatch import Ops
-from megavl.parallel.collectives import enter_parallel
 from megavl.parallel.cross_entropy import summed_cross_entropy
 from megavl.parallel.groups import TensorAxis
 from megavl.parallel.linear import ColumnLinear
@@ -17,17 +16,24 @@ class Head(nn.Module):
 
     def __init__(self, config: DecoderConfig, tp: TensorAxis, ops: Ops):
         super().__init__()
-        self.tp = tp
+        self.tp, self.ops = tp, ops
         self.norm = RmsNorm(config.width, config.norm_eps, tp, ops)
         self.proj = ColumnLinear(config.width, config.vocab_size, tp)
 
     def logits(self, h: Tensor) -> Tensor:
         """[T, D] ([T / tp, D] under sequence parallelism) -> [T, V / tp], this rank's columns of the vocabulary."""
-        return self.proj(enter_parallel(self.norm(h), self.tp))  # [T, V / tp]
+        return self.proj(self.norm(h))  # [T, V / tp]
 
-    def forward(self, h: Tensor, batch: Batch) -> Tensor:
-        """float32 []: the sum over the batch's supervised tokens of -log p(label), in nats; equal on all tp ranks.
+    def forward(self, h: Tensor, labels: Tensor) -> Tensor:
+        """Sum over the supervised tokens of -log p(label), in nats.
 
-        A sum, not a mean: whoever knows the supervised tokens of the whole global batch divides.
+        A sum, not a mean: the divisor is the number of supervised tokens of the whole global batch.
+
+        Args:
+            h: [T, D], or [T / tp, D] under sequence parallelism
+            labels: int64 [T], as in `Batch`
+
+        Returns:
+            float32 [], equal on all tp ranks
         """
-        return summed_cross_entropy(self.logits(h), batch.labels, self.tp)
+        return summed_cross_entropy(self.logits(h), labels, IGNORE_INDEX, self.tp, self.ops.cross_entropy)

@@ -6,21 +6,20 @@ Source of the order of channels: `DeepseekV2Attention` (modeling_deepseek.py) of
 import torch
 from torch import Tensor, nn
 
-from megavl.batch import Batch
 from megavl.config.model import DecoderConfig
+from megavl.model.layout import PackLayout
 from megavl.model.norm import RmsNorm
 from megavl.ops.dispatch import Ops
-from megavl.ops.rope import rotate_pairs, rotation
-from megavl.parallel.collectives import enter_parallel
 from megavl.parallel.groups import TensorAxis
-from megavl.parallel.linear import ColumnLinear, RowLinear, SharedLinear, share
+from megavl.parallel.linear import ColumnLinear, RowLinear, SharedLinear, column_linear_with, share
 
 
 class LatentAttention(nn.Module):
     """Causal within each document of the pack. [T, D] -> [T, D] ([T / tp, D] under sequence parallelism).
 
     The heads are cut over the tensor axis. The latent, of which the keys and values of all heads are made, is computed
-    from the residual stream's own tokens by weights that every rank has, and enters the parallel region as h does.
+    from the residual stream's own tokens by weights that every rank has, and enters the parallel region as h does; the
+    positioned channels of the keys enter with it.
 
     Raises ValueError where the heads do not divide over the tensor axis.
     """
@@ -28,7 +27,7 @@ class LatentAttention(nn.Module):
     def __init__(self, config: DecoderConfig, tp: TensorAxis, ops: Ops):
         super().__init__()
         mla = config.mla
-        self.mla, self.theta, self.tp, self.ops = mla, config.rope_theta, tp, ops
+        self.mla, self.ops = mla, ops
         self.heads = share(config.heads, tp, "model.decoder.heads")
         self.q_proj = ColumnLinear(config.width, config.heads * mla.key_width, tp)
         self.kv_down_proj = SharedLinear(config.width, mla.kv_rank + mla.rope_width, tp)
@@ -36,23 +35,19 @@ class LatentAttention(nn.Module):
         self.kv_up_proj = ColumnLinear(mla.kv_rank, config.heads * (mla.nope_width + mla.value_width), tp)
         self.o_proj = RowLinear(config.heads * mla.value_width, config.width, tp)
 
-    def forward(self, h: Tensor, batch: Batch) -> Tensor:
+    def forward(self, h: Tensor, layout: PackLayout) -> Tensor:
         mla = self.mla
-        cos, sin = rotation(batch.positions, mla.rope_width, self.theta)
-        latent, k_rope = self._latent(h)  # [T, kv_rank], [T, rope]
-        kv = self.kv_up_proj(latent).unflatten(1, (self.heads, -1))  # [T, heads / tp, nope + value]
+        # [T, kv_rank] and [T, rope], or [T / tp, ...] under sequence parallelism
+        latent, k_rope = self.kv_down_proj(h).split((mla.kv_rank, mla.rope_width), dim=1)
+        kv, k_rope = column_linear_with(self.kv_norm(latent), self.kv_up_proj, k_rope)  # k_rope: [T, rope]
+        kv = kv.unflatten(1, (self.heads, -1))  # [T, heads / tp, nope + value]
         k_nope, v = kv.split((mla.nope_width, mla.value_width), dim=2)
-        # All heads share the positioned channels of a key.
-        k_rope = rotate_pairs(k_rope.unsqueeze(1), cos, sin).expand(-1, self.heads, -1)  # [T, heads / tp, rope]
-        q = self.q_proj(enter_parallel(h, self.tp)).unflatten(1, (self.heads, -1))  # [T, heads / tp, nope + rope]
+        q = self.q_proj(h).unflatten(1, (self.heads, -1))  # [T, heads / tp, nope + rope]
         q_nope, q_rope = q.split((mla.nope_width, mla.rope_width), dim=2)
-        q = torch.cat((q_nope, rotate_pairs(q_rope, cos, sin)), dim=2)
-        k = torch.cat((k_nope, k_rope), dim=2)  # [T, heads / tp, nope + rope]
-        attended = self.ops.attention(q, k, v, batch.cu_seqlens, batch.lengths)  # [T, heads / tp, value]
+        # [T, heads / tp, rope] and [T, 1, rope]
+        q_rope, k_rope = self.ops.rotate_pairs(q_rope, k_rope.unsqueeze(1), layout.cos, layout.sin)
+        q = torch.cat((q_nope, q_rope), dim=2)  # [T, heads / tp, nope + rope]
+        # All heads share the positioned channels of a key.
+        k = torch.cat((k_nope, k_rope.expand(-1, self.heads, -1)), dim=2)  # [T, heads / tp, nope + rope]
+        attended = self.ops.attention(q, k, v, layout.cu_seqlens, layout.lengths)  # [T, heads / tp, value]
         return self.o_proj(attended.flatten(1))  # [T, heads * value / tp] -> [T, D]
-
-    def _latent(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """The normalised latent [T, kv_rank] and the positioned channels of the keys [T, rope], not yet turned."""
-        widths = (self.mla.kv_rank, self.mla.rope_width)
-        latent, k_rope = self.kv_down_proj(h).split(widths, dim=1)
-        return enter_parallel(torch.cat((self.kv_norm(latent), k_rope), dim=1), self.tp).split(widths, dim=1)

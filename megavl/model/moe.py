@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from megavl.batch import Batch
 from megavl.config.model import MoeConfig
 from megavl.model.mlp import Mlp
 from megavl.ops.dispatch import Ops
@@ -40,21 +39,20 @@ class Router(nn.Module):
                      gradient nor an optimizer moves it, and a cast of the model leaves it in fp32
     load:            int64 [E], how often this rank's tokens have chosen each expert since it was last set to 0
     auxiliary:       float32 [], auxiliary loss of the packs of those tokens, summed; equal on all tensor ranks
-    auxiliary_scale: gradient that the auxiliary loss of a pack gets in the backward pass
+    auxiliary_scale: gradient of the auxiliary loss of a pack; fixed
 
     `load` and `auxiliary` grow in the backward pass: a forward pass that is recomputed counts once, and one without a
     gradient not at all.
     """
 
-    def __init__(self, config: MoeConfig, width: int, tp: TensorAxis):
+    def __init__(self, config: MoeConfig, width: int, tp: TensorAxis, auxiliary_scale: float = 0.0):
         super().__init__()
-        self.config, self.tp = config, tp
+        self.config, self.tp, self.auxiliary_scale = config, tp, auxiliary_scale
         self.weight = nn.Parameter(torch.empty(config.experts, width))
         has_bias = config.router == "sigmoid"
         self.register_buffer("bias", torch.zeros(config.experts, dtype=torch.float32) if has_bias else None)
         self.register_buffer("load", torch.zeros(config.experts, dtype=torch.int64), persistent=False)
         self.register_buffer("auxiliary", torch.zeros((), dtype=torch.float32), persistent=False)
-        self.auxiliary_scale = 0.0
 
     def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":
         # Steps of the bias are around 0.001: in bf16 they would be lost from 0.5 on.
@@ -62,11 +60,11 @@ class Router(nn.Module):
         super()._apply(function, recurse)
         for name, buffer in self.named_buffers():
             if buffer.dtype != exact[name].dtype:
-                self._buffers[name] = exact[name].to(buffer.device)
+                setattr(self, name, exact[name].to(buffer.device))
         return self
 
     def forward(self, h: Tensor, packs: int) -> tuple[Tensor, Tensor]:
-        """Weights float32 [T, k] and experts int64 [T, k] of each token, in no order; `packs` as in Batch."""
+        """Weights float32 [T, k] and experts int64 [T, k] of each token, in no order; `packs` as in `PackLayout`."""
         config = self.config
         weight = shared_weight(self.weight.float(), self.tp)
         logits = F.linear(h.float(), weight)  # [T, E]
@@ -154,19 +152,28 @@ class Moe(nn.Module):
     """[T, D] -> [T, D] ([T / tp, D] under sequence parallelism): the shared experts, through which every token goes,
     and the routed ones of each token. The shared ones are one SwiGLU, as wide as all, cut over the tensor axis."""
 
-    def __init__(self, config: MoeConfig, width: int, tp: TensorAxis, ep: ExpertAxis, ops: Ops):
+    def __init__(
+        self,
+        config: MoeConfig,
+        width: int,
+        tp: TensorAxis,
+        ep: ExpertAxis,
+        ops: Ops,
+        auxiliary_scale: float = 0.0,
+    ):
         super().__init__()
-        self.total, self.tp, self.ep = config.experts, tp, ep
-        self.router = Router(config, width, tp)
+        self.total, self.tp, self.ep, self.ops = config.experts, tp, ep, ops
+        self.router = Router(config, width, tp, auxiliary_scale)
         self.shared = Mlp(width, config.shared_width, tp, ops)
         self.experts = Experts(config, width, tp, ep, ops)
 
-    def forward(self, h: Tensor, batch: Batch) -> Tensor:
-        weights, experts = self.router(h, batch.packs)
+    def forward(self, h: Tensor, packs: int) -> Tensor:
+        """`packs` as in `PackLayout`."""
+        weights, experts = self.router(h, packs)
         x, weights, experts = self._enter(h, weights, experts)
-        dispatch = Dispatch(experts, self.total, self.ep)
+        dispatch = Dispatch(experts, self.total, self.ep, self.ops.permutation)
         under_way = dispatch.start(x)
-        shared = self.shared(h, batch)
+        shared = self.shared(h)
         rows = self.experts(dispatch.finish(under_way), dispatch.counts)
         return shared + self._leave(dispatch.combine(rows, weights).to(h.dtype))
 

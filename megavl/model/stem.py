@@ -72,8 +72,7 @@ class Stem(nn.Module):
             self.newline = self.separator = None
         self.encode = Encoder(self.siglip, self.sam, self.adaptor, tp)
 
-    def forward(self, h: None, batch: Batch) -> Tensor:
-        """`h` is None: the stem is the first layer; others take the output of the layer before them."""
+    def forward(self, batch: Batch) -> Tensor:
         if not batch.pixels:
             return split_tokens(self.embedding(batch.tokens), self.tp)
         features = self.encode(batch.pixels, batch.tiles)  # [tiles, tile_features, D]

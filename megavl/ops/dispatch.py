@@ -9,19 +9,23 @@ from torch import Tensor
 
 from megavl.ops.activation import swiglu
 from megavl.ops.attention import PackedAttention, fused_attention, reference_attention
+from megavl.ops.cross_entropy import REFERENCE_CROSS_ENTROPY, CrossEntropy
 from megavl.ops.grouped import GroupedLinear, grouped_gemm_linear, grouped_mm_linear, reference_grouped_linear
 from megavl.ops.norm import rms_norm
+from megavl.ops.permutation import REFERENCE_PERMUTATION, Permutation
 from megavl.ops.products import products
+from megavl.ops.rope import Rotate, rotate_halves, rotate_pairs
 from megavl.ops.versions import causal_varlen
 
 _AMPERE = (8, 0)  # compute capability; FlashAttention 2 needs it
 # Major ones for which torch has a kernel of grouped products; on others its grouped_mm is a loop too.
 _HOPPER, _BLACKWELL = 9, 10
+_TORCH_ONLY = "torch (no other implementation)"
 
 
 @dataclass(frozen=True)
 class Ops:
-    """The ops that have more than one implementation.
+    """The implementation of each op.
 
     products: the context that forward and backward passes run in
     lines: one per op, what serves it and why
@@ -30,6 +34,10 @@ class Ops:
     attention: PackedAttention
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     swiglu: Callable[[Tensor, Tensor], Tensor]
+    rotate_halves: Rotate
+    rotate_pairs: Rotate
+    cross_entropy: CrossEntropy
+    permutation: Permutation
     grouped_linear: GroupedLinear
     products: AbstractContextManager
     lines: tuple[str, ...]
@@ -45,12 +53,19 @@ def choose(device: torch.device) -> Ops:
         attention=attention,
         rms_norm=norm,
         swiglu=swiglu,
+        rotate_halves=rotate_halves,
+        rotate_pairs=rotate_pairs,
+        cross_entropy=REFERENCE_CROSS_ENTROPY,
+        permutation=REFERENCE_PERMUTATION,
         grouped_linear=grouped,
         products=product_context,
         lines=(
             f"attention: {attention_line}",
             f"rms_norm: {norm_line}",
-            "swiglu: torch (no other implementation)",
+            f"swiglu: {_TORCH_ONLY}",
+            f"rotary positions: {_TORCH_ONLY}",
+            f"cross entropy: {_TORCH_ONLY}",
+            f"permutation of experts' rows: {_TORCH_ONLY}",
             f"products of experts: {grouped_line}",
             f"matrix products: {products_line}",
         ),

@@ -15,12 +15,13 @@ the steps in the opposite order.
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd import Function
 
+from megavl.parallel.autograd import with_backward
 from megavl.parallel.groups import Axis
 
 
@@ -42,99 +43,42 @@ class _Transfer:
         return _Transfer(self.received, self.sent, self.axis)
 
     def start(self, x: Tensor) -> Tensor:
-        """The rows that are received, once they have been waited for."""
+        """Begin to send the rows `x`. Returns the tensor that holds the received rows after `finish`."""
         self.arriving = x.new_empty(sum(self.received), *x.shape[1:])  # [rows received, ...]
         self.work = dist.all_to_all_single(
             self.arriving, x.contiguous(), self.received, self.sent, group=self.axis.group, async_op=True
         )
         return self.arriving
 
-    def wait(self) -> Tensor:
+    def start_gradient(self, grad: Tensor) -> Tensor:
+        """Begin to send `grad`. Returns `grad` itself: autograd requires a gradient of the shape of the input of
+        `_finish_rows`, and the backward of `_start_rows` replaces it by the received one."""
+        self.start(grad)
+        return grad
+
+    def finish(self, _x: Tensor) -> Tensor:
         """The rows that are received."""
         self.work.wait()
         arrived, self.work, self.arriving = self.arriving, None, None
-        return arrived
+        return arrived.view_as(arrived)
 
 
-class _Start(Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, there: _Transfer, back: _Transfer) -> Tensor:
-        ctx.back = back
-        return there.start(x)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        return ctx.back.wait(), None, None
+def _start_rows(x: Tensor, there: _Transfer, back: _Transfer) -> Tensor:
+    return with_backward(x, forward=there.start, backward=back.finish)
 
 
-class _Finish(Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, there: _Transfer, back: _Transfer) -> Tensor:
-        ctx.back = back
-        there.wait()
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        # What autograd hands on has the shape of the rows here; _Start.backward has those that arrive.
-        ctx.back.start(grad)
-        return grad, None, None
+def _finish_rows(x: Tensor, there: _Transfer, back: _Transfer) -> Tensor:
+    return with_backward(x, forward=there.finish, backward=back.start_gradient)
 
 
-class _Spread(Function):
-    """[T, D] -> [T * k, D], the rows of each token. The gradients of a token's rows are added up in fp32, in the order
-    of its choices: the same sum in every run, which atomic additions would not give."""
+class Permutation(Protocol):
+    """Gathers and sums of rows; `megavl.ops.permutation` defines them."""
 
-    @staticmethod
-    def forward(ctx, x: Tensor, places: Tensor, tokens: Tensor) -> Tensor:
-        ctx.save_for_backward(places)
-        return x.index_select(0, tokens)
+    def spread(self, x: Tensor, tokens: Tensor, places: Tensor) -> Tensor: ...
 
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        (places,) = ctx.saved_tensors
-        total = grad.new_zeros(
-            len(places), *grad.shape[1:], dtype=torch.promote_types(grad.dtype, torch.float32)
-        )  # [T, D]
-        for choice in places.unbind(1):
-            total += grad.index_select(0, choice)
-        return total.to(grad.dtype), None, None
+    def combine(self, rows: Tensor, weights: Tensor, places: Tensor) -> Tensor: ...
 
-
-class _Combine(Function):
-    """[T * k, D] rows and [T, k] weights -> [T, D] in the dtype of the weights. Choice by choice: all of them at once
-    would be k times as large in fp32 as the rows are in bf16."""
-
-    @staticmethod
-    def forward(ctx, rows: Tensor, weights: Tensor, places: Tensor) -> Tensor:
-        ctx.save_for_backward(rows, weights, places)
-        total = weights.new_zeros(len(places), rows.shape[1])  # [T, D]
-        for weight, choice in zip(weights.unbind(1), places.unbind(1), strict=True):
-            total.addcmul_(rows.index_select(0, choice), weight[:, None])
-        return total
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        rows, weights, places = ctx.saved_tensors
-        for_rows, for_weights = torch.empty_like(rows), torch.empty_like(weights)
-        for index, (weight, choice) in enumerate(zip(weights.unbind(1), places.unbind(1), strict=True)):
-            for_rows.index_copy_(0, choice, (grad * weight[:, None]).to(rows.dtype))
-            for_weights[:, index] = (grad * rows.index_select(0, choice)).sum(1)
-        return for_rows, for_weights, None
-
-
-class _Permute(Function):
-    """The rows in another order; `back` undoes it."""
-
-    @staticmethod
-    def forward(ctx, rows: Tensor, order: Tensor, back: Tensor) -> Tensor:
-        ctx.save_for_backward(back)
-        return rows.index_select(0, order)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        (back,) = ctx.saved_tensors
-        return grad.index_select(0, back), None, None
+    def permute(self, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor: ...
 
 
 def _sorting(keys: Tensor) -> tuple[Tensor, Tensor]:
@@ -148,14 +92,17 @@ def _sorting(keys: Tensor) -> tuple[Tensor, Tensor]:
 class Dispatch:
     """The way of one micro-batch's tokens through one layer of experts. Collective over `ep` from its creation on.
 
-    experts: int64 [T, k], the experts of each token, all different
-    total:   experts of the layer, `total / ep.size` neighbours on each rank
+    Args:
+        experts: int64 [T, k], the experts of each token, all different
+        total: experts of the layer, `total / ep.size` neighbours on each rank
+        permutation: implementation of the gathers and sums of rows
 
-    counts: int64 [total / ep.size], rows of each expert of this rank, on the device of `experts`
+    Attributes:
+        counts: int64 [total / ep.size], rows of each expert of this rank, on the device of `experts`
     """
 
-    def __init__(self, experts: Tensor, total: int, ep: Axis):
-        self._ep = ep
+    def __init__(self, experts: Tensor, total: int, ep: Axis, permutation: Permutation):
+        self._ep, self._permutation = ep, permutation
         chosen = experts.flatten()  # [T * k]
         order, places = _sorting(chosen)
         self._tokens = order // experts.shape[1]  # [T * k], the token that a row is of
@@ -183,15 +130,15 @@ class Dispatch:
 
     def start(self, x: Tensor) -> Tensor:
         """Send the tokens [T, D] off. What it returns is for `finish` alone."""
-        rows = _Spread.apply(x, self._places, self._tokens)  # [T * k, D]
-        return rows if self._ep.size == 1 else _Start.apply(rows, self._there, self._there_dual)
+        rows = self._permutation.spread(x, self._tokens, self._places)  # [T * k, D]
+        return rows if self._ep.size == 1 else _start_rows(rows, self._there, self._there_dual)
 
     def finish(self, under_way: Tensor) -> Tensor:
         """Rows of this rank's experts, sorted by expert: [counts.sum(), D]."""
         if self._ep.size == 1:
             return under_way
-        rows = _Finish.apply(under_way, self._there, self._there_dual)  # [N, D]
-        return _Permute.apply(rows, self._by_expert, self._by_rank) if len(rows) else rows
+        rows = _finish_rows(under_way, self._there, self._there_dual)  # [N, D]
+        return self._permutation.permute(rows, self._by_expert, self._by_rank) if len(rows) else rows
 
     def combine(self, rows: Tensor, weights: Tensor) -> Tensor:
         """What the experts made of those rows, back at their tokens and added up: [T, D] in the dtype of the weights.
@@ -199,8 +146,8 @@ class Dispatch:
         weights: float32 [T, k], of each token's experts
         """
         if self._ep.size > 1:
-            rows = _Permute.apply(rows, self._by_rank, self._by_expert) if len(rows) else rows
+            rows = self._permutation.permute(rows, self._by_rank, self._by_expert) if len(rows) else rows
             back = self._there.dual()
             dual = back.dual()
-            rows = _Finish.apply(_Start.apply(rows, back, dual), back, dual)  # [T * k, D]
-        return _Combine.apply(rows, weights, self._places)
+            rows = _finish_rows(_start_rows(rows, back, dual), back, dual)  # [T * k, D]
+        return self._permutation.combine(rows, weights, self._places)

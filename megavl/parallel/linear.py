@@ -1,14 +1,16 @@
 """Linear layers of the decoder, column- and row-parallel (Megatron-LM, arXiv 1909.08053, section 3) or whole; no bias.
 
-A parallel region is `enter_parallel -> ColumnLinear ... RowLinear -> leave_parallel`; entering is the caller's, so that
-several column layers (q, k, v; gate, up) share one gather.
+A parallel region begins with column-parallel products and ends with a row-parallel one. `column_linears` and
+`column_linear_with` are the only ways into it: each enters with one collective and multiplies.
 """
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megavl.parallel.collectives import leave_parallel, shared_weight
+from megavl.parallel.collectives import enter_parallel, enter_parallel_together, leave_parallel, shared_weight
 from megavl.parallel.groups import Axis, TensorAxis
 from megavl.parallel.shard import mark
 
@@ -21,14 +23,48 @@ def share(total: int, axis: Axis, what: str, over: str = "parallel.tensor") -> i
 
 
 class ColumnLinear(nn.Module):
-    """y = x W^T with the rows of W (output features) cut over the ranks: [T, d_in] -> [T, d_out / tp]."""
+    """y = x W^T with the rows of W (output features) cut over the ranks: [T, d_in] (replicated) or [T / tp, d_in]
+    (sequence) -> [T, d_out / tp]. It begins a parallel region; layers that share an input begin it together, by
+    `column_linears`."""
 
     def __init__(self, d_in: int, d_out: int, tp: TensorAxis):
         super().__init__()
+        self.tp = tp
         self.weight = mark(nn.Parameter(torch.empty(share(d_out, tp, "output width"), d_in)), 0, tp)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)  # [T, d_out / tp]
+        (y,) = column_linears(x, [self])
+        return y
+
+
+def column_linears(x: Tensor, layers: Sequence[ColumnLinear]) -> list[Tensor]:
+    """Products of one input with several column-parallel weights. They enter the parallel region together: one
+    all-gather under sequence parallelism, else none, and one collective for the gradient of the input. The weights are
+    read without calling the layers, whose hooks do not run.
+
+    Args:
+        x: [T, d_in], or [T / tp, d_in] under sequence parallelism
+        layers: at least one, of the same tensor axis
+
+    Returns:
+        [T, d_out / tp] of each layer, in the dtype of `x`
+    """
+    x = enter_parallel(x, layers[0].tp)  # [T, d_in]
+    return [F.linear(x, layer.weight) for layer in layers]  # [T, d_out / tp] each
+
+
+def column_linear_with(x: Tensor, layer: ColumnLinear, companion: Tensor) -> tuple[Tensor, Tensor]:
+    """Product with a column-parallel weight. `companion` enters the parallel region by the same collective and is not
+    multiplied: every rank gets all of it.
+
+    Args:
+        x, companion: [T, d_in] and [T, d], or [T / tp, d_in] and [T / tp, d] under sequence parallelism; of one dtype
+
+    Returns:
+        [T, d_out / tp] and the companion, [T, d]
+    """
+    x, companion = enter_parallel_together((x, companion), layer.tp)  # [T, d_in], [T, d]
+    return F.linear(x, layer.weight), companion
 
 
 class RowLinear(nn.Module):

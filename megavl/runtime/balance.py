@@ -46,8 +46,8 @@ class Load:
 class Balance:
     """The routers of this rank's stages, balanced as `config.balance` says.
 
-    The auxiliary loss is part of the gradient alone: of each pack and layer it gets the weight / packs of the global
-    batch. Biases move once a step, by what the whole global batch has chosen (arXiv 2408.15664, algorithm 1).
+    Biases move once a step, by what the whole global batch has chosen (arXiv 2408.15664, algorithm 1). The auxiliary
+    loss is only in the gradient: the routers add it, with the scale that `build_stages` gives them.
     """
 
     def __init__(self, stages: nn.ModuleList, config: RunConfig, mesh: Mesh):
@@ -58,9 +58,6 @@ class Balance:
         self._bias_step, self._packs, self._mesh = config.balance.bias_step, config.train.global_batch, mesh
         self._device = next(stages.parameters()).device
         self._routers = {index: router for stage in stages for index, router in stage.vlm.routers.items()}
-        for router in self._routers.values():
-            # DeepSpeed averages gradients over the data axis.
-            router.auxiliary_scale = config.balance.auxiliary_weight * mesh.dp.size / config.train.global_batch
 
     def step(self) -> Load | None:
         """After the backward passes of a step: move the biases, and begin to count anew. Collective over the world;

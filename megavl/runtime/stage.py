@@ -7,14 +7,14 @@ from megavl.batch import Batch
 from megavl.config.run import RunConfig
 from megavl.config.stages import split_layers
 from megavl.model.init import initialise
-from megavl.model.vlm import VLM
+from megavl.model.vlm import VLM, call_block
 from megavl.ops.dispatch import Ops
 from megavl.ops.zero_gradient import with_zero_gradients
 from megavl.parallel.groups import Mesh
 from megavl.plan.schedule import stages_of
 from megavl.runtime.deepspeed.alignment import UNIT_ELEMENTS
 from megavl.runtime.optim import freeze, groups_of
-from megavl.runtime.recompute import recompute_blocks
+from megavl.runtime.recompute import recomputing
 
 
 class Stage(nn.Module):
@@ -49,13 +49,24 @@ class Stage(nn.Module):
 def build_stages(config: RunConfig, mesh: Mesh, ops: Ops, device: torch.device) -> nn.ModuleList:
     """The stages of this rank, in pipeline order."""
     stages, items = nn.ModuleList(), split_layers(config.model.layers, config.parallel)
+    # The auxiliary loss is the mean over the packs of the global batch. DeepSpeed averages gradients over the data
+    # axis, so each rank's share is multiplied by its size.
+    auxiliary_scale = config.balance.auxiliary_weight * mesh.dp.size / config.train.global_batch
+    run_block = recomputing(ops.products) if config.train.recompute == "full" else call_block
     for index in stages_of(mesh.pp.rank, config.parallel):
         with device:
-            vlm = VLM(config.model, mesh.tp, ops, items[index].start, items[index].stop, mesh.ep)
+            vlm = VLM(
+                config.model,
+                mesh.tp,
+                ops,
+                items[index].start,
+                items[index].stop,
+                mesh.ep,
+                auxiliary_scale=auxiliary_scale,
+                run_block=run_block,
+            )
         initialise(vlm, config.model, config.train.seed)
         freeze(vlm.named_parameters(), config.optim)
-        if config.train.recompute == "full":
-            recompute_blocks(vlm, ops.products)
         with device:
             stages.append(Stage(vlm, len(groups_of(config))))
     return stages

@@ -4,10 +4,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megavl.batch import Batch
 from megavl.config.model import DecoderConfig, MlaConfig
-from megavl.model import mla as mla_module
 from megavl.model.mla import LatentAttention
+from megavl.parallel import linear
 from megavl.parallel.groups import TensorAxis, build_mesh
 from megavl.parallel.shard import shard_of
 from megavl.parallel.topology import Topology
@@ -36,15 +35,10 @@ def layer(tp: TensorAxis) -> LatentAttention:
     return part
 
 
-def batch() -> Batch:
-    tokens = [torch.zeros(length, dtype=torch.int64) for length in (7, 1, 16)]
-    return tiny.pack(tokens, {"siglip": torch.empty(0)}, tiny.MLA_SOFTMAX)
-
-
 def run(attention: LatentAttention, x: torch.Tensor, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Output and input gradient."""
     x = x.clone().requires_grad_()
-    y = attention(x, batch())
+    y = attention(x, tiny.layout(CONFIG, (7, 1, 16)))
     y.backward(dy)
     return y.detach(), x.grad
 
@@ -56,7 +50,7 @@ def on_ranks(sequence: bool, forget_to_enter: bool) -> float:
     x, dy = torch.randn(2, T, CONFIG.width, generator=torch.Generator().manual_seed(1))
     expected = run(whole, x, dy)
     if forget_to_enter:
-        mla_module.enter_parallel = lambda latent, tp: latent
+        linear.enter_parallel_together = lambda tensors, tp: tensors
     mine = (lambda full: full.chunk(tp.size)[tp.rank]) if sequence else (lambda full: full)
     pairs = list(zip(run(part, mine(x), mine(dy)), map(mine, expected), strict=True))
     for name, parameter in part.named_parameters():

@@ -9,16 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from megavl.batch import Batch
 from megavl.config.model import MoeConfig
-from megavl.config.tiles import Tiling
 from megavl.model import moe
 from megavl.model.moe import Experts, Moe, Router
 from megavl.ops.dispatch import choose
 from megavl.parallel.groups import ExpertAxis, TensorAxis, build_mesh
 from megavl.parallel.shard import shard_of
 from megavl.parallel.topology import Topology
-from tests.model import tiny
 
 OPS = choose(torch.device("cpu"))
 D, T, PACKS = 12, 24, 3
@@ -26,11 +23,6 @@ SOFTMAX = MoeConfig(experts=8, per_token=3, shared=2, width=10)
 SIGMOID = SOFTMAX.model_copy(update={"router": "sigmoid", "normalise": True, "scale": 2.0})
 CONFIGS = [SOFTMAX, SIGMOID, SOFTMAX.model_copy(update={"normalise": True, "scale": 1.5})]
 AUXILIARY_SCALE = 0.7
-
-
-def batch(packs: int = PACKS) -> Batch:
-    tokens = torch.zeros(T, dtype=torch.int64)
-    return Batch.of(Tiling(tiny.MHA_SOFTMAX), tokens, labels=tokens, lengths=[T], packs=packs)
 
 
 def random(seed: int, *shape: int) -> Tensor:
@@ -44,18 +36,17 @@ def fill(module: torch.nn.Module) -> torch.nn.Module:
         full = random(seed, *shard_of(parameter).full_shape(tuple(parameter.shape)))
         parameter.copy_(shard_of(parameter).slice(full) / full.shape[-1] ** 0.5)
     for router in (part for part in module.modules() if isinstance(part, Router)):
-        router.auxiliary_scale = AUXILIARY_SCALE
         if router.bias is not None:
             router.bias.copy_(random(99, len(router.bias)) / 4)
     return module
 
 
 def router(config: MoeConfig) -> Router:
-    return fill(Router(config, D, TensorAxis()))
+    return fill(Router(config, D, TensorAxis(), AUXILIARY_SCALE))
 
 
 def layer(config: MoeConfig) -> Moe:
-    return fill(Moe(config, D, TensorAxis(), ExpertAxis(), OPS))
+    return fill(Moe(config, D, TensorAxis(), ExpertAxis(), OPS, AUXILIARY_SCALE))
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=["softmax", "sigmoid", "normalised softmax"])
@@ -117,8 +108,8 @@ def test_what_counts():
     plain, recomputed = layer(SIGMOID), layer(SIGMOID)
     h, h_ = random(54, T, D).requires_grad_(), random(54, T, D).requires_grad_()
     for _ in range(2):
-        plain(h, batch()).sum().backward()
-        checkpoint(recomputed, h_, batch(), use_reentrant=False).sum().backward()
+        plain(h, PACKS).sum().backward()
+        checkpoint(recomputed, h_, PACKS, use_reentrant=False).sum().backward()
     assert plain.router.load.sum() == 2 * T * SIGMOID.per_token
     assert torch.equal(plain.router.load, recomputed.router.load)
     assert torch.equal(plain.router.auxiliary, recomputed.router.auxiliary)
@@ -126,7 +117,7 @@ def test_what_counts():
     for ours, theirs in zip(plain.parameters(), recomputed.parameters(), strict=True):
         assert torch.equal(ours.grad, theirs.grad)
     with torch.no_grad():
-        plain(h, batch())
+        plain(h, PACKS)
     assert torch.equal(plain.router.load, recomputed.router.load)
 
 
@@ -139,7 +130,7 @@ def test_a_cast_leaves_bias_and_auxiliary_in_fp32():
     assert {parameter.dtype for parameter in subject.parameters()} == {torch.bfloat16}
     assert "router.bias" in subject.state_dict() and not {"router.load", "router.auxiliary"} & set(subject.state_dict())
     h = random(55, T, D).bfloat16().requires_grad_()
-    subject(h, batch()).sum().backward()
+    subject(h, PACKS).sum().backward()
     assert h.grad.dtype == torch.bfloat16
     assert subject.router.load.sum() == T * SIGMOID.per_token
 
@@ -149,7 +140,7 @@ def test_the_layer_is_the_sum_of_its_experts(config):
     """Against all experts on all tokens: every weight's gradient included."""
     subject, plain = layer(config), layer(config)
     h, h_ = random(56, T, D).requires_grad_(), random(56, T, D).requires_grad_()
-    y = subject(h, batch())
+    y = subject(h, PACKS)
     (y * random(57, T, D)).sum().backward()
 
     def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -185,10 +176,10 @@ def on_ranks(topology: Topology, sequence: bool, cut_width: bool, config: MoeCon
     def mine(full: Tensor) -> Tensor:
         return full.chunk(tp.size)[tp.rank] if tp.sequence else full
 
-    subject = fill(Moe(config, D, tp, ep, OPS))
+    subject = fill(Moe(config, D, tp, ep, OPS, AUXILIARY_SCALE))
     h, upstream = (mine(full) for full in tokens[dp.rank])
     h = h.clone().requires_grad_()
-    y = checkpoint(subject, h, batch(), use_reentrant=False) if recompute else subject(h, batch())
+    y = checkpoint(subject, h, PACKS, use_reentrant=False) if recompute else subject(h, PACKS)
     y.backward(upstream)
     load = subject.router.load.clone()
     if tp.sequence:
@@ -200,7 +191,7 @@ def on_ranks(topology: Topology, sequence: bool, cut_width: bool, config: MoeCon
     for rank in senders:
         plain = layer(config)
         h_ = tokens[rank][0].clone().requires_grad_()
-        y_ = plain(h_, batch())
+        y_ = plain(h_, PACKS)
         y_.backward(tokens[rank][1])
         for name, parameter in plain.named_parameters():
             of_all[name] = of_all.get(name, 0) + parameter.grad

@@ -87,14 +87,14 @@ def test_gradients_come_in_one_order_with_images_and_without(config):
 def test_text_is_embedded_as_it_is(config):
     stem = tiny.random_model(config).stem
     for batch in (text_batch(config), blank_batch(config)):
-        assert torch.equal(stem(None, batch), stem.embedding.weight[batch.tokens])
+        assert torch.equal(stem(batch), stem.embedding.weight[batch.tokens])
 
 
 @CONFIGS
 def test_features_replace_placeholders_in_order(config):
     stem = tiny.random_model(config).stem
     batch = image_batch(config)
-    h, features = stem(None, batch), stem.encode(batch.pixels, batch.tiles).flatten(0, 1)
+    h, features = stem(batch), stem.encode(batch.pixels, batch.tiles).flatten(0, 1)
     is_image = batch.tokens == config.image_token_id
     assert torch.equal(h[batch.places.features], features)
     assert torch.equal(h[~is_image], stem.embedding.weight[batch.tokens[~is_image]])
@@ -134,7 +134,7 @@ def test_embedding_of_a_placeholder_is_never_read():
     batch = image_batch(tiny.HYBRID)
     is_image = batch.tokens == tiny.HYBRID.image_token_id
     tokens = batch.tokens.masked_fill(is_image, config.image_token_id).masked_fill(batch.tokens == 0, 1)
-    stem(None, dataclasses.replace(batch, tokens=tokens)).sum().backward()
+    stem(dataclasses.replace(batch, tokens=tokens)).sum().backward()
     rows = stem.embedding.weight.grad.any(dim=1).nonzero().squeeze(1)
     assert set(rows.tolist()) == set(tokens[~is_image].tolist())
 
@@ -162,8 +162,8 @@ def tiles_on_ranks(config: ModelConfig, images: int, sequence: bool, forget_to_s
     pixels = {tower: stack[mine.start : mine.stop] for tower, stack in batch.pixels.items()}
     if images and not mine:
         pixels = {tower: torch.zeros_like(stack[:1]) for tower, stack in batch.pixels.items()}
-    part = shared(None, dataclasses.replace(batch, pixels=pixels))
-    whole = alone(None, batch)
+    part = shared(dataclasses.replace(batch, pixels=pixels))
+    whole = alone(batch)
     weight = torch.randn(whole.shape, generator=torch.Generator().manual_seed(1))
     (whole * weight).sum().backward()
     cut = (lambda x: x.chunk(size)[tp.rank]) if sequence else (lambda x: x)
@@ -210,7 +210,7 @@ def test_a_gradient_that_is_not_summed_would_be_noticed(pool):
 def test_a_share_that_is_not_this_ranks_own_is_refused():
     stem = Stem(tiny.HYBRID, TensorAxis(rank=1, size=4, shares_images=True))
     with pytest.raises(ValueError, match=r"2 tiles are here on tensor rank 1 of 4, .* of which 1 belong here"):
-        stem(None, image_batch(tiny.HYBRID, 2))
+        stem(image_batch(tiny.HYBRID, 2))
 
 
 def test_shares_are_runs_of_which_only_the_last_are_short():

@@ -29,7 +29,6 @@ def test_slices_are_the_whole(cuts):
     h, names = None, []
     for first, stop in zip(cuts, cuts[1:], strict=False):
         stage = VLM(CONFIG, tiny.ONE, tiny.OPS, first, stop)
-        assert len(stage.layers) == stop - first
         initialise(stage, CONFIG, seed=3)
         names += [name for name, _ in stage.named_parameters()]
         h = stage(h, batch())

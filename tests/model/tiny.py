@@ -14,6 +14,7 @@ from megavl.config.model import (
     TilingConfig,
 )
 from megavl.config.tiles import Grid, Tiling
+from megavl.model.layout import PackLayout
 from megavl.model.vlm import VLM
 from megavl.ops.dispatch import choose
 from megavl.parallel.groups import TensorAxis
@@ -133,6 +134,12 @@ def document(config: ModelConfig, text: tuple[int, ...], seed: int, grids: tuple
     runs = [torch.randint(config.image_token_id, (length,), generator=generator) for length in text]
     images = [torch.full((size,), config.image_token_id) for size in sizes]
     return torch.cat([part for both in zip(images, runs, strict=True) for part in both])
+
+
+def layout(decoder: DecoderConfig, lengths: tuple[int, ...]) -> PackLayout:
+    """One pack of documents of these lengths."""
+    tokens = torch.zeros(sum(lengths), dtype=torch.int64)
+    return PackLayout.of(Batch.of(Tiling(SIGLIP_ONLY), tokens, labels=tokens, lengths=lengths, packs=1), decoder)
 
 
 def pack(

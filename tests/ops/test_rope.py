@@ -6,7 +6,7 @@ from transformers import LlamaConfig
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import apply_rotary_emb
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from megavl.ops.rope import rotate_halves, rotate_pairs, rotation
+from megavl.ops.rope import rotary_tables, rotate_halves, rotate_pairs
 
 POSITIONS = torch.tensor([0, 1, 2, 3, 0, 1, 4095, 16383])
 
@@ -19,20 +19,21 @@ def test_equals_llama():
     )
     their_cos, their_sin = LlamaRotaryEmbedding(config)(q, POSITIONS[None])
     their_q, their_k = apply_rotary_pos_emb(q, k, their_cos[0], their_sin[0])  # [T, heads, d]: unsqueezed at dim 1
-    cos, sin = rotation(POSITIONS, 16, 5000.0)
-    assert torch.equal(rotate_halves(q, cos, sin), their_q)
-    assert torch.equal(rotate_halves(k, cos, sin), their_k)
+    cos, sin = rotary_tables(POSITIONS, 16, 5000.0)
+    ours_q, ours_k = rotate_halves(q, k, cos, sin)
+    assert torch.equal(ours_q, their_q) and torch.equal(ours_k, their_k)
 
 
 def test_pairs_equal_deepseek_v2():
     generator = torch.Generator().manual_seed(0)
     q, k = (torch.randn(len(POSITIONS), heads, 16, generator=generator) for heads in (4, 1))
-    cos, sin = rotation(POSITIONS, 16, 5000.0)
+    cos, sin = rotary_tables(POSITIONS, 16, 5000.0)
     turns = torch.complex(cos, sin).transpose(0, 1)  # [1, T, width / 2]
     their_q, their_k = apply_rotary_emb(q.transpose(0, 1)[None], k.transpose(0, 1)[None], turns)  # [1, heads, T, d]
-    for ours, theirs in ((rotate_pairs(q, cos, sin), their_q), (rotate_pairs(k, cos, sin), their_k)):
-        assert torch.equal(ours, theirs[0].transpose(0, 1))
-    assert (rotate_halves(q, cos, sin) - rotate_pairs(q, cos, sin)).abs().max() > 1
+    ours = rotate_pairs(q, k, cos, sin)
+    for our, their in zip(ours, (their_q, their_k), strict=True):
+        assert torch.equal(our, their[0].transpose(0, 1))
+    assert (rotate_halves(q, k, cos, sin)[0] - ours[0]).abs().max() > 1
 
 
 @pytest.mark.parametrize("rotate", [rotate_halves, rotate_pairs])
@@ -40,17 +41,19 @@ def test_scores_depend_on_distance_alone(rotate):
     q, k = torch.randn(2, 16, generator=torch.Generator().manual_seed(1))
 
     def score(query_position: int, key_position: int) -> float:
-        cos, sin = rotation(torch.tensor([query_position, key_position]), 16, 10000.0)
-        turned_q, turned_k = rotate(torch.stack([q, k])[:, None], cos, sin)[:, 0]
-        return (turned_q @ turned_k).item()
+        cos, sin = rotary_tables(torch.tensor([query_position, key_position]), 16, 10000.0)
+        rotated_q, rotated_k = rotate(q.expand(2, 1, 16), k.expand(2, 1, 16), cos, sin)  # [2, 1, 16] each
+        return (rotated_q[0, 0] @ rotated_k[1, 0]).item()
 
     assert abs(score(7, 3) - score(107, 103)) < 1e-4  # measured 0; 2.1 and 0.1 at another distance
     assert abs(score(7, 3) - score(7, 4)) > 1e-2
 
 
 @pytest.mark.parametrize("rotate", [rotate_halves, rotate_pairs])
-def test_bfloat16_is_turned_in_fp32(rotate):
-    x = torch.randn(2, 1, 16, generator=torch.Generator().manual_seed(2)).bfloat16()
-    cos, sin = rotation(torch.tensor([16382, 16383]), 16, 10000.0)
+def test_bfloat16_is_rotated_in_fp32(rotate):
+    generator = torch.Generator().manual_seed(2)
+    q, k = (torch.randn(2, heads, 16, generator=generator).bfloat16() for heads in (3, 1))
+    cos, sin = rotary_tables(torch.tensor([16382, 16383]), 16, 10000.0)
     assert cos.dtype == sin.dtype == torch.float32
-    assert torch.equal(rotate(x, cos, sin), rotate(x.float(), cos, sin).bfloat16())
+    for ours, exact in zip(rotate(q, k, cos, sin), rotate(q.float(), k.float(), cos, sin), strict=True):
+        assert torch.equal(ours, exact.bfloat16())

@@ -15,11 +15,11 @@ from megavl.config.run import RunConfig
 from megavl.config.tiles import Tiling
 from megavl.config.tokens import IGNORE_INDEX
 from megavl.model.init import initialise
-from megavl.model.vlm import VLM
+from megavl.model.vlm import VLM, call_block
 from megavl.ops.dispatch import choose
 from megavl.parallel.groups import TensorAxis
 from megavl.plan.cost import active_parameters, item_parameters, item_work, step_flops
-from megavl.runtime.recompute import recompute_blocks
+from megavl.runtime.recompute import recomputing
 from tests.config.runs import make_run
 
 
@@ -108,12 +108,11 @@ def counted(model: ModelConfig, batch: Batch, rules: list[dict], recompute: str)
     The MATH backend, because the CPU's flash kernel is unknown to the counter.
     """
     optim = make_run(optim={"rules": rules}).optim
-    vlm = VLM(model, TensorAxis(), choose(torch.device("cpu")), 0, model.layers)
+    run_block = recomputing(nullcontext()) if recompute == "full" else call_block
+    vlm = VLM(model, TensorAxis(), choose(torch.device("cpu")), 0, model.layers, run_block=run_block)
     initialise(vlm, model, seed=0)
     for name, parameter in vlm.named_parameters():
         parameter.requires_grad_(optim.lr_multiplier(name) > 0)
-    if recompute == "full":
-        recompute_blocks(vlm, nullcontext())
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         loss = vlm(None, batch)
         if loss.requires_grad:

@@ -6,9 +6,11 @@ import torch
 from torch import nn
 
 from megavl.model.moe import Router
+from megavl.ops.dispatch import choose
 from megavl.parallel.groups import build_mesh
 from megavl.parallel.topology import Topology
 from megavl.runtime.balance import Balance
+from megavl.runtime.pipeline import build_stages
 from tests.runtime.cases import GLOBAL_BATCH, VL2, run_config
 
 # Blocks 1, 2 and 3 have experts: of pipeline rank 0 the first, of rank 1 the others.
@@ -35,7 +37,7 @@ def two_steps(topology: Topology, sequence: bool, model: str):
     decoder = VL2[model].decoder
     routers = {layer: Router(decoder.moe, decoder.width, mesh.tp) for layer in HELD[mesh.pp.rank]}
     stages = nn.ModuleList([Stand(routers)])
-    balance = {"auxiliary_weight": 0.5} | ({"bias_step": STEP} if model == "base" else {})
+    balance = {"bias_step": STEP} if model == "base" else {}
     config = run_config(model=VL2[model], balance=balance)
     balance = Balance(stages, config, mesh)
     loads = []
@@ -45,7 +47,7 @@ def two_steps(topology: Topology, sequence: bool, model: str):
             router.auxiliary += layer + mesh.dp.rank
         loads.append(balance.step())
         assert all(not router.load.any() and not router.auxiliary for router in routers.values())
-    return loads, {layer: (router.bias, router.auxiliary_scale) for layer, router in routers.items()}
+    return loads, {layer: router.bias for layer, router in routers.items()}
 
 
 def each():
@@ -67,9 +69,8 @@ def check(by_rank, tensor_ranks: int) -> None:
             assert load.auxiliary.tolist() == [(2 * layer + 1) / GLOBAL_BATCH for layer in (1, 2, 3)]
             assert torch.equal(load.bias, (number * STEP * (mean - tokens).sign()).float())
             assert same.bias is None
-        for layer, (bias, scale) in held.items():
+        for layer, bias in held.items():
             assert torch.equal(bias, loads[-1].bias[layer - 1])
-            assert scale == 0.5 * 2 / GLOBAL_BATCH
 
 
 def test_all_ranks_know_the_loads_of_all_layers(pool):
@@ -81,6 +82,18 @@ def test_all_ranks_know_the_loads_of_all_layers(pool):
 
 def test_a_model_without_experts_has_no_load(pool):
     assert pool.run(1, nothing) == [None]
+
+
+def scales() -> set[float]:
+    """The scale of the auxiliary loss in every router of a run on two data ranks."""
+    config = run_config(2, model=VL2["small"], balance={"auxiliary_weight": 0.5}, train={"micro_batch": 6})
+    device = torch.device("cpu")
+    (stage,) = build_stages(config, build_mesh(Topology(pp=1, dp=2, tp=1)), choose(device), device)
+    return {router.auxiliary_scale for router in stage.vlm.routers.values()}
+
+
+def test_each_pack_has_its_part_in_the_auxiliary_loss(pool):
+    assert pool.run(2, scales) == [{0.5 * 2 / GLOBAL_BATCH}] * 2
 
 
 def nothing():

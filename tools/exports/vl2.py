@@ -85,7 +85,7 @@ class ExportedVL2:
             grids=document.grids,
             pixels=document.pixels,
         )
-        return self._stem(None, batch)
+        return self._stem(batch)
 
 
 def language_model(directory: Path, config: ModelConfig) -> nn.Module:
