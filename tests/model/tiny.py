@@ -14,6 +14,7 @@ from megavl.config.model import (
     TilingConfig,
 )
 from megavl.config.tiles import Grid, Tiling
+from megavl.config.tokens import IGNORE_INDEX
 from megavl.model.layout import PackLayout
 from megavl.model.vlm import VLM
 from megavl.ops.dispatch import choose
@@ -147,12 +148,12 @@ def pack(
 ) -> Batch:
     """Documents end to end. Each token's label is the next one, except before an image and at a document's end. `grids`
     of the images are those of DeepSeek-VL where none are given."""
-    labels = [torch.cat((tokens[1:], torch.tensor([-100]))) for tokens in documents]
+    labels = [torch.cat((tokens[1:], torch.tensor([IGNORE_INDEX]))) for tokens in documents]
     flat = torch.cat(labels)
     return Batch.of(
         Tiling(config),
         tokens=torch.cat(documents),
-        labels=flat.masked_fill(flat == config.image_token_id, -100),
+        labels=flat.masked_fill(flat == config.image_token_id, IGNORE_INDEX),
         lengths=[len(tokens) for tokens in documents],
         packs=1,
         grids=(Grid(0, 0),) * len(images["siglip"]) if grids is None else grids,

@@ -10,7 +10,7 @@ from megavl.ops.dispatch import choose
 from megavl.parallel.groups import build_mesh
 from megavl.parallel.topology import Topology
 from megavl.runtime.balance import Balance
-from megavl.runtime.pipeline import build_stages
+from megavl.runtime.stage import build_stages
 from tests.runtime.cases import GLOBAL_BATCH, VL2, run_config
 
 # Blocks 1, 2 and 3 have experts: of pipeline rank 0 the first, of rank 1 the others.

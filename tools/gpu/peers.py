@@ -80,13 +80,13 @@ def build(config: RunConfig, device: torch.device) -> tuple[nn.Module, Finding]:
     except ImportError as error:
         raise Skipped(f"transformers has no DeepseekVLHybrid here: {error}") from error
     theirs = DeepseekVLHybridConfig(**shapes(config.model))
-    theirs._attn_implementation = "sdpa"
     torch.manual_seed(0)
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
         with device:
             model = DeepseekVLHybridForConditionalGeneration(theirs)
+            model.set_attn_implementation("sdpa")
     finally:
         torch.set_default_dtype(before)
     for name, parameter in model.named_parameters():
