@@ -16,15 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from megavl.config.model import ModelConfig
-from megavl.model.moe import Router
-from megavl.model.norm import RmsNorm
 from megavl.model.stem import Stem
-from megavl.parallel.embedding import VocabEmbedding
-from megavl.parallel.linear import ColumnLinear, RowLinear, SharedLinear
 from megavl.parallel.shard import Shard, shard_of
 
 _VISION_STD = 0.02
-_ZERO_PARAMETERS = ("bias", "rel_pos_h", "rel_pos_w", "hd_alpha_downsamples")
+_ZERO_PARAMETERS = (".bias", ".rel_pos_h", ".rel_pos_w", ".hd_alpha_downsamples")
+_DECODER = ("stem.embedding.", "blocks.", "head.")
 
 
 def _generator(seed: int, name: str) -> torch.Generator:
@@ -32,20 +29,19 @@ def _generator(seed: int, name: str) -> torch.Generator:
     return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little"))
 
 
-def _fill(full: Tensor, module: nn.Module, leaf: str, config: ModelConfig, generator: torch.Generator) -> None:
-    """Give `full` the initial values of parameter `leaf` of `module`, in place."""
-    if leaf in _ZERO_PARAMETERS:
-        nn.init.zeros_(full)
-        return
+def _fill(full: Tensor, module: nn.Module, name: str, config: ModelConfig, generator: torch.Generator) -> None:
+    """Give `full` the initial values of the parameter `name` of `module`, in place."""
     match module:
-        case RmsNorm() | nn.LayerNorm():
-            nn.init.ones_(full)
-        case VocabEmbedding() | ColumnLinear() | RowLinear() | SharedLinear() | Router():
-            nn.init.normal_(full, std=config.init_std, generator=generator)
+        case _ if name.endswith(_ZERO_PARAMETERS):
+            nn.init.zeros_(full)
         case Stem():  # newline, separator
             nn.init.normal_(full, std=len(full) ** -0.5, generator=generator)
+        case _ if full.dim() == 1:  # scales of norms
+            nn.init.ones_(full)
         case nn.Conv2d():
             nn.init.kaiming_normal_(full, mode="fan_out", nonlinearity="relu", generator=generator)
+        case _ if name.startswith(_DECODER):
+            nn.init.normal_(full, std=config.init_std, generator=generator)
         case _:  # linear layers and absolute positions of the towers, the adaptor
             nn.init.trunc_normal_(full, std=_VISION_STD, generator=generator)
 
@@ -53,7 +49,7 @@ def _fill(full: Tensor, module: nn.Module, leaf: str, config: ModelConfig, gener
 def _draw(parameter: nn.Parameter, module: nn.Module, name: str, config: ModelConfig, seed: int) -> None:
     shard = shard_of(parameter)
     full = torch.empty(shard.full_shape(tuple(parameter.shape)), dtype=torch.float32, device="cpu")
-    _fill(full, module, name.rpartition(".")[2], config, _generator(seed, name))
+    _fill(full, module, name, config, _generator(seed, name))
     parameter.copy_(shard.slice(full))
 
 
@@ -70,7 +66,7 @@ def _draw_experts(stack: nn.Parameter, name: str, config: ModelConfig, seed: int
 
 @torch.no_grad()
 def initialise(model: nn.Module, config: ModelConfig, seed: int) -> None:
-    """Fill every parameter of `model` in place, and the biases of its routers. Its names must be those of the whole
+    """Fill every parameter and buffer of `model` in place. Its names must be those of the whole
     model, as VLM's are."""
     for path, module in model.named_modules():
         for leaf, parameter in module.named_parameters(recurse=False):
@@ -79,5 +75,5 @@ def initialise(model: nn.Module, config: ModelConfig, seed: int) -> None:
                 _draw_experts(parameter, name, config, seed)
             else:
                 _draw(parameter, module, name, config, seed)
-        if isinstance(module, Router) and module.bias is not None:
-            module.bias.zero_()
+        for buffer in module.buffers(recurse=False):
+            buffer.zero_()
