@@ -71,7 +71,7 @@ def main() -> None:
         return
 
     # Imported here: a dry run needs neither torch nor DeepSpeed, whose import takes seconds.
-    from megavl.checkpoint.load import CheckpointError
+    from megavl.checkpoint.error import CheckpointError
     from megavl.parallel.agree import RunError
     from megavl.runtime.env import LaunchError, process_group, read_env
     from megavl.runtime.loop import train

@@ -10,7 +10,7 @@ import json
 import re
 from pathlib import Path
 
-from megavl.checkpoint.error import CheckpointError
+from megavl.checkpoint.error import CheckpointError, some
 
 STATE = "state.json"
 FORMAT = 1
@@ -102,8 +102,7 @@ def verify_files(path: str | Path, files: dict[str, int]) -> None:
         if sizes[name] != size
     ]
     if broken:
-        more = f", and {len(broken) - 5} more" if len(broken) > 5 else ""
         raise CheckpointError(
-            f"checkpoint {path} is incomplete: {', '.join(broken[:5])}{more}. Nothing was loaded; restore the "
+            f"checkpoint {path} is incomplete: {some(broken)}. Nothing was loaded; restore the "
             "files, use another checkpoint, or remove this one, so that a run goes on from the one before"
         )

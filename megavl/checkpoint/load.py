@@ -7,12 +7,10 @@ import torch.distributed as dist
 
 from megavl.checkpoint.error import CheckpointError, some
 from megavl.checkpoint.fragments import Fragment, by_key
-from megavl.checkpoint.layout import latest, locate, read_state
+from megavl.checkpoint.layout import locate
 from megavl.checkpoint.reader import OTHER_PARAMETERS, Checkpoint
 from megavl.config.model import ModelConfig
 from megavl.parallel.agree import gather, on_every_rank
-
-__all__ = ["CheckpointError", "latest", "load", "load_weights", "locate", "read_state"]
 
 
 def load(

@@ -12,8 +12,11 @@ DATASET_SUFFIXES = (".bin", ".idx", ".meta")
 
 
 def check_files(config: RunConfig) -> None:
-    """Raise ConfigError with every file that the run reads and that is not there, and the command that makes it; and
-    with an output folder that cannot be one."""
+    """Check that all input files exist and that the output folder can be made.
+
+    Raises:
+        ConfigError: every problem, each with the command that solves it.
+    """
     if problems := [*missing_data(config.data), *_init_from(config), *_output_dir(config)]:
         raise ConfigError(f"files are not as the run needs them (paths are relative to {Path.cwd()})", problems)
 

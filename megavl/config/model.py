@@ -29,7 +29,7 @@ class Section(BaseModel):
 def _indivisible(section: Section, field: str, by: str) -> Iterator[str]:
     whole, part = getattr(section, field), getattr(section, by)
     if whole % part:
-        yield f"{field} = {whole} does not divide by {by} = {part}"
+        yield f"{field} = {whole} is not divisible by {by} = {part}"
 
 
 class SiglipConfig(Section):
@@ -80,6 +80,11 @@ class SamConfig(Section):
     def grid(self) -> int:
         """Patches along one side of the image."""
         return self.image_size // self.patch_size
+
+    @property
+    def first_global(self) -> int:
+        """The block whose output `neck_hd` reads."""
+        return self.global_layers[0]
 
     @property
     def output_width(self) -> int:

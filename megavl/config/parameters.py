@@ -99,7 +99,7 @@ def _sam(path: _Path, sam: SamConfig, features: int) -> Flow:
         _convolution(path / "downsamples.0", neck, 2 * neck, 3, 4 * features),
         _convolution(path / "downsamples.1", 2 * neck, 4 * neck, 3, features),
     )
-    split = sam.global_layers[0] + 1
+    split = sam.first_global + 1
     main = (*blocks[split:], _neck(path / "neck", sam), downsamples)
     detail = (_neck(path / "neck_hd", sam), downsamples, path.parameter("hd_alpha_downsamples", (1,)))
     return *embedding, *blocks[:split], Branches((main, detail))

@@ -17,7 +17,7 @@ def check(config: RunConfig, world: int) -> None:
     if world % model_ranks:
         problems.insert(
             0,
-            f"{world} ranks do not divide by parallel.tensor * parallel.pipeline = {config.parallel.tensor} * "
+            f"{world} ranks are not divisible by parallel.tensor * parallel.pipeline = {config.parallel.tensor} * "
             f"{config.parallel.pipeline} = {model_ranks}: start a multiple of {model_ranks} ranks, or cut the model "
             "otherwise",
         )
@@ -37,8 +37,8 @@ def _tensor(config: RunConfig) -> list[str]:
         if parallel.expert_width == "cut":
             cut["moe.width"] = decoder.moe.width
     return [
-        f"model.decoder.{field} = {size} does not divide by parallel.tensor = {parallel.tensor}, over which it is cut: "
-        f"choose a divisor of {size}"
+        f"model.decoder.{field} = {size} is not divisible by parallel.tensor = {parallel.tensor}, over which it is "
+        f"cut: choose a divisor of {size}"
         for field, size in cut.items()
         if size % parallel.tensor
     ]
@@ -50,7 +50,7 @@ def _sequence(config: RunConfig) -> list[str]:
         return []
     return [
         f"parallel.sequence: the tokens of a micro-batch, train.micro_batch * seq_len = {config.train.micro_batch} "
-        f"* {config.data.seq_len} = {tokens}, do not divide by parallel.tensor = {parallel.tensor}; change "
+        f"* {config.data.seq_len} = {tokens}, are not divisible by parallel.tensor = {parallel.tensor}; change "
         "data.seq_len, or set parallel.sequence=false"
     ]
 
@@ -63,7 +63,7 @@ def _whole_experts(config: RunConfig) -> list[str]:
         return []
     return [
         "parallel.expert_width = whole: the tensor ranks share the tokens of a micro-batch, train.micro_batch * "
-        f"seq_len = {config.train.micro_batch} * {config.data.seq_len} = {tokens}, which do not divide by "
+        f"seq_len = {config.train.micro_batch} * {config.data.seq_len} = {tokens}, which are not divisible by "
         f"parallel.tensor = {parallel.tensor}; change data.seq_len, or set parallel.expert_width=cut"
     ]
 
@@ -80,7 +80,7 @@ def _experts(config: RunConfig) -> list[str]:
     problems = []
     if moe.experts % parallel.expert:
         problems.append(
-            f"model.decoder.moe.experts = {moe.experts} does not divide by parallel.expert = {parallel.expert}, over "
+            f"model.decoder.moe.experts = {moe.experts} is not divisible by parallel.expert = {parallel.expert}, over "
             f"which the experts are spread: choose a divisor of {moe.experts}"
         )
     if parallel.zero == 3:
@@ -167,8 +167,8 @@ def _expert_ranks(config: RunConfig, dp: int) -> list[str]:
     if dp % expert == 0:
         return []
     return [
-        f"{dp} data-parallel ranks do not divide by parallel.expert = {expert}: the ranks that hold different experts "
-        f"are neighbours on the data axis; start a multiple of {expert * config.parallel.model} ranks, or choose a "
+        f"{dp} data-parallel ranks are not divisible by parallel.expert = {expert}: the ranks that hold different "
+        f"experts are neighbours on the data axis; start a multiple of {expert * config.parallel.model} ranks, or choose a "
         f"divisor of {dp}"
     ]
 

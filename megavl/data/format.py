@@ -35,7 +35,7 @@ def dataset_paths(prefix: str) -> Paths:
             f"the prefix {prefix!r} ends without a name, so that its files would be hidden ones called .bin, .idx and "
             f".meta; add a name, for example {prefix}corpus"
         )
-    return Paths(*(prefix + suffix for suffix in DATASET_SUFFIXES))
+    return Paths(**{suffix.removeprefix("."): prefix + suffix for suffix in DATASET_SUFFIXES})
 
 
 def token_dtype(vocab_size: int, multimodal: bool) -> np.dtype:

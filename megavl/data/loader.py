@@ -61,7 +61,7 @@ class Loader:
             pin_memory: bring batches in page-locked memory, for a GPU.
 
         Raises:
-            DataError: the global batch does not divide into micro-batches of every rank.
+            DataError: the global batch is not divisible into micro-batches of every rank.
         """
         train, data = sampler.train, sampler.data
         if problems := loader_problems(train, dp_size):

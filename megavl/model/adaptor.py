@@ -41,7 +41,7 @@ class SiglipAdaptor(nn.Module):
 class TileAdaptor(nn.Module):
     """Each square of patches becomes one token (pixel shuffle), then two layers: `downsample_mlp_gelu` of VL2.
 
-    The grid of patches is padded with zeros at its end where it does not divide into squares.
+    The grid of patches is padded with zeros at its end where it is not divisible into squares.
     [I, G * G, W_siglip] -> [I, tile_features, D]
     """
 

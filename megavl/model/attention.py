@@ -12,7 +12,7 @@ from megavl.parallel.linear import ColumnLinear, RowLinear, column_linears, shar
 class Attention(nn.Module):
     """Causal within each document of the pack. [T, D] -> [T, D] ([T / tp, D] under sequence parallelism).
 
-    Raises ValueError where the query or the key heads do not divide over the tensor axis.
+    Raises ValueError where the query or the key heads are not divisible by the tensor axis.
     """
 
     def __init__(self, config: DecoderConfig, tp: TensorAxis, ops: Ops):

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from megavl.config.model import ModelConfig
-from megavl.model.stem import Stem
 from megavl.parallel.shard import Shard, shard_of
 
 _VISION_STD = 0.02
@@ -34,7 +33,7 @@ def _fill(full: Tensor, module: nn.Module, name: str, config: ModelConfig, gener
     match module:
         case _ if name.endswith(_ZERO_PARAMETERS):
             nn.init.zeros_(full)
-        case Stem():  # newline, separator
+        case _ if name in ("stem.newline", "stem.separator"):
             nn.init.normal_(full, std=len(full) ** -0.5, generator=generator)
         case _ if full.dim() == 1:  # scales of norms
             nn.init.ones_(full)

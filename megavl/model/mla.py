@@ -21,7 +21,7 @@ class LatentAttention(nn.Module):
     from the residual stream's own tokens by weights that every rank has, and enters the parallel region as h does; the
     positioned channels of the keys enter with it.
 
-    Raises ValueError where the heads do not divide over the tensor axis.
+    Raises ValueError where the heads are not divisible by the tensor axis.
     """
 
     def __init__(self, config: DecoderConfig, tp: TensorAxis, ops: Ops):

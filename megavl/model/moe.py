@@ -39,7 +39,7 @@ class Router(nn.Module):
                      gradient nor an optimizer moves it, and a cast of the model leaves it in fp32
     load:            int64 [E], how often this rank's tokens have chosen each expert since it was last set to 0
     auxiliary:       float32 [], auxiliary loss of the packs of those tokens, summed; equal on all tensor ranks
-    auxiliary_scale: gradient of the auxiliary loss of a pack; fixed
+    auxiliary_scale: gradient of one pack's auxiliary loss (`build_stages` computes it)
 
     `load` and `auxiliary` grow in the backward pass: a forward pass that is recomputed counts once, and one without a
     gradient not at all.
@@ -102,8 +102,7 @@ class Router(nn.Module):
 
 
 class _Attach(Function):
-    """The weights as they are. In the backward pass the auxiliary loss gets its gradient, though it is no part of the
-    loss that the schedules carry, and the router's counters grow."""
+    """Identity on `weights`; backward injects the auxiliary-loss gradient and updates the router's counters."""
 
     @staticmethod
     def forward(ctx, weights: Tensor, auxiliary: Tensor, load: Tensor, router: Router) -> Tensor:

@@ -141,7 +141,7 @@ class Sam(nn.Module):
     def __init__(self, config: SamConfig, output_grid: int):
         super().__init__()
         self.output_grid = output_grid
-        self.first_global = min(config.global_layers)
+        self.first_global = config.first_global
         self.patch_embed = nn.Conv2d(3, config.width, config.patch_size, stride=config.patch_size)
         self.pos_embed = nn.Parameter(torch.empty(1, config.grid, config.grid, config.width))
         self.blocks = nn.ModuleList(

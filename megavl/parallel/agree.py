@@ -27,17 +27,22 @@ class RunError(RuntimeError):
 
 
 def on_every_rank(
-    action: Callable[[], Result], control: dist.ProcessGroup | None, raising: type[Exception] = RunError
+    action: Callable[[], Result], control: dist.ProcessGroup | None, error_type: type[Exception] = RunError
 ) -> Result:
     """Run `action`; return its result if it succeeded on all ranks. Collective.
 
     Bad input (ValueError, OSError) gives its own message. Any other exception is a defect: its type is in the message,
     and its traceback is printed on the rank where it occurred.
 
+    Args:
+        action: without collectives, or with collectives that end on all ranks when one fails
+        control: see the module
+        error_type: of the exception that all ranks raise
+
     Raises:
-        Exception: of the type `raising`, on all ranks with the same message, if `action` raised on any.
+        Exception: of the type `error_type`, on all ranks with the same message, if `action` raised on any.
     """
-    result, _ = on_every_rank_with_notes(action, lambda _: None, control, raising)
+    result, _ = on_every_rank_with_notes(action, lambda _: None, control, error_type)
     return result
 
 
@@ -45,31 +50,31 @@ def on_every_rank_with_notes(
     action: Callable[[], Result],
     note: Callable[[Result], Message | None],
     control: dist.ProcessGroup | None,
-    raising: type[Exception] = RunError,
+    error_type: type[Exception] = RunError,
 ) -> tuple[Result, list[Message]]:
     """`on_every_rank` that also exchanges an optional note of each rank on its result. Collective.
 
     Returns:
         The result of this rank, and the notes of all ranks in their order.
     """
-    result, said, failure, cause = None, None, None, None
+    result, own_note, failure, cause = None, None, None, None
     try:
         result = action()
-        said = note(result)
+        own_note = note(result)
     except Exception as error:  # any: a rank that left here would leave the others waiting
-        failure, cause = _described(error, raising), error
-    heard = _gather_messages(None if failure is None and said is None else (failure, said), control)
-    failures = {rank: theirs for rank, (theirs, _) in heard.items() if theirs is not None}
+        failure, cause = _described(error, error_type), error
+    messages = _gather_messages(None if failure is None and own_note is None else (failure, own_note), control)
+    failures = {rank: theirs for rank, (theirs, _) in messages.items() if theirs is not None}
     if failures:
-        raise raising(_summary(failures)) from cause
-    return result, [said for _, said in heard.values()]
+        raise error_type(_summary(failures)) from cause
+    return result, [theirs for _, theirs in messages.values()]
 
 
 def on_first_rank(
-    action: Callable[[], None], control: dist.ProcessGroup | None, raising: type[Exception] = RunError
+    action: Callable[[], None], control: dist.ProcessGroup | None, error_type: type[Exception] = RunError
 ) -> None:
     """Run `action` on rank 0 while the others wait; all raise if it raises. Collective."""
-    on_every_rank(action if is_first(control) else lambda: None, control, raising)
+    on_every_rank(action if is_first(control) else lambda: None, control, error_type)
 
 
 def is_first(control: dist.ProcessGroup | None) -> bool:
@@ -96,12 +101,13 @@ def _gather_messages(message: Message | None, control: dist.ProcessGroup | None)
     return {rank: theirs for rank, theirs in enumerate(gather(message, control)) if theirs is not None}
 
 
-def _described(error: Exception, raising: type[Exception]) -> str:
+def _described(error: Exception, error_type: type[Exception]) -> str:
     """The message of an exception; the traceback of a defect goes to the console of its rank."""
-    if isinstance(error, (ValueError, OSError, raising)):
-        return str(error)
-    traceback.print_exception(error, file=sys.stderr)
-    return f"{type(error).__name__}: {error}"
+    bad_input = isinstance(error, (ValueError, OSError, error_type))
+    # Libraries raise a plain ValueError for defects too.
+    if not bad_input or type(error) is ValueError:
+        traceback.print_exception(error, file=sys.stderr)
+    return str(error) if bad_input else f"{type(error).__name__}: {error}"
 
 
 def _summary(failures: dict[int, str]) -> str:

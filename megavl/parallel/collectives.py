@@ -5,7 +5,7 @@ Megatron-LM (arXiv 1909.08053) section 3 names f and g, here `copy` and `reduce`
 `join` are the table of both directions.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -58,31 +58,23 @@ class _Collective:
         return with_backward(x, partial(self.forward, axis=axis), partial(self.backward, axis=axis))
 
 
-# [T, ...], equal on all ranks, each of which computes something else with it.
+# Identity forward, all-reduce backward (Megatron's f): [T, ...] -> [T, ...].
 copy = _Collective(forward=_identity, backward=_all_reduce)
-# Partial sums [T, ...] -> their sum [T, ...], with which every rank continues alike.
+# All-reduce forward, identity backward (Megatron's g): partial sums [T, ...] -> their sum [T, ...].
 reduce = _Collective(forward=_all_reduce, backward=_identity)
-# [T, ...], equal on all ranks -> [T / size, ...], this rank's rows. What is before it is computed alike on every rank.
+# This rank's rows forward, all-gather backward: [T, ...], equal on all ranks -> [T / size, ...].
 split = _Collective(forward=_slice, backward=_all_gather)
-# Rows [T / size, ...] of each rank -> [T, ...], with which each rank computes something else.
+# All-gather forward, reduce-scatter backward: [T / size, ...] -> [T, ...], which each rank uses differently.
 gather = _Collective(forward=_all_gather, backward=_reduce_scatter)
-# Partial sums [T, ...] -> [T / size, ...], this rank's rows of their sum.
+# Reduce-scatter forward, all-gather backward: partial sums [T, ...] -> [T / size, ...].
 reduce_scatter = _Collective(forward=_reduce_scatter, backward=_all_gather)
-# Rows [T / size, ...] of each rank -> [T, ...], with which every rank continues alike.
+# All-gather forward, this rank's rows backward: [T / size, ...] -> [T, ...], which every rank uses alike.
 join = _Collective(forward=_all_gather, backward=_slice)
 
 
 def enter_parallel(x: Tensor, tp: TensorAxis) -> Tensor:
     """[T, D] (replicated) or [T / tp, D] (sequence) -> [T, D], the input that column-parallel weights multiply."""
     return gather(x, tp) if tp.sequence else copy(x, tp)
-
-
-def enter_parallel_together(tensors: Sequence[Tensor], tp: TensorAxis) -> Sequence[Tensor]:
-    """As `enter_parallel`, of several tensors [T, D_i] or [T / tp, D_i] by one collective in each direction."""
-    if tp.size == 1:
-        return tensors
-    widths = [x.shape[1] for x in tensors]
-    return enter_parallel(torch.cat(tuple(tensors), dim=1), tp).split(widths, dim=1)
 
 
 def leave_parallel(x: Tensor, tp: TensorAxis) -> Tensor:

@@ -45,8 +45,9 @@ class _SummedCrossEntropy(Function):
             maximum, total, label_logit = _over_ranks(maximum, total, label_logit, axis)
         log_normaliser = maximum + total.log()  # [T]
         # d loss / d logit = softmax - one_hot, and 0 in a row without a label.
-        local.write_gradient(logits, columns, log_normaliser.masked_fill(~supervised, math.inf))
-        ctx.gradient = logits
+        if ctx.needs_input_grad[0]:
+            local.write_gradient(logits, columns, log_normaliser.masked_fill(~supervised, math.inf))
+            ctx.gradient = logits
         return ((log_normaliser - label_logit) * supervised).sum()
 
     @staticmethod
@@ -60,8 +61,10 @@ def summed_cross_entropy(
     """Sum over the supervised tokens of -log softmax(logits)[label], in nats.
 
     Args:
-        logits: [T, V / tp], this rank's columns, float or bfloat16; overwritten
-        labels: int64 [T], ids of the full vocabulary, `ignore_index` where nothing is supervised
+        logits: [T, V / tp], this rank's columns, float or bfloat16; overwritten if they need a gradient
+        labels: int64 [T], ids of the full vocabulary
+        ignore_index: label of a position where nothing is supervised
+        axis: over which the vocabulary is cut
         local: implementation of what a rank computes from its own columns
 
     Returns:

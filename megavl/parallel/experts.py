@@ -1,8 +1,8 @@
 """The way of tokens to their experts and back, over the expert axis (DeepSeek-V2, arXiv 2405.04434, section 3.1.3).
 
 A token has one row for each expert that it goes to. Rows are sorted by expert, and so by the rank that holds it; they
-change ranks, are put together by expert, and come back by the same steps. No row is dropped, and every rank enters
-every exchange, be it with no rows at all: one that stayed away would leave the others waiting.
+change ranks, are put together by expert, and come back by the same steps. No row is dropped. Every rank takes part in
+every exchange, also with no rows: the others would wait for it.
 
 | step    | forward                              | backward                            |
 |---------|--------------------------------------|-------------------------------------|
@@ -27,9 +27,9 @@ from megavl.parallel.groups import Axis
 
 @dataclass
 class _Transfer:
-    """Rows that change ranks: of each rank in turn, how many are sent to it and how many are received from it.
+    """Split sizes of one all-to-all, by rank.
 
-    work, arriving: while they are under way, what has to be waited for, and the tensor that they then are in
+    work, arriving: handle and receive buffer between `start` and `finish`
     """
 
     sent: list[int]
@@ -110,9 +110,9 @@ class Dispatch:
         self.counts = torch.zeros(total, dtype=torch.int64, device=experts.device)
         self.counts.scatter_add_(0, chosen, torch.ones_like(chosen))
         if ep.size > 1:
-            self._meet()
+            self._exchange_counts()
 
-    def _meet(self) -> None:
+    def _exchange_counts(self) -> None:
         """Exchange the row counts; derive the split sizes of the transfer and the permutation by expert."""
         sent = self.counts.view(self._ep.size, -1)  # [ep, total / ep]
         received = torch.empty_like(sent)
@@ -129,7 +129,7 @@ class Dispatch:
         self._by_expert, self._by_rank = _sorting(rows)
 
     def start(self, x: Tensor) -> Tensor:
-        """Send the tokens [T, D] off. What it returns is for `finish` alone."""
+        """Start the all-to-all of the tokens [T, D]. Pass the result to `finish` unchanged."""
         rows = self._permutation.spread(x, self._tokens, self._places)  # [T * k, D]
         return rows if self._ep.size == 1 else _start_rows(rows, self._there, self._there_dual)
 
@@ -141,9 +141,14 @@ class Dispatch:
         return self._permutation.permute(rows, self._by_expert, self._by_rank) if len(rows) else rows
 
     def combine(self, rows: Tensor, weights: Tensor) -> Tensor:
-        """What the experts made of those rows, back at their tokens and added up: [T, D] in the dtype of the weights.
+        """Return the experts' rows to their tokens and sum them.
 
-        weights: float32 [T, k], of each token's experts
+        Args:
+            rows: [counts.sum(), D], in the order of `finish`
+            weights: float32 [T, k], of each token's experts
+
+        Returns:
+            float32 [T, D]
         """
         if self._ep.size > 1:
             rows = self._permutation.permute(rows, self._by_rank, self._by_expert) if len(rows) else rows

@@ -1,7 +1,8 @@
 """Linear layers of the decoder, column- and row-parallel (Megatron-LM, arXiv 1909.08053, section 3) or whole; no bias.
 
-A parallel region begins with column-parallel products and ends with a row-parallel one. `column_linears` and
-`column_linear_with` are the only ways into it: each enters with one collective and multiplies.
+A parallel region begins with column-parallel products and ends with a row-parallel one. Linear layers enter it by
+`column_linears` and `column_linear_with`, with one collective each. Routed experts that are cut in width enter it in
+`Moe`.
 """
 
 from collections.abc import Sequence
@@ -10,15 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megavl.parallel.collectives import enter_parallel, enter_parallel_together, leave_parallel, shared_weight
+from megavl.parallel.collectives import enter_parallel, leave_parallel, shared_weight
 from megavl.parallel.groups import Axis, TensorAxis
 from megavl.parallel.shard import mark
 
 
 def share(total: int, axis: Axis, what: str, over: str = "parallel.tensor") -> int:
-    """`total / axis.size`. Raises ValueError where it does not divide."""
+    """`total / axis.size`. Raises ValueError if `total` is not divisible."""
     if total % axis.size:
-        raise ValueError(f"{what} = {total} does not divide over {over} = {axis.size}")
+        raise ValueError(f"{what} = {total} is not divisible by {over} = {axis.size}")
     return total // axis.size
 
 
@@ -39,8 +40,10 @@ class ColumnLinear(nn.Module):
 
 def column_linears(x: Tensor, layers: Sequence[ColumnLinear]) -> list[Tensor]:
     """Products of one input with several column-parallel weights. They enter the parallel region together: one
-    all-gather under sequence parallelism, else none, and one collective for the gradient of the input. The weights are
-    read without calling the layers, whose hooks do not run.
+    all-gather under sequence parallelism, else none, and one collective for the gradient of the input.
+
+    The layers are not called, so their hooks do not run. Under ZeRO-3 DeepSpeed gathers a weight when it is first read,
+    and from then on together with the calling module's own; that first read must be inside the engine's forward.
 
     Args:
         x: [T, d_in], or [T / tp, d_in] under sequence parallelism
@@ -63,7 +66,9 @@ def column_linear_with(x: Tensor, layer: ColumnLinear, companion: Tensor) -> tup
     Returns:
         [T, d_out / tp] and the companion, [T, d]
     """
-    x, companion = enter_parallel_together((x, companion), layer.tp)  # [T, d_in], [T, d]
+    if layer.tp.size > 1:
+        both = enter_parallel(torch.cat((x, companion), dim=1), layer.tp)  # [T, d_in + d]
+        x, companion = both.split((x.shape[1], companion.shape[1]), dim=1)  # [T, d_in], [T, d]
     return F.linear(x, layer.weight), companion
 
 

@@ -58,7 +58,7 @@ WHOLE = Shard()
 
 
 def mark(parameter: nn.Parameter, dim: int, axis: Axis, name: AxisName = "tp") -> nn.Parameter:
-    """Say that `parameter` is, along `dim`, this rank's slice of those on the axis called `name`."""
+    """Record that dim `dim` of `parameter` is sharded over axis `name`."""
     parameter.shard = Shard((*shard_of(parameter).cuts, Cut(name, dim, axis.rank, axis.size)))
     return parameter
 

@@ -1,6 +1,7 @@
 """Parameters and floating-point operations of a run, from its configuration alone."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from megavl.config.model import ModelConfig
 from megavl.config.parameters import dataflow, parameters
@@ -11,10 +12,14 @@ from megavl.plan.work import Work
 
 @dataclass(frozen=True)
 class StepFlops:
-    """FLOPs of one optimizer step over all ranks. `model` is what MFU is made of; `hardware` is what the devices
-    compute: with the overhead, and on every tensor rank what each repeats. (A pipeline also sends gradients into stages
-    with nothing trainable before them, and fused attention fills the values of latent attention up to the width of its
-    keys; those are in neither.)"""
+    """FLOPs of one optimizer step over all ranks.
+
+    model:    numerator of MFU
+    hardware: model and overhead, repeated work counted on every tensor rank
+
+    Not counted: gradients that a pipeline sends into stages with nothing trainable before them, and the zeros that fill
+    the values of latent attention up to the width of its keys.
+    """
 
     model: int
     hardware: int
@@ -48,8 +53,8 @@ def item_parameters(config: RunConfig) -> tuple[Count, ...]:
 
 
 def active_parameters(model: ModelConfig) -> int:
-    """Elements that a token and an image are multiplied with: of the routed experts those of one token, and not the
-    token embedding, in which it is looked up (so counts DeepSeek-VL2 Table 2)."""
+    """Parameters used by one token and one image: `per_token` of the routed experts, without the token embedding (as
+    DeepSeek-VL2 Table 2 counts)."""
     active = 0
     for parameter in parameters(model):
         if parameter.expert_dim is not None:
@@ -60,13 +65,32 @@ def active_parameters(model: ModelConfig) -> int:
 
 
 def item_work(config: RunConfig, *, tokens: int, squared_tokens: int, tiles: int) -> tuple[Work, ...]:
-    """Work of each item of the model list over `tokens` tokens (those of images included) in documents whose squared
-    lengths add up to `squared_tokens`, with `tiles` tiles among them (an image of DeepSeek-VL is one). What is frozen
-    is read from the optimizer's rules, what is recomputed from `train.recompute`."""
+    """Work of each item of the model list over a step. What is frozen is read from the optimizer's rules, what is
+    recomputed from `train.recompute`.
+
+    Args:
+        tokens: those of images included
+        squared_tokens: sum over the documents of their lengths squared
+        tiles: of all images; an image of DeepSeek-VL is one
+    """
+    pairs = (squared_tokens + tokens) // 2
+    return tuple(
+        of_token * tokens + of_pair * pairs + of_tile * tiles
+        for of_token, of_pair, of_tile in zip(*_unit_works(config), strict=True)
+    )
+
+
+@lru_cache(maxsize=8)
+def _unit_works(config: RunConfig) -> tuple[tuple[Work, ...], ...]:
+    """Work of each item for one token, for one pair of query and key, and for one tile, in which work is linear."""
+    return _works(config, tokens=1), _works(config, pairs=1), _works(config, tiles=1)
+
+
+def _works(config: RunConfig, *, tokens: int = 0, pairs: int = 0, tiles: int = 0) -> tuple[Work, ...]:
     counter = FlopCounter(
         trains=lambda name: config.optim.lr_multiplier(name) > 0,
         tokens=tokens,
-        pairs=(squared_tokens + tokens) // 2,
+        pairs=pairs,
         tiles=tiles,
         micro_batch=config.train.micro_batch,
         parallel=config.parallel,

@@ -76,7 +76,8 @@ class FlopCounter:
         return Work(flops, flops * live, flops * trained).repeated_if(repeated)
 
     def _attend(self, attention: Attention, channels: int, live: bool) -> Work:
-        """Scores and weighted values over so many channels of keys and values. Both factors of each have a gradient."""
+        """Scores and weighted sums of values over `channels` channels. Backward needs the gradients of both factors:
+        twice the forward."""
         of_tiles = attention.pairs_per_tile is not None
         pairs = self.tiles * attention.pairs_per_tile if of_tiles else self.pairs
         flops = 2 * pairs * channels

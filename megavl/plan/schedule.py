@@ -31,6 +31,9 @@ class Transfer:
     target: int
 
 
+# A backward pass takes twice as long as a forward pass, which decides the order of transfers.
+_DURATION = {"forward": 1, "backward": 2}
+
 # What a rank does in a step: passes, and transfers that are posted as one batch.
 Program = tuple[Pass | tuple[Transfer, ...], ...]
 # (stages of the rank, rank, ranks, micro-batches) -> passes of the rank.
@@ -70,8 +73,12 @@ def stages_of(rank: int, parallel: ParallelConfig) -> tuple[int, ...]:
 def programs(parallel: ParallelConfig, micro_batches: int, *, backward: bool = True) -> tuple[Program, ...]:
     """What each pipeline rank does in a step of `micro_batches`; without `backward` the forward passes alone.
 
-    Every rank performs its part of one total order of transfers, each posted only after the pass that produces the
-    message. So neither in-order channels nor messages without a buffer can make ranks wait for one another in a circle.
+    All ranks follow one total order of transfers, and each is posted after the pass that produces it. So no deadlock is
+    possible, even on in-order channels whose sends block until received.
+
+    Args:
+        parallel: a checked section of a run
+        micro_batches: of a step on each data-parallel rank
 
     Raises:
         ValueError: the order of passes cannot be performed.
@@ -118,29 +125,35 @@ _SCHEDULES = {
 def _with_transfers(passes: list[list[Pass]], parallel: ParallelConfig) -> list[list[Pass | Transfer]]:
     """The passes of each rank with its transfers.
 
-    All ranks are simulated side by side. When a pass is done, the transfer of its output comes next on the rank that
-    sends it and on the rank that receives it.
+    All ranks are simulated side by side. When a pass ends, the transfer of its output comes next on the rank that sends
+    it, and on the rank that receives it, which may be in the middle of a pass: the transfer then comes after that one,
+    so that no batch holds a message that its next pass does not need.
     """
     programs: list[list[Pass | Transfer]] = [[] for _ in passes]
     waiting = [deque(of_rank) for of_rank in passes]
     ready = {each for of_rank in passes for each in of_rank if each.kind == "forward" and each.stage == 0}
-    while any(waiting):
-        runnable = [rank for rank, queue in enumerate(waiting) if queue and queue[0] in ready]
-        if not runnable:
-            raise ValueError(
-                f"the order of passes cannot be performed: none of {[q[0] for q in waiting if q]} has input"
-            )
-        for rank in runnable:
-            done = waiting[rank].popleft()
-            programs[rank].append(done)
+    running: dict[int, tuple[int, Pass]] = {}  # rank -> end and pass
+    now = 0
+    while True:
+        for rank, queue in enumerate(waiting):
+            if rank not in running and queue and queue[0] in ready:
+                running[rank] = now + _DURATION[queue[0].kind], queue[0]
+                programs[rank].append(queue.popleft())
+        if not running:
+            break
+        now = min(end for end, _ in running.values())
+        for rank in [rank for rank, (end, _) in running.items() if end == now]:
+            _, done = running.pop(rank)
             consumer = consumer_of(done, parallel.num_stages)
             if consumer is None:
                 continue
             ready.add(consumer)
             target = rank_of(consumer.stage, parallel)
             if target != rank:
-                for end in (rank, target):
-                    programs[end].append(Transfer(consumer, rank, target))
+                for program in (programs[rank], programs[target]):
+                    program.append(Transfer(consumer, rank, target))
+    if stuck := [queue[0] for queue in waiting if queue]:
+        raise ValueError(f"the order of passes cannot be performed: none of {stuck} has input")
     return programs
 
 

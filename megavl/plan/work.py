@@ -7,12 +7,10 @@ from dataclasses import dataclass
 class Work:
     """FLOPs over a step, whatever the number of ranks that share them. Works add up field by field.
 
-    `overhead` is what the method does not ask for but the implementation computes: blocks again in the backward pass,
-    the channels beside each head in which SAM's attention carries relative positions, and the sums over packs that the
-    auxiliary loss is made of, which are products too. `repeated` is the part of all this that every tensor rank
-    computes for itself instead of sharing it with the others: vision, unless they share the tiles; and, without
-    sequence parallelism, products of tokens with weights that every rank has whole (the latent of keys and values, the
-    router's scores).
+    overhead: FLOPs beyond the method: recomputed blocks, the channels that carry SAM's relative positions, the sums
+              over packs of the auxiliary loss
+    repeated: FLOPs that every tensor rank computes in full: vision unless the tiles are sharded; without sequence
+              parallelism, products with replicated weights (MLA's latent, the router)
     """
 
     forward: int = 0
@@ -28,6 +26,15 @@ class Work:
             self.weight_grad + other.weight_grad,
             self.overhead + other.overhead,
             self.repeated + other.repeated,
+        )
+
+    def __mul__(self, factor: int) -> "Work":
+        return Work(
+            self.forward * factor,
+            self.input_grad * factor,
+            self.weight_grad * factor,
+            self.overhead * factor,
+            self.repeated * factor,
         )
 
     @property

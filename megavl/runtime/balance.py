@@ -60,7 +60,7 @@ class Balance:
         self._routers = {index: router for stage in stages for index, router in stage.vlm.routers.items()}
 
     def step(self) -> Load | None:
-        """After the backward passes of a step: move the biases, and begin to count anew. Collective over the world;
+        """After the backward passes of a step: move the biases, and reset the counters. Collective over the world;
         every rank has the load of all layers, None where the model has no experts."""
         if not self._layers:
             return None

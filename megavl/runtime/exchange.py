@@ -12,7 +12,8 @@ class Exchange:
     """Hidden states and their gradients, keyed by the pass that reads them."""
 
     def __init__(self, pp: Axis, shape: tuple[int, int], dtype: torch.dtype, device: torch.device):
-        """
+        """No message yet.
+
         Args:
             pp: the pipeline axis
             shape, dtype, device: of every message
@@ -65,8 +66,14 @@ class Exchange:
         return dist.P2POp(dist.irecv, tensor, group=self._pp.group, group_peer=transfer.source)
 
     def _release(self) -> None:
-        """Free the messages that have left. Waiting for one that is complete does not block, and raises its error."""
-        for _, work in self._sending:
+        """Free the messages that have left; `wait` raises their errors.
+
+        gloo knows of completion only after `wait`, so that with it all messages stay until `finish`.
+        """
+        waiting = []
+        for tensor, work in self._sending:
             if work.is_completed():
                 work.wait()
-        self._sending = [each for each in self._sending if not each[1].is_completed()]
+            else:
+                waiting.append((tensor, work))
+        self._sending = waiting

@@ -127,8 +127,7 @@ class Metrics:
 
 
 def experts(load: Load) -> dict[str, dict]:
-    """The load as metrics.jsonl has it: of each block with experts, by its index, the tokens of each expert and what
-    they come to."""
+    """The load for metrics.jsonl: block index -> tokens per expert and their statistics."""
     columns = {
         "max_over_mean": load.max_over_mean.tolist(),
         "entropy": load.entropy.tolist(),
@@ -155,7 +154,7 @@ def _show(load: Load, row: dict, board: SummaryWriter) -> None:
 
 
 def memory_bytes(device: torch.device) -> int:
-    """Most memory that this process has held: on the device, or resident on a CPU."""
+    """Peak memory of this process: allocated on the device, or resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit_bytes = 1 if sys.platform == "darwin" else 1024

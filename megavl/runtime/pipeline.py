@@ -74,7 +74,7 @@ class Pipeline:
 class _Passes:
     """The passes of one step on this rank.
 
-    losses: of each micro-batch that has passed the last stage, over the normaliser, float32 [], detached
+    losses: float32 [] for each micro-batch that passed the last stage: summed loss / normaliser, detached
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class _Passes:
     ):
         self._engine, self._stages, self._num_stages = engine, stages, num_stages
         self._micro_batches, self._exchange, self._normaliser = micro_batches, exchange, normaliser
-        # Input and output of each forward pass whose backward pass is to come, keyed by the latter.
+        # Input and output of each forward pass that awaits its backward pass, keyed by the backward pass.
         self._graphs: dict[Pass, tuple[Tensor | None, Tensor]] = {}
         self.losses: list[Tensor] = []
 

@@ -9,8 +9,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megavl.batch import StepBatch
+from megavl.checkpoint.error import CheckpointError
 from megavl.checkpoint.fragments import Fragment
-from megavl.checkpoint.load import CheckpointError, latest, load, load_weights, read_state
+from megavl.checkpoint.layout import latest, read_state
+from megavl.checkpoint.load import load, load_weights
 from megavl.checkpoint.save import save
 from megavl.config.load import dump_run
 from megavl.config.run import RunConfig
@@ -41,14 +43,14 @@ class Step:
 
 
 class Replica:
-    """Mesh, operators, stages, engine and schedule of this rank. Its creation and its methods are collective.
+    """Mesh, stages, engine and pipeline of this rank. Its creation and its methods are collective.
 
     stages: of this rank, in pipeline order, initialised
     lines:  which implementation serves each operator and the optimizer, and why
     """
 
     def __init__(self, config: RunConfig, mesh: Mesh, ops: Ops, stages: nn.ModuleList):
-        self.config, self.mesh, self.ops, self.stages = config, mesh, ops, stages
+        self.config, self.mesh, self.stages = config, mesh, stages
         adamw = choose_adamw(next(stages.parameters()).device, config.parallel.zero)
         self.lines = (*ops.lines, adamw.line)
         self.engine = build_engine(stages, config, mesh, adamw)
@@ -90,11 +92,15 @@ class Replica:
     def resume(self, checkpoints: Path) -> dict:
         """Read the newest checkpoint of a directory or, without any, the weights of `checkpoint.init_from`.
 
-        Returns the checkpoint's state, whose "step" is the number of steps done; {"step": 0} without a checkpoint.
+        Returns:
+            The checkpoint's state, whose "step" is the number of steps done; {"step": 0} without a checkpoint.
+
+        Raises:
+            CheckpointError: on all ranks, when the files are not whole or of another model.
         """
         config, control = self.config, self.mesh.control
         # A shared disk may show another directory to each rank for a while.
-        newest, *_ = gather(latest(checkpoints), control)
+        newest, *_ = gather(on_every_rank(lambda: latest(checkpoints), control, CheckpointError), control)
         held = self.fragments()
         if newest is None:
             if config.checkpoint.init_from is not None:
@@ -122,8 +128,9 @@ class Replica:
 
 def build_replica(config: RunConfig, mesh: Mesh, device: torch.device) -> Replica:
     """The replica of a run on `mesh`, with initial weights and the operators that serve on `device`. Collective."""
-    ops = choose(device)
-    return Replica(config, mesh, ops, build_stages(config, mesh, ops, device))
+    ops = on_every_rank(lambda: choose(device), mesh.control)
+    stages = on_every_rank(lambda: build_stages(config, mesh, ops, device), mesh.control)
+    return Replica(config, mesh, ops, stages)
 
 
 def _refuse_infinite(what: str, value: float, step: int) -> None:

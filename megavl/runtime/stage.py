@@ -1,9 +1,12 @@
 """Stages of this rank: slices of the model list, initialised, frozen and recomputing as the run says."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from megavl.batch import Batch
+from megavl.config.model import ModelConfig
 from megavl.config.run import RunConfig
 from megavl.config.stages import split_layers
 from megavl.model.init import initialise
@@ -15,6 +18,9 @@ from megavl.plan.schedule import stages_of
 from megavl.runtime.deepspeed.alignment import UNIT_ELEMENTS
 from megavl.runtime.optim import freeze, groups_of
 from megavl.runtime.recompute import recomputing
+
+# (slice, model, seed) -> None, in place.
+Initialise = Callable[[nn.Module, ModelConfig, int], None]
 
 
 class Stage(nn.Module):
@@ -30,7 +36,8 @@ class Stage(nn.Module):
         self.vlm = vlm
         self.anchors = nn.ParameterList(nn.Parameter(torch.zeros(UNIT_ELEMENTS)) for _ in range(groups))
         if vlm.stem is not None and vlm.routers:
-            # Routers count in their backward pass. If nothing upstream is trainable, autograd skips it.
+            # Router counters update in backward. If nothing upstream is trainable, autograd skips that backward; adding
+            # a zero that requires a gradient forces it.
             vlm.stem.register_forward_hook(lambda _stem, _inputs, h: with_zero_gradients(h, *self.anchors))
 
     def forward(self, h: Tensor | None, batch: Batch) -> Tensor:
@@ -46,9 +53,15 @@ class Stage(nn.Module):
         return with_zero_gradients(self.vlm(h, batch), *self.anchors)
 
 
-def build_stages(config: RunConfig, mesh: Mesh, ops: Ops, device: torch.device) -> nn.ModuleList:
-    """The stages of this rank, in pipeline order."""
-    stages, items = nn.ModuleList(), split_layers(config.model.layers, config.parallel)
+def build_stages(
+    config: RunConfig, mesh: Mesh, ops: Ops, device: torch.device, initialise: Initialise = initialise
+) -> nn.ModuleList:
+    """The stages of this rank, in pipeline order.
+
+    Args:
+        initialise: gives the parameters of a slice their values
+    """
+    stages, slices = nn.ModuleList(), split_layers(config.model.layers, config.parallel)
     # The auxiliary loss is the mean over the packs of the global batch. DeepSpeed averages gradients over the data
     # axis, so each rank's share is multiplied by its size.
     auxiliary_scale = config.balance.auxiliary_weight * mesh.dp.size / config.train.global_batch
@@ -59,8 +72,8 @@ def build_stages(config: RunConfig, mesh: Mesh, ops: Ops, device: torch.device) 
                 config.model,
                 mesh.tp,
                 ops,
-                items[index].start,
-                items[index].stop,
+                slices[index].start,
+                slices[index].stop,
                 mesh.ep,
                 auxiliary_scale=auxiliary_scale,
                 run_block=run_block,

@@ -32,12 +32,12 @@ def test_every_small_topology_fits_the_debug_model():
 class TestWorld:
     def test_does_not_divide(self):
         assert only_problem(9, parallel={"tensor": 2, "pipeline": 2}) == (
-            "9 ranks do not divide by parallel.tensor * parallel.pipeline = 2 * 2 = 4: start a multiple of 4 ranks, or "
-            "cut the model otherwise"
+            "9 ranks are not divisible by parallel.tensor * parallel.pipeline = 2 * 2 = 4: start a multiple of 4 ranks, "
+            "or cut the model otherwise"
         )
 
     def test_too_small(self):
-        assert "1 ranks do not divide" in only_problem(1, parallel={"tensor": 2})
+        assert "1 ranks are not divisible" in only_problem(1, parallel={"tensor": 2})
 
 
 class TestTensor:
@@ -47,14 +47,14 @@ class TestTensor:
     def test_does_not_divide(self, field, size):
         found = problems(7, parallel={"tensor": 7})
         assert (
-            f"model.decoder.{field} = {size} does not divide by parallel.tensor = 7, over which it is cut: choose a "
+            f"model.decoder.{field} = {size} is not divisible by parallel.tensor = 7, over which it is cut: choose a "
             f"divisor of {size}"
         ) in found
 
     def test_sequence(self):
         changes = {"data": {"seq_len": 190}, "parallel": {"tensor": 4, "sequence": True}}
         problem = only_problem(4, **changes)
-        assert "train.micro_batch * seq_len = 1 * 190 = 190, do not divide by parallel.tensor = 4" in problem
+        assert "train.micro_batch * seq_len = 1 * 190 = 190, are not divisible by parallel.tensor = 4" in problem
         assert "parallel.sequence=false" in problem
         check(make_run(data={"seq_len": 190}, parallel={"tensor": 4}), 4)
 
@@ -118,7 +118,7 @@ class TestExperts:
         wide = self.VL2 | {"decoder": self.VL2["decoder"] | {"heads": 24, "kv_heads": 24}}
         changes = {"model": wide, "parallel": {"tensor": 3, "pipeline": 2}, "train": {"global_batch": 24}}
         assert only_problem(6, **changes) == (
-            "model.decoder.moe.shared * width = 64 does not divide by parallel.tensor = 3, over which it is cut: "
+            "model.decoder.moe.shared * width = 64 is not divisible by parallel.tensor = 3, over which it is cut: "
             "choose a divisor of 64"
         )
         changes["parallel"] |= {"expert_width": "cut"}
@@ -129,17 +129,17 @@ class TestExperts:
 
     def test_tensor_ranks_share_the_tokens_of_whole_experts(self):
         problem = self.only_problem(4, data={"seq_len": 190}, parallel={"tensor": 4})
-        assert "train.micro_batch * seq_len = 1 * 190 = 190, which do not divide by parallel.tensor = 4" in problem
+        assert "train.micro_batch * seq_len = 1 * 190 = 190, which are not divisible by parallel.tensor = 4" in problem
         assert problem.endswith("set parallel.expert_width=cut")
         check(make_run(model=self.VL2, data={"seq_len": 190}, parallel={"tensor": 4, "expert_width": "cut"}), 4)
 
     def test_expert_ranks(self):
         assert self.only_problem(4, parallel={"tensor": 2, "expert": 4}) == (
-            "2 data-parallel ranks do not divide by parallel.expert = 4: the ranks that hold different experts are "
+            "2 data-parallel ranks are not divisible by parallel.expert = 4: the ranks that hold different experts are "
             "neighbours on the data axis; start a multiple of 8 ranks, or choose a divisor of 2"
         )
         assert self.only_problem(3, parallel={"expert": 3}) == (
-            "model.decoder.moe.experts = 8 does not divide by parallel.expert = 3, over which the experts are spread: "
+            "model.decoder.moe.experts = 8 is not divisible by parallel.expert = 3, over which the experts are spread: "
             "choose a divisor of 8"
         )
         check(make_run(model=self.VL2, parallel={"tensor": 2, "expert": 4}), 8)
@@ -221,7 +221,7 @@ def test_all_rules_at_once():
         data={"seq_len": 513, "text": []},
         optim={"rules": [{"match": "nothing"}], "schedule": {"warmup_steps": 99}},
     )
-    parts = ("ranks do not", "vocab_size", "parallel.sequence", "model list", "ZeRO-2", "max_positions", "data.text ")
+    parts = ("ranks are not", "vocab_size", "parallel.sequence", "model list", "ZeRO-2", "max_positions", "data.text ")
     for part in (*parts, "matches no parameter", "warmup_steps"):
         assert sum(part in problem for problem in found) == 1, part
     assert len(found) == len(parts) + 2

@@ -195,7 +195,7 @@ def refused(done: subprocess.CompletedProcess, *parts: str) -> None:
         (["parallel.tensor=4"], ["heads = 6", "parallel.tensor = 4"]),
         (["parallel.tensor=5"], ["vocab_size = 402", "parallel.tensor = 5"]),
         (["parallel.pipeline=4"], ["6 items"]),
-        (["parallel.tensor=2"], ["1 ranks do not divide"]),
+        (["parallel.tensor=2"], ["1 ranks are not divisible"]),
         (["train.global_batch=3", "train.micro_batch=2"], ["train.global_batch = 3 is not divisible"]),
         (["data.text=[{prefix: nowhere/text}]"], ["nowhere/text.bin", "preprocess_data.py"]),
         (["data.text=[{prefix: data/quickstart_absent/text}]", "data.tokenizer=absent.model"], ["absent.model"]),
@@ -208,7 +208,7 @@ def test_a_bad_configuration_is_one_message(recipe, tmp_path, overrides, parts):
 
 def test_a_topology_that_does_not_divide_the_world_is_one_message_of_all_ranks(recipe, tmp_path):
     done = torchrun(3, recipe, "parallel.tensor=2", f"output_dir={tmp_path / 'run'}")
-    refused(done, "3 ranks do not divide by parallel.tensor * parallel.pipeline = 2 * 1 = 2")
+    refused(done, "3 ranks are not divisible by parallel.tensor * parallel.pipeline = 2 * 1 = 2")
     assert not (tmp_path / "run").exists()
 
 

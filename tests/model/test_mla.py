@@ -50,7 +50,7 @@ def on_ranks(sequence: bool, forget_to_enter: bool) -> float:
     x, dy = torch.randn(2, T, CONFIG.width, generator=torch.Generator().manual_seed(1))
     expected = run(whole, x, dy)
     if forget_to_enter:
-        linear.enter_parallel_together = lambda tensors, tp: tensors
+        linear.enter_parallel = lambda x, tp: x
     mine = (lambda full: full.chunk(tp.size)[tp.rank]) if sequence else (lambda full: full)
     pairs = list(zip(run(part, mine(x), mine(dy)), map(mine, expected), strict=True))
     for name, parameter in part.named_parameters():
@@ -72,7 +72,7 @@ def test_ranks_equal_the_unsharded_layer(pool, ranks):
 
 
 def test_heads_that_do_not_divide_are_refused():
-    with pytest.raises(ValueError, match=r"model.decoder.heads = 4 does not divide over parallel.tensor = 3"):
+    with pytest.raises(ValueError, match=r"model.decoder.heads = 4 is not divisible by parallel.tensor = 3"):
         LatentAttention(CONFIG, TensorAxis(size=3), tiny.OPS)
 
 

@@ -161,9 +161,9 @@ def test_the_layer_is_the_sum_of_its_experts(config):
 
 
 def test_experts_that_do_not_divide_are_refused():
-    with pytest.raises(ValueError, match="moe.experts = 8 does not divide over parallel.expert = 3"):
+    with pytest.raises(ValueError, match="moe.experts = 8 is not divisible by parallel.expert = 3"):
         Experts(SOFTMAX, D, TensorAxis(), ExpertAxis(size=3), OPS)
-    with pytest.raises(ValueError, match="moe.width = 10 does not divide over parallel.tensor = 4"):
+    with pytest.raises(ValueError, match="moe.width = 10 is not divisible by parallel.tensor = 4"):
         Experts(SOFTMAX, D, TensorAxis(size=4), ExpertAxis(cut_width=True), OPS)
 
 

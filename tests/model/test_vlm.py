@@ -56,7 +56,7 @@ def test_first_loss_is_that_of_guessing():
 def test_heads_that_do_not_divide_are_refused(field, config):
     axis = TensorAxis(rank=0, size=3 if field == "heads" else 4)
     message = (
-        rf"model.decoder.{field} = {getattr(config.decoder, field)} does not divide over parallel.tensor = {axis.size}"
+        rf"model.decoder.{field} = {getattr(config.decoder, field)} is not divisible by parallel.tensor = {axis.size}"
     )
     with pytest.raises(ValueError, match=message):
         Attention(config.decoder, axis, tiny.OPS)

@@ -172,9 +172,9 @@ def test_embedding_equals_the_unsharded_lookup(pool, world):
 
 def test_every_width_that_does_not_divide_is_refused():
     three = TensorAxis(rank=0, size=4)
-    with pytest.raises(ValueError, match="output width = 18 does not divide over parallel.tensor = 4"):
+    with pytest.raises(ValueError, match="output width = 18 is not divisible by parallel.tensor = 4"):
         ColumnLinear(D, F_WIDTH, three)
-    with pytest.raises(ValueError, match="vocab_size = 30 does not divide"):
+    with pytest.raises(ValueError, match="vocab_size = 30 is not divisible"):
         VocabEmbedding(V, D, three)
 
 

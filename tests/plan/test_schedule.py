@@ -1,5 +1,6 @@
 """Pipeline schedules: those of torch, each pass once, and no circle of ranks that wait for one another."""
 
+import functools
 from collections import Counter
 from collections.abc import Sequence
 from unittest import mock
@@ -129,6 +130,71 @@ def test_ranks_that_wait_for_one_another_are_noticed():
     perform([(first, sent[:1], second, sent[1:]), (sent[:1], sent[1:])], 2)
     with pytest.raises(RuntimeError, match="all ranks wait"):
         perform([(first, sent[:1], second, sent[1:]), (sent[1:], sent[:1])], 2)
+
+
+def makespan(rank_programs: Sequence[Program], num_stages: int, forward: float) -> float:
+    """Time of a step on NCCL, without latency: the batches of a rank run one after another, each as a whole once both
+    sides of all its messages have begun, and a pass waits for the whole batch that has its input. A backward pass
+    takes twice as long as a forward pass."""
+    batches = {  # rank and position of the batch with each transfer, at both ends
+        (rank, each): position
+        for rank, program in enumerate(rank_programs)
+        for position, action in enumerate(program)
+        if not isinstance(action, Pass)
+        for each in action
+    }
+    arrives = {(each.target, each.consumer): each for rank, each in batches}
+
+    @functools.cache
+    def begins(rank: int, position: int) -> float:
+        """Of a batch: after the pass before it, and after the batch before it."""
+        before = [index for index in range(position) if not isinstance(rank_programs[rank][index], Pass)]
+        return max(computed(rank, position), ends(rank, before[-1]) if before else 0)
+
+    @functools.cache
+    def ends(rank: int, position: int) -> float:
+        """Of a batch."""
+        ends_of = [
+            (end, batches[end, each]) for each in rank_programs[rank][position] for end in (each.source, each.target)
+        ]
+        return max(begins(*end) for end in ends_of)
+
+    @functools.cache
+    def computed(rank: int, position: int) -> float:
+        """End of the last pass before a position."""
+        index = next((i for i in reversed(range(position)) if isinstance(rank_programs[rank][i], Pass)), None)
+        if index is None:
+            return 0
+        action = rank_programs[rank][index]
+        transfer = arrives.get((rank, action))
+        input_there = ends(rank, batches[rank, transfer]) if transfer else 0
+        return max(computed(rank, index), input_there) + (forward if action.kind == "forward" else 2 * forward)
+
+    return max(computed(rank, len(program)) for rank, program in enumerate(rank_programs))
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "virtual", "micro_batches"), [(2, 1, 4), (4, 1, 16), (8, 1, 32), (2, 2, 8), (4, 2, 16), (8, 2, 32)]
+)
+def test_no_rank_waits_for_a_message_that_it_does_not_need_yet(pipeline, virtual, micro_batches):
+    """The step takes m + (p - 1) / v times a micro-batch, the least that the schedule allows."""
+    parallel = parallel_of(pipeline, virtual)
+    found = makespan(programs(parallel, micro_batches), parallel.num_stages, forward=1 / virtual)
+    assert found == pytest.approx(3 * micro_batches + 3 * (pipeline - 1) / virtual)
+    evaluated = makespan(programs(parallel, micro_batches, backward=False), parallel.num_stages, forward=1 / virtual)
+    assert evaluated == pytest.approx(micro_batches + (pipeline - 1) / virtual)
+
+
+def test_a_batch_with_a_later_message_costs_time():
+    """Rank 1 receives both micro-batches at once."""
+    parallel = parallel_of(2, 1)
+    first, second = programs(parallel, 2)
+    received = [each for action in second if not isinstance(action, Pass) for each in action if each.target == 1]
+    others = [
+        action if isinstance(action, Pass) else tuple(each for each in action if each.target != 1) for action in second
+    ]
+    late = (tuple(received), *(action for action in others if action))
+    assert makespan((first, late), 2, 1) > makespan((first, second), 2, 1) == 9
 
 
 @pytest.mark.parametrize("pipeline", [2, 4, 8])

@@ -27,6 +27,7 @@ from megavl.config.tiles import Grid, Tiling
 from megavl.config.tokens import IGNORE_INDEX
 from megavl.parallel.groups import Mesh
 from megavl.plan.cost import step_flops
+from megavl.plan.schedule import rank_of
 from megavl.runtime.env import Env, LaunchError, process_group, read_env
 from megavl.runtime.mesh import mesh_of
 from megavl.runtime.replica import Replica, build_replica
@@ -69,7 +70,7 @@ def made_up_pack(config: RunConfig, images: int, grid: Grid, mesh: Mesh, documen
         lengths=lengths,
         packs=1,
         grids=(grid,) * images,
-        pixels=pixels if mesh.pp.rank == 0 else None,
+        pixels=pixels if mesh.pp.rank == rank_of(0, config.parallel) else None,
     )
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import torch
 from gpu.results import Finding, Results, Setting, Table
-from gpu.run import mesh_of_one, packs, stages_of, start, summed_loss, tiny
+from gpu.run import mesh_of_one, packs, quick_stages, start, summed_loss, tiny
 from torch import Tensor, nn
 
 from megavl.batch import Kind, StepBatch
@@ -50,10 +50,10 @@ def run(setting: Setting, results: Results, subject: str) -> None:
 def compare(config: RunConfig, env: Env, kind: Kind, dtype: torch.dtype) -> Finding:
     """One case: the device in `dtype` against the CPU in fp32."""
     mesh = mesh_of_one(config, env)
-    exact = stages_of(config, mesh, choose(torch.device("cpu")), torch.device("cpu"))
+    exact = quick_stages(config, mesh, choose(torch.device("cpu")), torch.device("cpu"))
     _fill_parameters(exact)
     ops = choose(env.device)
-    ours = stages_of(config, mesh, ops, env.device)
+    ours = quick_stages(config, mesh, ops, env.device)
     ours.load_state_dict(exact.state_dict())
     ours.to(dtype)
     batch = packs(config, env, mesh, kind)

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from unittest import mock
 
 import torch
 from benchmarks.step import grid_of, made_up_step
@@ -121,16 +120,15 @@ def one_micro_batch(batch: StepBatch) -> StepBatch:
     return dataclasses.replace(batch, micro_batches=batch.micro_batches[:1])
 
 
-def stages_of(config: RunConfig, mesh: Mesh, ops: Ops, device: torch.device) -> nn.ModuleList:
+def quick_stages(config: RunConfig, mesh: Mesh, ops: Ops, device: torch.device) -> nn.ModuleList:
     """The stages of one process, with quick values."""
-    with mock.patch("megavl.runtime.stage.initialise", initialise_on_device):
-        return build_stages(config, mesh, ops, device)
+    return build_stages(config, mesh, ops, device, initialise_on_device)
 
 
 def build(config: RunConfig, env: Env) -> Run:
     """The run of a recipe in one process."""
     mesh, ops = mesh_of_one(config, env), choose(env.device)
-    return Run(config, env, Replica(config, mesh, ops, stages_of(config, mesh, ops, env.device)))
+    return Run(config, env, Replica(config, mesh, ops, quick_stages(config, mesh, ops, env.device)))
 
 
 def summed_loss(stages: Sequence[nn.Module], batch: StepBatch) -> torch.Tensor:

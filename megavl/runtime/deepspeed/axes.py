@@ -6,7 +6,7 @@ from megavl.parallel.groups import Mesh
 
 
 class ModelParallelUnit:
-    """Our axes under the names that DeepSpeed asks for.
+    """The `mpu` argument of `deepspeed.initialize`.
 
     DeepSpeed sums the squared gradient norm over the model-parallel group (tensor and pipeline ranks), and counts a
     parameter that is not cut on tensor rank 0 only: so its "model parallel rank" is the tensor rank.

@@ -28,6 +28,7 @@ def clip_and_keep_norm(engine: deepspeed.DeepSpeedEngine, mesh: Mesh) -> None:
     norm = squared.sqrt()
     if norm > engine.gradient_clipping():
         torch._foreach_mul_([p.grad for p in parameters], (engine.gradient_clipping() / (norm + 1e-6)).item())
+    # DeepSpeed sets it only under ZeRO, and get_global_grad_norm() reads it.
     engine._global_grad_norm = norm
 
 
