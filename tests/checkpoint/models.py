@@ -9,26 +9,24 @@ import torch
 
 from megavl.checkpoint.fragments import Fragment
 from megavl.checkpoint.save import save
-from megavl.config.model import DecoderConfig, ModelConfig
+from megavl.config.model import ModelConfig
 from megavl.config.parameters import parameters
 from megavl.config.presets import PRESETS
+from tests.models import changed
 
-# Two blocks, grouped keys and values, and a placeholder some ids after the vocabulary of the tokenizer below.
-_DECODER = DecoderConfig(layers=2, width=96, heads=8, kv_heads=4, mlp_width=80, vocab_size=640, max_positions=256)
-_UPDATE = {"name": "tiny", "decoder": _DECODER, "image_token_id": 630}
-HYBRID: ModelConfig = PRESETS["vl_debug"].model_copy(update=_UPDATE)
-SIGLIP_ONLY: ModelConfig = PRESETS["vl_debug_siglip"].model_copy(update=_UPDATE)
-
-
-def _vl2(preset: str) -> ModelConfig:
-    """A dense block and one with experts."""
-    model = PRESETS[preset]
-    decoder = model.decoder.model_copy(update={"layers": 2, "vocab_size": 640, "max_positions": 256})
-    return model.model_copy(update=_UPDATE | {"decoder": decoder})
-
-
+# Presets: the layouts want what a released model has. Two blocks, of VL2 a dense one and one with experts, and
+# a placeholder some ids after the vocabulary of the tokenizer below.
+_DECODER = {"layers": 2, "vocab_size": 640}
+_GROUPED = _DECODER | {"heads": 8, "kv_heads": 4}
+HYBRID, SIGLIP_ONLY = (
+    changed(PRESETS[name], name="tiny", decoder=_GROUPED, image_token_id=630)
+    for name in ("vl_debug", "vl_debug_siglip")
+)
 # Of the decoders of Tiny, Small and Base.
-MHA_SOFTMAX, MLA_SOFTMAX, MLA_SIGMOID = map(_vl2, ("vl2_debug_mha", "vl2_debug_mla", "vl2_debug"))
+MHA_SOFTMAX, MLA_SOFTMAX, MLA_SIGMOID = (
+    changed(PRESETS[name], name="tiny", decoder=_DECODER, image_token_id=630)
+    for name in ("vl2_debug_mha", "vl2_debug_mla", "vl2_debug")
+)
 
 TEXTS = (
     "The page shows a table with four columns: name, price, count and total.",

@@ -34,6 +34,7 @@ from tests.checkpoint.models import (
     weights,
     write_checkpoint,
 )
+from tests.models import changed
 
 MODELS = {"hybrid": HYBRID, "siglip": SIGLIP_ONLY}
 VL2 = {"mha_softmax": MHA_SOFTMAX, "mla_softmax": MLA_SOFTMAX, "mla_sigmoid": MLA_SIGMOID}
@@ -276,9 +277,7 @@ def test_transformers_layout_of_vl2_is_refused(tmp_path):
 
 
 def test_vl2_that_the_released_code_cannot_compute_is_refused(tmp_path):
-    siglip = MLA_SOFTMAX.siglip.model_copy(update={"gelu_approximation": "none"})
-    decoder = MLA_SOFTMAX.decoder.model_copy(update={"norm_eps": 1e-5})
-    model = MLA_SOFTMAX.model_copy(update={"siglip": siglip, "decoder": decoder})
+    model = changed(MLA_SOFTMAX, siglip={"gelu_approximation": "none"}, decoder={"norm_eps": 1e-5})
     with pytest.raises(
         CheckpointError, match=r"gelu_approximation = none, there tanh; decoder.norm_eps = 1e-05, there"
     ):
@@ -375,7 +374,7 @@ def test_nothing_is_overwritten_or_left_half_written(tmp_path):
 
 
 def test_deepseek_layout_refuses_towers_of_different_widths(tmp_path):
-    wider = HYBRID.model_copy(update={"siglip": HYBRID.siglip.model_copy(update={"width": 64})})
+    wider = changed(HYBRID, siglip={"width": 64})
     with pytest.raises(CheckpointError, match="48 channels, SigLIP's 64"):
         to_hf(write_checkpoint(tmp_path / "a", wider, torch.float32), tmp_path / "hf", "deepseek", report=silent)
     assert not (tmp_path / "hf").exists()
@@ -404,8 +403,7 @@ print(*(peak - before for peak in there_and_back(sys.argv[2])))
 
 def test_memory_is_about_one_shard(tmp_path):
     """101 MB of parameters, the largest tensor of 12 MB, in shards of 12 MB. Peaks grew by 0 to 4, then 15 to 28 MB."""
-    decoder = HYBRID.decoder.model_copy(update={"layers": 6, "width": 512, "mlp_width": 1536, "vocab_size": 5800})
-    model = HYBRID.model_copy(update={"decoder": decoder})
+    model = changed(HYBRID, decoder={"layers": 6, "width": 512, "mlp_width": 1536, "vocab_size": 5800})
     assert sum(parameter.size for parameter in parameters(model)) * 4 > 100e6
     write_checkpoint(tmp_path / "small", HYBRID, torch.float32)
     write_checkpoint(tmp_path / "large", model, torch.float32)

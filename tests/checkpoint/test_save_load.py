@@ -14,6 +14,7 @@ from megavl.checkpoint.save import save
 from megavl.config.presets import PRESETS
 from megavl.parallel.topology import Topology
 from tests.checkpoint.topologies import MODEL, OPTIMIZER_KINDS, STATE, TENSORS, fragments, full
+from tests.models import changed
 
 ALONE = Topology(1, 1, 1)
 
@@ -219,13 +220,15 @@ def test_damaged_state_is_refused(saved):
 
 
 def test_another_model_is_refused_with_its_fields(saved):
-    wider = MODEL.model_copy(update={"decoder": MODEL.decoder.model_copy(update={"width": 192, "heads": 12})})
-    _refused(saved, "decoder.heads: 24 there, 12 here; decoder.width: 96 there, 192 here", wider)
+    wider = changed(MODEL, decoder={"width": 192, "heads": 12, "kv_heads": 12})
+    _refused(
+        saved, "decoder.heads: 24 there, 12 here; decoder.kv_heads: 24 there, 12 here; decoder.width: 96 there", wider
+    )
     _refused(saved, "sam.window: 3 there, None here", PRESETS["vl_debug_siglip"])
 
 
 def test_name_and_initialisation_are_free(saved):
-    load(saved, fragments(ALONE, 0, filled=False), MODEL.model_copy(update={"name": "other", "init_std": 0.5}), None)
+    load(saved, fragments(ALONE, 0, filled=False), changed(MODEL, name="other", init_std=0.5), None)
 
 
 def test_missing_extra_and_misshaped_tensors_are_refused(saved):

@@ -2,6 +2,7 @@
 
 from megavl.config.presets import PRESETS
 from megavl.config.run import RunConfig
+from tests.models import merged
 
 RUN = {
     "output_dir": "runs/test",
@@ -19,11 +20,6 @@ RUN = {
 
 
 def make_run(**changes) -> RunConfig:
-    """`make_run(parallel={"tensor": 2}, model={"decoder": {"layers": 4}})`: the small run with fields changed."""
-    return RunConfig.model_validate(_merge(RUN, changes))
-
-
-def _merge(base, changes):
-    if not (isinstance(base, dict) and isinstance(changes, dict)):
-        return changes
-    return base | {key: _merge(base.get(key), value) for key, value in changes.items()}
+    """`make_run(parallel={"tensor": 2}, model={"decoder": {"layers": 4}})`: the small run with fields changed as by
+    `tests.models.changed`."""
+    return RunConfig.model_validate(merged(RUN, changes))

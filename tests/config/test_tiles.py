@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from megavl.config.presets import PRESETS
 from megavl.config.tiles import NEWLINE, SEPARATOR, Grid, Tiling
+from tests.models import changed
 
 VL2 = PRESETS["vl2_tiny"]
 TILING = Tiling(VL2)
@@ -185,20 +186,13 @@ def test_an_image_of_deepseek_vl_is_one_tile(preset, tokens):
 
 def test_facts_differ_where_anything_of_an_image_does():
     def facts(**changes):
-        siglip, tiling = changes.pop("siglip", {}), changes
-        return Tiling(
-            VL2.model_copy(
-                update={
-                    "siglip": VL2.siglip.model_copy(update=siglip),
-                    "tiling": VL2.tiling.model_copy(update=tiling),
-                }
-            )
-        ).facts
+        return Tiling(changed(VL2, **changes)).facts
 
-    changed = [{"max_tiles": 6}, {"max_images": 1}, {"shuffle": 3}, {"siglip": {"image_size": 378}}]
+    tilings = {"max_tiles": 6}, {"max_images": 1}, {"shuffle": 3}
+    changes = [*({"tiling": tiling} for tiling in tilings), {"siglip": {"image_size": 378}}]
     found = [
         facts(),
-        *(facts(**change) for change in changed),
+        *(facts(**change) for change in changes),
         *(Tiling(PRESETS[n]).facts for n in ("vl_1b", "vl_debug")),
     ]
     assert all(one != other for place, one in enumerate(found) for other in found[:place])

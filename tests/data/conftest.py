@@ -12,15 +12,22 @@ import sentencepiece
 import torch
 from PIL import Image
 
-from megavl.config.model import DecoderConfig, ModelConfig, SamConfig, SiglipConfig, TilingConfig
+from megavl.config.model import ModelConfig
 from megavl.config.run import DataConfig, SourceConfig, TrainConfig
 from megavl.config.tiles import Grid
 from megavl.data.build import build
 from megavl.data.encoded import EncodedText
 from megavl.data.image import numbers, preprocess
 from megavl.data.image import room as image_room
+from tests.models import HYBRID, MHA_SOFTMAX, changed
 
 OVERVIEW = Grid(0, 0)
+# Room for the corpus's vocabulary.
+_VOCABULARY = {"name": "data", "decoder": {"vocab_size": 400}, "image_token_id": 399}
+# Both towers, 16 tokens per image.
+MODEL = changed(HYBRID, **_VOCABULARY)
+# One tower and up to four local tiles, 13 to 31 tokens. With tiles of 15 pixels hardly an image would take one or two.
+TILED_MODEL = changed(MHA_SOFTMAX, **_VOCABULARY, siglip={"image_size": 32, "patch_size": 8})
 IMAGE_SIZES = [(40, 90), (90, 40), (64, 64), (7, 120), (33, 21)]
 
 
@@ -120,20 +127,13 @@ def corpus(tmp_path_factory) -> Corpus:
 
 @pytest.fixture(scope="session")
 def model() -> ModelConfig:
-    """Both towers, 16 tokens per image, room for the corpus's vocabulary; only its shapes matter here."""
-    return ModelConfig(
-        name="data",
-        siglip=SiglipConfig(image_size=32, patch_size=8, width=8, layers=1, heads=1, mlp_width=8),
-        sam=SamConfig(image_size=64, patch_size=8, width=8, layers=1, heads=1, mlp_width=8, global_layers=(0,)),
-        decoder=DecoderConfig(layers=1, width=8, heads=1, kv_heads=1, mlp_width=8, vocab_size=400),
-        image_token_id=399,
-    )
+    """Only its shapes matter here."""
+    return MODEL
 
 
 @pytest.fixture(scope="session")
-def tiled_model(model) -> ModelConfig:
-    """One tower and up to four local tiles; an image takes 13 to 31 tokens."""
-    return model.model_copy(update={"sam": None, "tiling": TilingConfig(max_tiles=4)})
+def tiled_model() -> ModelConfig:
+    return TILED_MODEL
 
 
 @pytest.fixture(scope="session")

@@ -5,21 +5,20 @@ from types import SimpleNamespace
 import numpy as np
 import pyarrow as pa
 
-from megavl.config.model import DecoderConfig, ModelConfig, SiglipConfig, TilingConfig
 from megavl.config.tiles import Tiling
 from megavl.data.format import IMAGE, PROMPT, TEXT
+from tests.data.conftest import MODEL, TILED_MODEL
+from tests.models import changed
 
 
-def tiling(config=None):
-    """16 tokens for each image; with a TilingConfig, tiles of 4 features and 32 pixels."""
-    siglip = SiglipConfig(image_size=32, patch_size=8, width=8, layers=1, heads=1, mlp_width=8)
-    decoder = DecoderConfig(layers=1, width=8, heads=1, kv_heads=1, mlp_width=8, vocab_size=400)
-    return Tiling(
-        ModelConfig(name="shape", siglip=siglip, sam=None, tiling=config, decoder=decoder, image_token_id=399)
-    )
+def tiled(**changes):
+    """Tiles of 4 features and 32 pixels, with fields of their section changed."""
+    return Tiling(changed(TILED_MODEL, tiling=changes))
 
 
-WHOLE, TILED = tiling(), tiling(TilingConfig(max_tiles=4))
+# 16 tokens for each image.
+WHOLE = Tiling(MODEL)
+TILED = tiled()
 
 
 class Shape:

@@ -4,10 +4,11 @@ import pytest
 
 from megavl.config.error import ConfigError
 from megavl.config.rules import check
-from megavl.config.run import OptimConfig, RunConfig
 from megavl.data.errors import DataError
 from megavl.data.loader import Loader
 from megavl.data.sampler import Sampler
+from tests.config.runs import make_run
+from tests.models import changed
 
 NO_TEXT = "data.text_ratio = {} asks for text steps, but data.text is empty: add a source, or set data.text_ratio=0"
 NO_MULTIMODAL = (
@@ -29,9 +30,8 @@ LEFT_OVER = (
 
 
 def refusals_at_the_start(data, model, train, dp):
-    run = RunConfig(output_dir="runs/test", model=model, data=data, optim=OptimConfig(lr=1e-3), train=train)
     try:
-        check(run, dp)
+        check(make_run(model=model, data=data, train=train), dp)
     except ConfigError as error:
         return error.problems
     return []
@@ -90,5 +90,5 @@ def test_documents_that_cannot_be_packed(corpus, model, tiled_model, train, tile
     ],
 )
 def test_a_global_batch_that_leaves_packs_over(corpus, model, train, dp, micro_batch, expected):
-    run = corpus.data(), model, train.model_copy(update={"micro_batch": micro_batch}), dp
+    run = corpus.data(), model, changed(train, micro_batch=micro_batch), dp
     assert refusals_at_the_start(*run) == refusals_of_the_constructors(*run) == expected

@@ -1,15 +1,14 @@
 import numpy as np
 import pytest
 
-from megavl.config.model import TilingConfig
 from megavl.data.errors import DataError
 from megavl.data.format import IMAGE, TEXT
 from megavl.data.grids import image_grids
 from megavl.data.store import Store
-from tests.data.shapes import TILED, WHOLE, Shape, interleaved, texts, tiling
+from tests.data.shapes import TILED, WHOLE, Shape, interleaved, texts, tiled
 
 
-@pytest.mark.parametrize("of", [TILED, tiling(TilingConfig(max_tiles=9))], ids=["4 tiles", "9 tiles"])
+@pytest.mark.parametrize("of", [TILED, tiled(max_tiles=9)], ids=["4 tiles", "9 tiles"])
 def test_the_grid_of_every_image_is_that_of_its_size_and_its_document(of):
     shape = interleaved(120, 3)
     found = image_grids(shape, of)

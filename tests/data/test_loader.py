@@ -31,6 +31,7 @@ from megavl.data.store import Store
 from megavl.data.tokenizer import load_tokenizer
 from megavl.data.writer import StoreWriter
 from tests.data.conftest import encoded_text, image_bytes, pixels_of
+from tests.models import changed
 
 SEQ_LEN, PLACEHOLDER = 96, 399
 _ALL = ImageShare()
@@ -44,7 +45,7 @@ def any_model(request, model, tiled_model):
 
 def steps(corpus, model, train, dp=1, micro_batch=1, workers=0, first_step=0, stop=None, **changes):
     """The step batches of all ranks: [step][rank]."""
-    train = train.model_copy(update={"micro_batch": micro_batch})
+    train = changed(train, micro_batch=micro_batch)
     sampler = Sampler(corpus.data(workers=workers, **changes), model, train)
     loaders = [Loader(sampler, rank, dp, ImageShare(), first_step) for rank in range(dp)]
     try:
@@ -153,7 +154,7 @@ def test_an_epoch_supervises_every_text_token_but_the_first_exactly_once(
     """Token by token against the documents themselves, with documents that are cut where packs are short."""
     monkeypatch.setattr("megavl.data.stream._WINDOW", 24)  # packs; far less than an epoch
     store = Store(corpus.prefix("multimodal"))
-    train = train.model_copy(update={"steps": 40})
+    train = changed(train, steps=40)
     data = corpus.data(text=(), text_ratio=0, seq_len=seq_len)
     sampler = Sampler(data, any_model, train)
     seen: dict[int, dict[int, int]] = {}
@@ -204,7 +205,7 @@ def _document(store, document, tiling):
 
 def test_pixels_are_those_of_the_images_in_the_order_of_their_placeholders(corpus, any_model, train):
     store = Store(corpus.prefix("multimodal"))
-    sampler = Sampler(corpus.data(text_ratio=0), any_model, train.model_copy(update={"steps": 1}))
+    sampler = Sampler(corpus.data(text_ratio=0), any_model, changed(train, steps=1))
     tiling = sampler.tiling
     (step,) = Loader(sampler, 0, 1, ImageShare(), 0)
     for pack, batch in zip(sampler.plan(0).packs, step.micro_batches, strict=True):
@@ -228,7 +229,7 @@ def test_pixels_are_those_of_the_images_in_the_order_of_their_placeholders(corpu
 
 
 def test_a_siglip_model_gets_no_sam_pixels(corpus, model, train):
-    plain = model.model_copy(update={"sam": None})
+    plain = changed(model, sam=None)
     (step,) = next(iter(steps(corpus, plain, train, stop=1, text_ratio=0)))
     assert all(set(batch.pixels) == {"siglip"} for batch in step.micro_batches)
 
@@ -328,7 +329,7 @@ def test_supervised_tokens_are_the_labels_of_the_global_batch(corpus, any_model,
 @pytest.mark.parametrize("ranks", [2, 3, 7])
 def test_tensor_ranks_may_share_the_tiles(corpus, any_model, train, ranks):
     """Each makes a run of a micro-batch's tiles; together, in order, they have all of them."""
-    sampler = Sampler(corpus.data(text_ratio=0), any_model, train.model_copy(update={"steps": 2, "micro_batch": 4}))
+    sampler = Sampler(corpus.data(text_ratio=0), any_model, changed(train, steps=2, micro_batch=4))
     whole = list(Loader(sampler, 0, 1, ImageShare(), 0))
     parts = [list(Loader(sampler, 0, 1, ImageShare(rank, ranks), 0)) for rank in range(ranks)]
     for step, shares in zip(whole, zip(*parts, strict=True), strict=True):
@@ -343,13 +344,13 @@ def test_tensor_ranks_may_share_the_tiles(corpus, any_model, train, ranks):
 
 def test_pixels_of_a_step_outlive_those_that_come_after_it(corpus, model, train):
     """Memory is used again only when nothing shows it: all steps are held here, and compared with fresh ones."""
-    train = train.model_copy(update={"steps": 6})
+    train = changed(train, steps=6)
     held = steps(corpus, model, train, workers=2, micro_batch=2, text_ratio=0)
     assert_same(held, steps(corpus, model, train, micro_batch=2, text_ratio=0))
 
 
 def test_memory_of_pixels_is_used_again(corpus, model, train):
-    train = train.model_copy(update={"steps": 12})
+    train = changed(train, steps=12)
     sampler = Sampler(corpus.data(text_ratio=0, workers=2, prefetch=1), model, train)
     loader = Loader(sampler, 0, 1, ImageShare(), 0)
     most = 0

@@ -10,6 +10,7 @@ from megavl.config.run import SourceConfig
 from megavl.data.assemble import ImageShare
 from megavl.data.loader import Loader
 from megavl.data.sampler import Sampler
+from tests.models import changed
 
 STEPS, GLOBAL_BATCH = 48, 24
 
@@ -21,7 +22,7 @@ def make(corpus, model, train):
 
     def make(micro_batch=1, workers=0):
         changes = {"steps": STEPS, "global_batch": GLOBAL_BATCH, "micro_batch": micro_batch}
-        return Sampler(corpus.data(text=text, workers=workers), model, train.model_copy(update=changes))
+        return Sampler(corpus.data(text=text, workers=workers), model, changed(train, **changes))
 
     return make
 

@@ -12,15 +12,16 @@ from megavl.data.sampler import Sampler
 from megavl.data.tokenizer import load_tokenizer
 from megavl.data.writer import StoreWriter
 from tests.data.conftest import encoded_text, image_bytes, write_jsonl
+from tests.models import changed
 
 
 def test_a_plan_is_a_pure_function_of_seed_and_step(corpus, model, train):
     plans = [Sampler(corpus.data(), model, train).plan(step) for step in range(train.steps)]
     backwards = Sampler(corpus.data(), model, train)
     assert [backwards.plan(step) for step in reversed(range(train.steps))] == plans[::-1]
-    longer = Sampler(corpus.data(), model, train.model_copy(update={"steps": 50}))
+    longer = Sampler(corpus.data(), model, changed(train, steps=50))
     assert [longer.plan(step) for step in range(train.steps)] == plans
-    other = Sampler(corpus.data(), model, train.model_copy(update={"seed": 8}))
+    other = Sampler(corpus.data(), model, changed(train, seed=8))
     assert [other.plan(step) for step in range(train.steps)] != plans
 
 
@@ -124,7 +125,7 @@ def test_a_store_of_another_tokenizer_is_refused(corpus, model, train, tmp_path)
 
 
 def test_a_vocabulary_that_the_model_lacks_is_refused(corpus, model, train):
-    small = model.model_copy(update={"decoder": model.decoder.model_copy(update={"vocab_size": 64})})
+    small = changed(model, decoder={"vocab_size": 64}, image_token_id=63)
     with pytest.raises(DataError, match="tokens, but model.decoder.vocab_size is 64"):
         Sampler(corpus.data(), small, train)
 
@@ -224,9 +225,9 @@ def test_a_position_holds_for_the_streams_that_are_the_same(corpus, model):
     other = Sampler(corpus.data(), model, train)
     assert other.resume(position) == ["text"]
     # The packs of a stream depend neither on how many make a step nor on how often its kind has its turn.
-    other = Sampler(blended(corpus, text_ratio=0.2), model, train.model_copy(update={"global_batch": 12}))
+    other = Sampler(blended(corpus, text_ratio=0.2), model, changed(train, global_batch=12))
     assert other.resume(position) == []
-    expected = Sampler(blended(corpus, text_ratio=0.2), model, train.model_copy(update={"global_batch": 12}))
+    expected = Sampler(blended(corpus, text_ratio=0.2), model, changed(train, global_batch=12))
     assert [other.plan(step) for step in (3, 59)] == [expected.plan(step) for step in (3, 59)]
 
 

@@ -3,11 +3,10 @@ from collections import Counter
 
 import pytest
 
-from megavl.config.model import TilingConfig
 from megavl.data import stream as stream_module
 from megavl.data.format import IMAGE
 from megavl.data.stream import Stream
-from tests.data.shapes import TILED, WHOLE, interleaved, texts, tiling
+from tests.data.shapes import TILED, WHOLE, interleaved, texts, tiled
 
 SEQ_LEN, WINDOW = 96, 20
 
@@ -172,5 +171,5 @@ def test_a_budget_of_tiles_that_never_binds_is_no_other_stream():
 @pytest.mark.parametrize("change", [{"max_tiles": 3}, {"max_images": 1}, {"shuffle": 1}], ids=lambda one: str(*one))
 def test_a_position_of_images_that_were_tiled_otherwise_is_not_taken_over(change):
     position = make(IMAGES, tiling=TILED).position(500)
-    assert make(IMAGES, tiling=tiling(TilingConfig(max_tiles=4))).resume(position)
-    assert not make(IMAGES, tiling=tiling(TilingConfig(**{"max_tiles": 4} | change))).resume(position)
+    assert make(IMAGES, tiling=tiled()).resume(position)
+    assert not make(IMAGES, tiling=tiled(**change)).resume(position)

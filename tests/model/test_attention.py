@@ -8,9 +8,10 @@ from megavl.model.mla import LatentAttention
 from megavl.parallel.groups import build_mesh
 from megavl.parallel.topology import Topology
 from tests.model import tiny
+from tests.models import GROUPED, MLA_SOFTMAX
 from tests.parallel.calls import counted
 
-KINDS = {"attention": (Attention, tiny.GROUPED), "latent attention": (LatentAttention, tiny.MLA_SOFTMAX)}
+KINDS = {"attention": (Attention, GROUPED), "latent attention": (LatentAttention, MLA_SOFTMAX)}
 # (forward, backward). Queries, keys and values enter together; the latent and the keys' positioned channels enter
 # together, and the input of the queries by itself. Two weights of latent attention see this rank's tokens alone.
 CALLS = {

@@ -9,8 +9,11 @@ from megavl.model.vlm import VLM
 from megavl.parallel.groups import ExpertAxis, TensorAxis
 from megavl.parallel.shard import shard_of
 from tests.model import tiny
+from tests.models import HYBRID, MLA_SIGMOID, changed
 
-CONFIG = tiny.HYBRID
+CONFIG = HYBRID
+# As many elements as a standard deviation within 5 % takes.
+WIDE = {"width": 128, "vocab_size": 512}
 ONE_EXPERT_AXIS = ExpertAxis()
 
 
@@ -66,7 +69,7 @@ def test_shards_are_slices_of_the_whole(size, first, stop):
 @pytest.mark.parametrize("cut_width", [False, True])
 def test_experts_are_slices_of_the_whole(cut_width):
     """Three expert ranks, each on two tensor ranks."""
-    config = tiny.MLA_SIGMOID
+    config = MLA_SIGMOID
     whole = weights(stop=5, config=config)
     for name, full in whole.items():
         if ".experts." in name:
@@ -79,8 +82,7 @@ def test_experts_are_slices_of_the_whole(cut_width):
 
 
 def test_distributions_of_vl2():
-    wider = {"width": 128, "vocab_size": 512}
-    config = tiny.MLA_SIGMOID.model_copy(update={"decoder": tiny.MLA_SIGMOID.decoder.model_copy(update=wider)})
+    config = changed(MLA_SIGMOID, decoder=WIDE)
     model = VLM(config, tiny.ONE, tiny.OPS, 0, 5)
     model.routers[1].bias.fill_(1)
     initialise(model, config, seed=0)
@@ -100,13 +102,7 @@ def test_distributions_of_vl2():
 
 
 def test_distributions():
-    model = VLM(
-        CONFIG.model_copy(update={"decoder": CONFIG.decoder.model_copy(update={"width": 128, "vocab_size": 512})}),
-        tiny.ONE,
-        tiny.OPS,
-        0,
-        4,
-    )
+    model = VLM(changed(CONFIG, decoder=WIDE), tiny.ONE, tiny.OPS, 0, 4)
     initialise(model, CONFIG, seed=0)
     stem, block = model.stem, model.blocks["1"]
     for weight in (stem.embedding.weight, block.attn.q_proj.weight, block.mlp.down_proj.weight, model.head.proj.weight):

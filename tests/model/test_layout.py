@@ -11,8 +11,9 @@ from megavl.model.vlm import VLM, call_block
 from megavl.ops.rope import rotary_tables
 from megavl.runtime.recompute import recomputing
 from tests.model import tiny
+from tests.models import HYBRID, MLA_SIGMOID, MLA_SOFTMAX, changed
 
-CONFIGS = pytest.mark.parametrize("config", [tiny.HYBRID, tiny.MLA_SIGMOID], ids=lambda config: config.name)
+CONFIGS = pytest.mark.parametrize("config", [HYBRID, MLA_SIGMOID], ids=lambda config: config.name)
 
 
 class Operators(TorchDispatchMode):
@@ -46,10 +47,10 @@ def test_rotary_tables_are_computed_once_in_a_micro_batch(config, run_block):
 
 
 def test_a_slice_without_blocks_needs_no_layout():
-    stem = VLM(tiny.HYBRID, tiny.ONE, tiny.OPS, 0, 1)
+    stem = VLM(HYBRID, tiny.ONE, tiny.OPS, 0, 1)
     tiny.randomise(stem, seed=0)
     with Operators() as operators:
-        stem(None, batch_of(tiny.HYBRID))
+        stem(None, batch_of(HYBRID))
     assert "cos" not in operators.names
 
 
@@ -75,9 +76,9 @@ def test_it_is_all_that_a_block_gets(config):
     assert torch.equal(plain.head.logits(h), plain.logits(batch))
 
 
-@pytest.mark.parametrize(("config", "width"), [(tiny.HYBRID, 8), (tiny.MLA_SOFTMAX, 6)], ids=["heads", "rope width"])
+@pytest.mark.parametrize(("config", "width"), [(HYBRID, 8), (MLA_SOFTMAX, 6)], ids=["heads", "rope width"])
 def test_its_tables_cover_the_positioned_channels(config, width):
-    decoder = config.decoder.model_copy(update={"rope_theta": 500.0})
+    decoder = changed(config.decoder, rope_theta=500.0)
     batch = batch_of(config)
     layout = PackLayout.of(batch, decoder)
     cos, sin = rotary_tables(batch.positions, width, 500.0)

@@ -16,12 +16,13 @@ from megavl.ops.dispatch import choose
 from megavl.parallel.groups import ExpertAxis, TensorAxis, build_mesh
 from megavl.parallel.shard import shard_of
 from megavl.parallel.topology import Topology
+from tests.models import SIGMOID_ROUTER, changed
 
 OPS = choose(torch.device("cpu"))
 D, T, PACKS = 12, 24, 3
 SOFTMAX = MoeConfig(experts=8, per_token=3, shared=2, width=10)
-SIGMOID = SOFTMAX.model_copy(update={"router": "sigmoid", "normalise": True, "scale": 2.0})
-CONFIGS = [SOFTMAX, SIGMOID, SOFTMAX.model_copy(update={"normalise": True, "scale": 1.5})]
+SIGMOID = changed(SOFTMAX, **SIGMOID_ROUTER)
+CONFIGS = [SOFTMAX, SIGMOID, changed(SOFTMAX, normalise=True, scale=1.5)]
 AUXILIARY_SCALE = 0.7
 
 
@@ -98,7 +99,7 @@ def test_auxiliary_loss_and_its_gradient(config, packs):
 
 
 def test_a_perfectly_even_router_has_auxiliary_loss_one():
-    subject = router(SOFTMAX.model_copy(update={"per_token": 8}))
+    subject = router(changed(SOFTMAX, per_token=8))
     subject(random(53, T, D), 1)[0].sum().backward()
     assert subject.auxiliary.item() == pytest.approx(1.0)
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.model import tiny
+from tests.models import GROUPED, HYBRID, SIGLIP_ONLY
 
 TEXTS = ((7, 5, 6), (9,), (1,), (4, 8))
 
@@ -20,7 +21,7 @@ def packed_and_alone(config):
     return tiny.pack(documents, images, config), alone
 
 
-@pytest.mark.parametrize("config", [tiny.HYBRID, tiny.SIGLIP_ONLY, tiny.GROUPED], ids=lambda config: config.name)
+@pytest.mark.parametrize("config", [HYBRID, SIGLIP_ONLY, GROUPED], ids=lambda config: config.name)
 def test_pack_equals_documents_alone(config):
     model = tiny.random_model(config)
     batch, alone = packed_and_alone(config)
@@ -33,8 +34,8 @@ def test_pack_equals_documents_alone(config):
 
 def test_borders_and_positions_matter():
     """Without the borders, or with positions that run on, the same tokens give other logits."""
-    model = tiny.random_model(tiny.HYBRID)
-    batch, _ = packed_and_alone(tiny.HYBRID)
+    model = tiny.random_model(HYBRID)
+    batch, _ = packed_and_alone(HYBRID)
     logits = model.logits(batch)
     total = len(batch.tokens)
     for changed in (

@@ -6,10 +6,9 @@ from torch import Tensor
 
 from megavl.config.model import ModelConfig
 from tests.model import reference, tiny
+from tests.models import GROUPED, HYBRID, SIGLIP_ONLY
 
-CONFIGS = pytest.mark.parametrize(
-    "config", [tiny.HYBRID, tiny.SIGLIP_ONLY, tiny.GROUPED], ids=lambda config: config.name
-)
+CONFIGS = pytest.mark.parametrize("config", [HYBRID, SIGLIP_ONLY, GROUPED], ids=lambda config: config.name)
 
 
 def worst(ours: Tensor, theirs: Tensor) -> float:

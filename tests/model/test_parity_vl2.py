@@ -14,8 +14,9 @@ from megavl.ops.rope import rotate_halves
 from tests.model import tiny
 from tests.model.reference_vl2 import Reference, translate
 from tests.model.test_parity import worst
+from tests.models import MHA_SOFTMAX, MLA_SIGMOID, MLA_SOFTMAX, VL2, changed
 
-CONFIGS = pytest.mark.parametrize("config", tiny.VL2, ids=lambda config: config.name)
+CONFIGS = pytest.mark.parametrize("config", VL2, ids=lambda config: config.name)
 # Wide, tall, both, and not tiled.
 GRIDS = (Grid(1, 3), Grid(2, 1), Grid(2, 2), Grid(1, 1))
 
@@ -49,7 +50,7 @@ def tiles(grids: tuple[Grid, ...]) -> int:
 
 def test_features_and_their_layout():
     """The tower, pixel shuffle, projector, newlines and separator, of four images at once."""
-    config = tiny.MHA_SOFTMAX
+    config = MHA_SOFTMAX
     ours, theirs = pair(config)
     pixels = tiny.pixels(config, tiles(GRIDS), seed=2)
     tokens = tiny.document(config, (1,) * 5, 3, GRIDS)
@@ -109,7 +110,7 @@ def test_loss_and_all_gradients(config):
     ],
 )
 def test_a_wrong_part_is_noticed(wrong, least):
-    config = tiny.MLA_SOFTMAX if "softmax" in wrong else tiny.MLA_SIGMOID
+    config = MLA_SOFTMAX if "softmax" in wrong else MLA_SIGMOID
     ours, theirs = pair(config)
     grids = (Grid(1, 2),)
     tokens = tiny.document(config, (9, 20), 3, grids)
@@ -122,9 +123,8 @@ def test_a_wrong_part_is_noticed(wrong, least):
             for router in ours.routers.values():
                 router.bias.zero_()
         case "sigmoid in place of softmax":
-            moe = config.decoder.moe.model_copy(update={"router": "sigmoid"})
             weights = ours.state_dict()
-            ours = tiny.model(config.model_copy(update={"decoder": config.decoder.model_copy(update={"moe": moe})}))
+            ours = tiny.model(changed(config, decoder={"moe": {"router": "sigmoid"}}))
             ours.load_state_dict(weights, strict=False)
         case "exact GELU in the tower":
             for block in ours.stem.siglip.blocks:

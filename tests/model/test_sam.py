@@ -5,6 +5,7 @@ import torch
 
 from megavl.model.sam import SamAttention, from_windows, to_windows
 from tests.model import tiny
+from tests.models import HYBRID
 
 
 @pytest.mark.parametrize(("grid", "window"), [(10, 4), (8, 4), (3, 5)])
@@ -23,7 +24,7 @@ def test_windows_round_trip(grid, window):
 def test_attention_is_the_softmax_with_relative_bias():
     """The channels that carry the relative positions add up to the bias of the formula."""
     side, heads, head_width = 5, 3, 8
-    attention = SamAttention(tiny.HYBRID.sam, side)
+    attention = SamAttention(HYBRID.sam, side)
     with torch.no_grad():
         for parameter in attention.parameters():
             parameter.normal_(std=0.3, generator=torch.Generator().manual_seed(parameter.numel()))
@@ -54,8 +55,8 @@ def test_attention_is_the_softmax_with_relative_bias():
 )
 @torch.no_grad()
 def test_every_branch_reaches_the_features(name):
-    sam = tiny.random_model(tiny.HYBRID).stem.sam
-    pixels = tiny.pixels(tiny.HYBRID, 1, seed=0)["sam"]
+    sam = tiny.random_model(HYBRID).stem.sam
+    pixels = tiny.pixels(HYBRID, 1, seed=0)["sam"]
     before = sam(pixels)
     # One half only: the norm behind a neck's convolution would undo a change of the whole.
     weight = sam.get_parameter(name)
@@ -66,8 +67,8 @@ def test_every_branch_reaches_the_features(name):
 @torch.no_grad()
 def test_detail_comes_from_the_first_global_block():
     """With hd_alpha at zero the neck alone speaks; what comes after the first global block does not change the rest."""
-    sam = tiny.random_model(tiny.HYBRID).stem.sam
-    pixels = tiny.pixels(tiny.HYBRID, 1, seed=0)["sam"]
+    sam = tiny.random_model(HYBRID).stem.sam
+    pixels = tiny.pixels(HYBRID, 1, seed=0)["sam"]
 
     def detail() -> torch.Tensor:
         with_detail = sam(pixels)

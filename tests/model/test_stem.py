@@ -15,10 +15,9 @@ from megavl.parallel.groups import TensorAxis, build_mesh
 from megavl.parallel.shard import shard_of
 from megavl.parallel.topology import Topology
 from tests.model import tiny
+from tests.models import HYBRID, MHA_SOFTMAX, SIGLIP_ONLY
 
-CONFIGS = pytest.mark.parametrize(
-    "config", [tiny.HYBRID, tiny.SIGLIP_ONLY, tiny.MHA_SOFTMAX], ids=lambda config: config.name
-)
+CONFIGS = pytest.mark.parametrize("config", [HYBRID, SIGLIP_ONLY, MHA_SOFTMAX], ids=lambda config: config.name)
 
 
 def text_batch(config):
@@ -129,10 +128,11 @@ def test_gradients_of_the_splice_are_right(config):
 
 def test_embedding_of_a_placeholder_is_never_read():
     """The placeholder's id may lie outside the vocabulary, and no row gets a gradient from it."""
-    config = tiny.HYBRID.model_copy(update={"image_token_id": tiny.HYBRID.decoder.vocab_size + 5})
+    # Not `changed`: validation refuses this id.
+    config = HYBRID.model_copy(update={"image_token_id": HYBRID.decoder.vocab_size + 5})
     stem = tiny.random_model(config).stem
-    batch = image_batch(tiny.HYBRID)
-    is_image = batch.tokens == tiny.HYBRID.image_token_id
+    batch = image_batch(HYBRID)
+    is_image = batch.tokens == HYBRID.image_token_id
     tokens = batch.tokens.masked_fill(is_image, config.image_token_id).masked_fill(batch.tokens == 0, 1)
     stem(dataclasses.replace(batch, tokens=tokens)).sum().backward()
     rows = stem.embedding.weight.grad.any(dim=1).nonzero().squeeze(1)
@@ -142,7 +142,7 @@ def test_embedding_of_a_placeholder_is_never_read():
 @pytest.mark.parametrize("images", [0, 1, 3])
 def test_images_that_do_not_fill_the_placeholders_are_refused(images):
     with pytest.raises(ValueError, match=rf"32 placeholder .*61\) for {images} images that take {16 * images}"):
-        image_batch(tiny.HYBRID, images)
+        image_batch(HYBRID, images)
 
 
 def tiles_on_ranks(config: ModelConfig, images: int, sequence: bool, forget_to_sum: bool) -> float:
@@ -191,7 +191,7 @@ def many_images(config: ModelConfig, images: int) -> Batch:
 def every_case(counts: list[int], forget_to_sum: bool = False) -> list[float]:
     return [
         tiles_on_ranks(config, images, sequence, forget_to_sum)
-        for config in (tiny.HYBRID, tiny.MHA_SOFTMAX)
+        for config in (HYBRID, MHA_SOFTMAX)
         for images in counts
         for sequence in (False, True)
     ]
@@ -208,9 +208,9 @@ def test_a_gradient_that_is_not_summed_would_be_noticed(pool):
 
 
 def test_a_share_that_is_not_this_ranks_own_is_refused():
-    stem = Stem(tiny.HYBRID, TensorAxis(rank=1, size=4, shares_images=True))
+    stem = Stem(HYBRID, TensorAxis(rank=1, size=4, shares_images=True))
     with pytest.raises(ValueError, match=r"2 tiles are here on tensor rank 1 of 4, .* of which 1 belong here"):
-        stem(image_batch(tiny.HYBRID, 2))
+        stem(image_batch(HYBRID, 2))
 
 
 def test_shares_are_runs_of_which_only_the_last_are_short():

@@ -13,8 +13,9 @@ from megavl.model.vlm import VLM
 from megavl.ops.dispatch import choose
 from megavl.parallel.groups import ExpertAxis, TensorAxis
 from tests.model import tiny
+from tests.models import GROUPED, HYBRID, MLA_SIGMOID, VL2
 
-CONFIG = tiny.HYBRID
+CONFIG = HYBRID
 
 
 def batch():
@@ -50,9 +51,7 @@ def test_first_loss_is_that_of_guessing():
     assert loss.item() == pytest.approx(math.log(CONFIG.decoder.vocab_size), abs=0.05)
 
 
-@pytest.mark.parametrize(
-    ("field", "config"), [("heads", tiny.HYBRID), ("kv_heads", tiny.GROUPED)], ids=["heads", "kv_heads"]
-)
+@pytest.mark.parametrize(("field", "config"), [("heads", HYBRID), ("kv_heads", GROUPED)], ids=["heads", "kv_heads"])
 def test_heads_that_do_not_divide_are_refused(field, config):
     axis = TensorAxis(rank=0, size=3 if field == "heads" else 4)
     message = (
@@ -93,10 +92,10 @@ def test_bfloat16_follows_fp32():
 @pytest.mark.parametrize(
     ("config", "grids"),
     [
-        (tiny.HYBRID, (Grid(0, 0),)),
-        (tiny.HYBRID, ()),
-        *((config, (Grid(2, 1),)) for config in tiny.VL2),
-        (tiny.MLA_SIGMOID, ()),
+        (HYBRID, (Grid(0, 0),)),
+        (HYBRID, ()),
+        *((config, (Grid(2, 1),)) for config in VL2),
+        (MLA_SIGMOID, ()),
     ],
     ids=lambda value: getattr(value, "name", f"{len(value)} images" if isinstance(value, tuple) else None),
 )

@@ -1,84 +1,20 @@
-"""A model of a few ten thousand parameters that has every part, and batches for it."""
+"""Modules of tiny models with random weights, and batches for them."""
 
 import torch
 from torch import Tensor, nn
 
 from megavl.batch import Batch
-from megavl.config.model import (
-    DecoderConfig,
-    MlaConfig,
-    ModelConfig,
-    MoeConfig,
-    SamConfig,
-    SiglipConfig,
-    TilingConfig,
-)
+from megavl.config.model import DecoderConfig, ModelConfig
 from megavl.config.tiles import Grid, Tiling
 from megavl.config.tokens import IGNORE_INDEX
 from megavl.model.layout import PackLayout
 from megavl.model.vlm import VLM
 from megavl.ops.dispatch import choose
 from megavl.parallel.groups import TensorAxis
+from tests.models import SIGLIP_ONLY
 
 OPS = choose(torch.device("cpu"))
 ONE = TensorAxis()
-
-# 4 x 4 SigLIP tokens per image. SAM: a 10 x 10 grid in windows of 4, so that they are padded to 12 x 12; two global
-# blocks, the first of them neither the first nor the last block; 10 -> 16 in the resizing.
-HYBRID = ModelConfig(
-    name="hybrid",
-    siglip=SiglipConfig(image_size=16, patch_size=4, width=24, layers=2, heads=2, mlp_width=40),
-    sam=SamConfig(
-        image_size=40,
-        patch_size=4,
-        width=24,
-        layers=4,
-        heads=3,
-        mlp_width=48,
-        window=4,
-        global_layers=(1, 3),
-        neck_width=6,
-    ),
-    decoder=DecoderConfig(
-        layers=2, width=32, heads=4, kv_heads=4, mlp_width=56, vocab_size=64, max_positions=256, norm_eps=1e-6
-    ),
-    image_token_id=61,
-    init_std=0.02,
-)
-SIGLIP_ONLY = HYBRID.model_copy(update={"name": "siglip_only", "sam": None})
-GROUPED = SIGLIP_ONLY.model_copy(
-    update={"name": "grouped_queries", "decoder": HYBRID.decoder.model_copy(update={"kv_heads": 2})}
-)
-
-# Tiles of 15 pixels, of which 3 are not read, with heads of 18 channels; 3 x 3 patches are padded to become 2 x 2
-# features. A dense block and two with experts.
-MHA_SOFTMAX = ModelConfig(
-    name="mha_softmax",
-    siglip=SiglipConfig(
-        image_size=15, patch_size=4, width=36, layers=2, heads=2, mlp_width=40, gelu_approximation="tanh"
-    ),
-    sam=None,
-    tiling=TilingConfig(max_tiles=4),
-    decoder=DecoderConfig(
-        layers=3,
-        width=32,
-        heads=4,
-        kv_heads=4,
-        mlp_width=56,
-        vocab_size=64,
-        max_positions=256,
-        moe=MoeConfig(experts=6, per_token=2, shared=2, width=20),
-    ),
-    image_token_id=61,
-    init_std=0.02,
-)
-_MLA = MHA_SOFTMAX.decoder.model_copy(update={"mla": MlaConfig(kv_rank=24, nope_width=10, rope_width=6, value_width=8)})
-MLA_SOFTMAX = MHA_SOFTMAX.model_copy(update={"name": "mla_softmax", "decoder": _MLA})
-_SIGMOID = _MLA.moe.model_copy(update={"router": "sigmoid", "normalise": True, "scale": 2.0})
-MLA_SIGMOID = MHA_SOFTMAX.model_copy(
-    update={"name": "mla_sigmoid", "decoder": _MLA.model_copy(update={"moe": _SIGMOID})}
-)
-VL2 = (MHA_SOFTMAX, MLA_SOFTMAX, MLA_SIGMOID)
 
 
 def model(config: ModelConfig) -> VLM:

@@ -8,10 +8,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from megavl.batch import Batch
-from megavl.config.model import DecoderConfig, ModelConfig, SamConfig, SiglipConfig
+from megavl.config.model import ModelConfig
 from megavl.config.parameters import parameters
 from megavl.config.presets import PRESETS
-from megavl.config.run import RunConfig
 from megavl.config.tiles import Tiling
 from megavl.config.tokens import IGNORE_INDEX
 from megavl.model.init import initialise
@@ -21,45 +20,25 @@ from megavl.parallel.groups import TensorAxis
 from megavl.plan.cost import active_parameters, item_parameters, item_work, step_flops
 from megavl.runtime.recompute import recomputing
 from tests.config.runs import make_run
+from tests.models import HYBRID, MHA_SOFTMAX, MLA_SIGMOID, SIGLIP_ONLY, changed
 
-
-def short(preset: str) -> ModelConfig:
-    """A preset with three blocks."""
-    model = PRESETS[preset]
-    return model.model_copy(update={"decoder": model.decoder.model_copy(update={"layers": 3})})
-
-
+# Three blocks: the rules below name one with experts before another and one behind.
 MODELS = {
-    "tiny": short("vl_debug"),
-    "tiny_siglip": short("vl_debug_siglip"),
-    "tiles_softmax": short("vl2_debug_mha"),
-    "tiles_latent_sigmoid": short("vl2_debug"),
-    # Grouped queries, a grid of 16 in padded windows of 6, 14 GFLOP forward.
-    "middle": ModelConfig(
-        name="middle",
-        siglip=SiglipConfig(image_size=128, patch_size=16, width=256, layers=4, heads=4, mlp_width=1024),
-        sam=SamConfig(
-            image_size=256,
-            patch_size=16,
-            width=192,
-            layers=4,
-            heads=3,
-            mlp_width=768,
-            window=6,
-            global_layers=(1, 3),
-            neck_width=64,
-        ),
-        decoder=DecoderConfig(layers=4, width=512, heads=8, kv_heads=2, mlp_width=1376, vocab_size=4096),
-        image_token_id=4095,
-    ),
+    "hybrid": changed(HYBRID, decoder={"layers": 3, "kv_heads": 2}),
+    "siglip": changed(SIGLIP_ONLY, decoder={"layers": 3}),
+    "tiles_softmax": MHA_SOFTMAX,
+    "tiles_latent_sigmoid": MLA_SIGMOID,
 }
+# Wide enough that products dwarf the channels of SAM's relative positions.
+WIDE = changed(
+    HYBRID,
+    siglip={"width": 256, "heads": 4, "mlp_width": 1024},
+    sam={"width": 192, "mlp_width": 768, "neck_width": 64},
+    decoder={"width": 512, "heads": 8, "kv_heads": 2, "mlp_width": 1376, "vocab_size": 4096},
+)
 
 
 STEP = {"tokens": 100, "squared_tokens": 10_000, "tiles": 2}
-
-
-def run_of(model: ModelConfig, **changes) -> RunConfig:
-    return make_run(model=model.model_dump(mode="json"), **changes)
 
 
 def rule(match: str, lr_multiplier: float) -> dict:
@@ -128,7 +107,7 @@ def test_hardware_flops_are_those_that_torch_counts(model, trainable, recompute)
     batch = make_batch(model, documents)
     tokens = len(batch.tokens)
     squared = sum(length**2 for length in batch.cu_seqlens.diff().tolist())
-    config = run_of(model, optim={"rules": TRAINABLE[trainable]}, train={"recompute": recompute})
+    config = make_run(model=model, optim={"rules": TRAINABLE[trainable]}, train={"recompute": recompute})
     # torch counts causal attention over all s^2 pairs, we over s (s + 1) / 2: asked for twice the squares less the
     # tokens, ours covers all of them too.
     flops = step_flops(config, tokens=tokens, squared_tokens=2 * squared - tokens, tiles=batch.tiles)
@@ -137,19 +116,18 @@ def test_hardware_flops_are_those_that_torch_counts(model, trainable, recompute)
 
 
 def test_model_flops_are_near_what_torch_counts():
-    """What MFU is made of, without the channels that carry SAM's relative positions as overhead (measured: 1.2 %)."""
-    model = MODELS["middle"]
-    batch = make_batch(model, [(2, 37), (1, 11)])
+    """What MFU is made of, without the channels that carry SAM's relative positions as overhead (measured: 1.0 %)."""
+    batch = make_batch(WIDE, [(2, 37), (1, 11)])
     tokens, squared = len(batch.tokens), sum(length**2 for length in batch.cu_seqlens.diff().tolist())
-    config = run_of(model)
+    config = make_run(model=WIDE)
     flops = step_flops(config, tokens=tokens, squared_tokens=2 * squared - tokens, tiles=batch.tiles)
-    assert flops.model == pytest.approx(counted(model, batch, [], "off"), rel=0.02)
+    assert flops.model == pytest.approx(counted(WIDE, batch, [], "off"), rel=0.02)
 
 
 @pytest.mark.parametrize("name", ["vl_debug", "vl_debug_siglip", "vl2_debug_mha", "vl2_debug"])
 def test_every_parameter_is_asked_for(name):
     """A parameter that the walk forgot could never start a gradient."""
-    config = run_of(PRESETS[name])
+    config = make_run(model=PRESETS[name])
     asked = set()
 
     class Recording(type(config.optim)):
@@ -162,13 +140,15 @@ def test_every_parameter_is_asked_for(name):
     assert asked == {parameter.name for parameter in parameters(config.model) if parameter.trained}
 
 
-ONE_PARAMETER = [p.name for p in parameters(MODELS["tiny"]) if "1" in p.name or "embed" in p.name]
+ONE_PARAMETER = [p.name for p in parameters(MODELS["hybrid"]) if "1" in p.name or "embed" in p.name]
 
 
 @pytest.mark.parametrize("parameter", ONE_PARAMETER)
 def test_one_trainable_parameter_is_enough_for_gradients_behind_it(parameter):
-    frozen = step_flops(run_of(MODELS["tiny"], optim={"rules": [FREEZE_ALL]}), **STEP)
-    alone = step_flops(run_of(MODELS["tiny"], optim={"rules": [FREEZE_ALL, rule(f"^{parameter}$", 1)]}), **STEP)
+    frozen = step_flops(make_run(model=MODELS["hybrid"], optim={"rules": [FREEZE_ALL]}), **STEP)
+    alone = step_flops(
+        make_run(model=MODELS["hybrid"], optim={"rules": [FREEZE_ALL, rule(f"^{parameter}$", 1)]}), **STEP
+    )
     assert alone.model > frozen.model
 
 
@@ -201,13 +181,13 @@ def test_latents_and_scores_are_computed_on_every_tensor_rank_without_sequence_p
     model = PRESETS["vl2_debug"]
     decoder, mla = model.decoder, model.decoder.mla
     text = STEP | {"tiles": 0}
-    one, two, four = (step_flops(run_of(model, parallel={"tensor": tensor}), **text) for tensor in (1, 2, 4))
+    one, two, four = (step_flops(make_run(model=model, parallel={"tensor": tensor}), **text) for tensor in (1, 2, 4))
     latents = decoder.width * decoder.layers * (mla.kv_rank + mla.rope_width)
     # With each score goes its place in the sums over a pack.
     scores = (decoder.width + 1) * (decoder.layers - 1) * decoder.moe.experts
     assert two.hardware - one.hardware == 3 * 2 * STEP["tokens"] * (latents + scores)
     assert four.hardware - one.hardware == 3 * (two.hardware - one.hardware)
-    assert one == step_flops(run_of(model, parallel={"tensor": 4, "sequence": True}), **text)
+    assert one == step_flops(make_run(model=model, parallel={"tensor": 4, "sequence": True}), **text)
 
 
 def test_shared_tiles_are_computed_once():
@@ -217,7 +197,7 @@ def test_shared_tiles_are_computed_once():
 
 def forward_gflops(name: str, tiles: int) -> float:
     """Forward GFLOP of the vision part of a preset."""
-    stem, *_ = item_work(run_of(PRESETS[name]), tokens=0, squared_tokens=0, tiles=tiles)
+    stem, *_ = item_work(make_run(model=PRESETS[name]), tokens=0, squared_tokens=0, tiles=tiles)
     return stem.forward / 1e9
 
 
@@ -241,7 +221,7 @@ def test_full_size_vision_is_what_torch_counts(name):
         pixels = {"siglip": torch.empty(2, 3, 384, 384), "sam": torch.empty(2, 3, 1024, 1024)}
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             stem.encode(pixels, 2)
-    work, *_ = item_work(run_of(model, optim={"rules": [FREEZE_ALL]}), tokens=0, squared_tokens=0, tiles=2)
+    work, *_ = item_work(make_run(model=model, optim={"rules": [FREEZE_ALL]}), tokens=0, squared_tokens=0, tiles=2)
     assert work.hardware == counter.get_total_flops()
 
 
@@ -252,7 +232,7 @@ def test_full_size_vision_is_what_torch_counts(name):
 def test_published_flops_of_a_token(name, flops):
     """6 N + 6 L d s, N without the embedding and with the experts of one token, in documents of s = 4096 tokens (with
     latent attention 3 L h (192 + 128) s). Measured within 0.1 %."""
-    config = run_of(PRESETS[name])
+    config = make_run(model=PRESETS[name])
     step = step_flops(config, tokens=4096, squared_tokens=4096**2, tiles=0)
     assert step.model / 4096 == pytest.approx(flops, rel=2e-3)
 
@@ -288,7 +268,7 @@ def test_parameters_of_items():
 def test_experts_of_items(width, cut):
     rules = [rule(r"^blocks\.2\.", 0)]
     parallel = {"tensor": 2, "expert": 4, "expert_width": width}
-    items = item_parameters(run_of(PRESETS["vl2_debug"], optim={"rules": rules}, parallel=parallel))
+    items = item_parameters(make_run(model=PRESETS["vl2_debug"], optim={"rules": rules}, parallel=parallel))
     decoder = PRESETS["vl2_debug"].decoder
     experts = 8 // 4 * 3 * decoder.width * (decoder.moe.width // cut)
     # The stem, a dense block, blocks with experts of which the second is frozen, the head.

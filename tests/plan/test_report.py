@@ -51,7 +51,7 @@ def test_interleaved_ranks_hold_several_stages():
 def test_vl2_small_on_48_ranks():
     parallel = {"tensor": 2, "sequence": True, "pipeline": 3, "stages": [8, 10, 11], "expert": 4}
     config = make_run(
-        model=PRESETS["vl2_small"].model_dump(mode="json"),
+        model=PRESETS["vl2_small"],
         data={"seq_len": 4096},
         parallel=parallel,
         train={"global_batch": 64},

@@ -15,6 +15,7 @@ from megavl.runtime.deepspeed.start import start_deepspeed
 from megavl.runtime.env import Env
 from megavl.runtime.loop import train
 from tests.data.conftest import encoded_text, image_bytes
+from tests.models import changed
 from tests.runtime.cases import MODEL, run_config
 
 
@@ -29,23 +30,15 @@ def config(corpus, tmp_path) -> RunConfig:
             writer.add(
                 EncodedDocument(key, "file.jsonl", (image, encoded_text(*range(5, 35)), broken, encoded_text(2)))
             )
-    config = run_config(train={"steps": 3, "global_batch": 2})
-    decoder = MODEL.decoder.model_copy(update={"vocab_size": 480})
-    changes = {
-        "tokenizer": corpus.tokenizer,
-        "text": (),
-        "multimodal": (SourceConfig(prefix=str(tmp_path / "store")),),
-        "text_ratio": 0,
-        "workers": 0,
-    }
-    return config.model_copy(
-        update={
-            "output_dir": str(tmp_path / "run"),
-            "model": MODEL.model_copy(update={"decoder": decoder, "image_token_id": 479}),
-            "data": type(config.data)(**config.data.model_dump() | changes),
-            "checkpoint": config.checkpoint.model_copy(update={"every": 1}),
-            "log": config.log.model_copy(update={"tensorboard": False}),
-        }
+    source = SourceConfig(prefix=str(tmp_path / "store"))
+    # Room for the corpus's vocabulary.
+    model = changed(MODEL, decoder={"vocab_size": 480}, image_token_id=479)
+    return changed(
+        run_config(model=model, train={"steps": 3, "global_batch": 2}),
+        output_dir=str(tmp_path / "run"),
+        data={"tokenizer": corpus.tokenizer, "text": (), "multimodal": (source,), "text_ratio": 0, "workers": 0},
+        checkpoint={"every": 1},
+        log={"tensorboard": False},
     )
 
 
@@ -53,10 +46,9 @@ def run(config: RunConfig, budget: int, **parallel) -> str | None:
     """What this rank ends with, None where it trains to the last step."""
     rank = dist.get_rank()
     start_deepspeed("gloo")
-    data = config.data.model_copy(update={"bad_images": budget})
-    parallel = config.parallel.model_copy(update=parallel)
+    config = changed(config, data={"bad_images": budget}, parallel=parallel)
     try:
-        train(config.model_copy(update={"data": data, "parallel": parallel}), Env(rank, rank, dist.get_world_size()))
+        train(config, Env(rank, rank, dist.get_world_size()))
     except RunError as error:
         return str(error)
 

@@ -9,10 +9,11 @@ import pytest
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from megavl.config.run import CheckpointConfig, RunConfig, TrainConfig
+from megavl.config.run import RunConfig
 from megavl.runtime.deepspeed.start import start_deepspeed
 from megavl.runtime.env import Env
 from megavl.runtime.loop import train
+from tests.models import changed
 from tests.runtime.test_killed import config as run_of
 
 OBJECTS = ("all_gather_object", "broadcast_object_list", "gather_object", "scatter_object_list")
@@ -67,20 +68,15 @@ def calls_of_a_run(config: RunConfig, parallel: dict) -> list[Call]:
         setattr(dist, collective, noted)
         setattr(distributed_c10d, collective, noted)
     env = Env(dist.get_rank(), dist.get_rank(), dist.get_world_size())
-    config = config.model_copy(update={"parallel": config.parallel.model_copy(update=parallel)})
     for steps in (1, 2):
-        train(config.model_copy(update={"train": config.train.model_copy(update={"steps": steps})}), env)
+        train(changed(config, parallel=parallel, train={"steps": steps}), env)
     return calls
 
 
 @pytest.mark.parametrize("parallel", [{}, {"pipeline": 2, "stages": (1, 2)}], ids=str)
 def test_messages_and_objects_go_over_the_control_group(pool, corpus, tmp_path, parallel):
-    config = run_of(corpus, tmp_path, workers=0, micro_batch=2).model_copy(
-        update={
-            "train": TrainConfig(steps=1, global_batch=4, precision="fp32"),
-            "checkpoint": CheckpointConfig(every=1),
-        }
-    )
+    config = run_of(corpus, tmp_path, workers=0, micro_batch=1)
+    config = changed(config, train={"global_batch": 4}, checkpoint={"every": 1})
     for calls in pool.run(2, calls_of_a_run, config, parallel):
         # Those of this project and those of DCP.
         assert {call.where for call in calls if call.collective in OBJECTS} == {

@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megavl.config.load import load_run
-from megavl.config.model import MlaConfig, ModelConfig
 from megavl.config.run import RunConfig
 from megavl.ops.alignment import ALIGNMENT_BYTES, is_aligned
 from megavl.ops.attention import reference_attention
 from megavl.ops.dispatch import Ops, choose
+from tests.models import changed
 from tests.ops.hopper import hopper
 from tests.runtime.cases import MODEL, RECIPES, VL2, build, run_config, step_batch
 
@@ -33,23 +33,21 @@ ALLOCATIONS |= {"new_zeros", "fill_", "zero_"}
 VIEWS = {"view", "_unsafe_view", "detach", "alias", "_reshape_alias", "lift_fresh"}
 
 
-def _with(model: ModelConfig, decoder: dict, **sections: dict) -> ModelConfig:
-    towers = {name: getattr(model, name).model_copy(update=update) for name, update in sections.items()}
-    return model.model_copy(update={"decoder": model.decoder.model_copy(update=decoder), **towers})
-
-
-_MLA = MlaConfig(kv_rank=16, nope_width=16, rope_width=8, value_width=16)
-_VL2 = {"siglip": {"width": 32, "heads": 2}}
+# Multiples of 8, also after a cut over two tensor ranks.
+_TOWER = {"width": 32, "heads": 2}
+_WIDTHS = {"width": 64, "mlp_width": 96}
+_MLA = {"nope_width": 16, "rope_width": 8}
 ALIGNED = {
-    "vl": _with(
+    "vl": changed(
         MODEL,
-        {"layers": 4, "width": 64, "heads": 4, "kv_heads": 4, "mlp_width": 96},
-        siglip={"width": 32},
-        sam={"width": 32, "neck_width": 8},
+        siglip=_TOWER,
+        sam=_TOWER | {"neck_width": 8},
+        # Few blocks: every operator of these steps is watched.
+        decoder=_WIDTHS | {"layers": 4, "heads": 4, "kv_heads": 4},
     ),
-    "tiny": _with(VL2["tiny"], {"width": 64, "mlp_width": 96}, **_VL2),
-    "small": _with(VL2["small"], {"width": 64, "mlp_width": 96, "mla": _MLA}, **_VL2),
-    "base": _with(VL2["base"], {"width": 64, "mlp_width": 96, "mla": _MLA}, **_VL2),
+    "tiny": changed(VL2["tiny"], siglip=_TOWER, decoder=_WIDTHS),
+    "small": changed(VL2["small"], siglip=_TOWER, decoder=_WIDTHS | {"mla": _MLA}),
+    "base": changed(VL2["base"], siglip=_TOWER, decoder=_WIDTHS | {"mla": _MLA}),
 }
 
 

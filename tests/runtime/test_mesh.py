@@ -4,13 +4,14 @@ import torch
 import torch.distributed as dist
 
 from megavl.runtime.mesh import mesh_of
+from tests.models import changed
 from tests.runtime.cases import run_config
 
 
 def timeouts_s() -> tuple[float, ...]:
     """Of an axis of two ranks, of one of this rank alone, and of the control group."""
     config = run_config(dist.get_world_size(), train={"timeout_s": 70})
-    config = config.model_copy(update={"data": config.data.model_copy(update={"timeout_s": 20})})
+    config = changed(config, data={"timeout_s": 20})
     cpu = torch.device("cpu")
     mesh = mesh_of(config, dist.get_world_size(), cpu)
     groups = (mesh.dp.group, mesh.tp.group, mesh.control)

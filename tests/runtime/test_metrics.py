@@ -32,7 +32,7 @@ def test_statistics_of_a_load():
 
 def record(folder: str, loads: list[Load | None], preset: str) -> None:
     """One rank writes a step of each load."""
-    config = make_run(output_dir=folder, model=PRESETS[preset].model_dump(mode="json"), train={"steps": len(loads)})
+    config = make_run(output_dir=folder, model=PRESETS[preset], train={"steps": len(loads)})
     metrics = Metrics(config, Env(rank=0, local_rank=0, world=1), None)
     for step, load in enumerate(loads):
         metrics.record(

@@ -4,6 +4,7 @@ import pytest
 
 from megavl.config.model import ModelConfig
 from megavl.config.run import RunConfig
+from tests.models import changed
 from tests.runtime.cases import MODEL, VL2, initial_weights, merge, run_config, train
 
 # Topology that saves after step 2, and the one that goes on: world, parallel, train.
@@ -109,7 +110,7 @@ def test_a_run_without_its_moments_would_be_noticed(pool, tmp_path, uninterrupte
     """Negative control: weights alone are not enough to go on."""
     row = (1, {"zero": 1}, {})
     go(pool, row, str(tmp_path), 2, "fp32")
-    config = run_config(train={"steps": 5}, optim={"rules": RULES}).model_copy(update={"output_dir": str(tmp_path)})
+    config = changed(run_config(train={"steps": 5}, optim={"rules": RULES}), output_dir=str(tmp_path))
     ((history, _),) = pool.run(1, train_from_weights, config)
     assert abs(history[-1][0] - uninterrupted[0][-1][0]) > 1e-4
 

@@ -58,7 +58,7 @@ def test_images_of_a_made_up_pack_have_their_places(preset, grid, tiles, monkeyp
     monkeypatch.syspath_prepend(ROOT / "tools")
     from benchmarks.step import grid_of, made_up_pack
 
-    config = make_run(model=PRESETS[preset].model_dump(mode="json"), data={"seq_len": 500})
+    config = make_run(model=PRESETS[preset], data={"seq_len": 500})
     grid, tiling = grid_of(config, grid), Tiling(config.model)
     pack = made_up_pack(config, 3, grid, Mesh(Topology(1, 1, 1), Axis(), Axis(), TensorAxis(), Axis(), Axis(), Axis()))
     assert (pack.tokens == config.model.image_token_id).sum() == 3 * tiling.tokens[tiling.grids.index(grid)]
