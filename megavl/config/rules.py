@@ -168,8 +168,8 @@ def _expert_ranks(config: RunConfig, dp: int) -> list[str]:
         return []
     return [
         f"{dp} data-parallel ranks are not divisible by parallel.expert = {expert}: the ranks that hold different "
-        f"experts are neighbours on the data axis; start a multiple of {expert * config.parallel.model} ranks, or choose "
-        f"a divisor of {dp}"
+        f"experts are neighbours on the data axis; start a multiple of {expert * config.parallel.model} ranks, or "
+        f"choose a divisor of {dp}"
     ]
 
 

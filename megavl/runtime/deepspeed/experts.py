@@ -3,13 +3,12 @@
 DeepSpeed reduces the gradients of experts over their replicas, partitions their optimizer states over the same ranks
 and counts them in the gradient norm once over the expert ranks, provided that it notices them, by four signs:
 
-- an instance of its `MoE` layer is in the module tree, which is asked to make the process groups. Ours is no layer and
-  has no parameter: it hands over the groups of our mesh. Every rank has it, also one whose stages have no experts, as
-  all take part in the collectives that follow from it;
+- a `MoE` instance in the module tree, which DeepSpeed asks to create process groups. Ours has no parameters and
+  registers the groups of our mesh. Every rank has one, since the collectives that follow include all ranks;
 - `allreduce = False` and `group_name` on each parameter of an expert, without which it would also begin by giving all
   ranks the experts of the first;
 - `moe` and `name` on their optimizer groups, which hold nothing else;
-- the size of the tensor axis in its books, where experts are cut over it: their share of the norm is then summed over
+- the size of the tensor axis in `deepspeed.utils.groups`, where experts are cut over it: their share of the norm is then summed over
   the tensor ranks too.
 
 The gradient of an expert adds up the tokens of all ranks on its expert axis, then of its replicas; DeepSpeed divides it
