@@ -8,8 +8,8 @@ and counts them in the gradient norm once over the expert ranks, provided that i
 - `allreduce = False` and `group_name` on each parameter of an expert, without which it would also begin by giving all
   ranks the experts of the first;
 - `moe` and `name` on their optimizer groups, which hold nothing else;
-- the size of the tensor axis in `deepspeed.utils.groups`, where experts are cut over it: their share of the norm is then summed over
-  the tensor ranks too.
+- the size of the tensor axis in `deepspeed.utils.groups`, where experts are cut over it: their share of the norm is
+  then summed over the tensor ranks too.
 
 The gradient of an expert adds up the tokens of all ranks on its expert axis, then of its replicas; DeepSpeed divides it
 by the size of the data axis as it does every other. Where the expert axis has one rank, experts are parameters like all
