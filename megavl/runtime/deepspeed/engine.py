@@ -20,6 +20,7 @@ from megavl.runtime.deepspeed.alignment import spaced
 from megavl.runtime.deepspeed.axes import ModelParallelUnit
 from megavl.runtime.deepspeed.clipping import clip_and_keep_norm
 from megavl.runtime.deepspeed.experts import announce_experts
+from megavl.runtime.deepspeed.zero1 import Zero1
 from megavl.runtime.optim import groups_of, parameter_groups
 
 Engine = deepspeed.DeepSpeedEngine
@@ -82,6 +83,8 @@ def build_engine(stages: nn.ModuleList, config: RunConfig, mesh: Mesh, adamw: Ad
     )
     if config.parallel.zero == 0:
         engine.clip_fp32_gradients = partial(clip_and_keep_norm, engine, mesh)
+    if config.parallel.zero == 1 and config.train.precision == "bf16":
+        Zero1(engine.optimizer, mesh, config.optim.grad_clip)
     if config.parallel.zero == 3:
         engine.optimizer.step = partial(_step_and_clear, engine.optimizer, engine.optimizer.step)
     return engine

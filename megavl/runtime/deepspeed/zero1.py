@@ -1,0 +1,142 @@
+"""ZeRO-1 in bf16: accumulation, reduction and update in few kernels, without a wait for the device.
+
+DeepSpeed's `BF16_Optimizer` makes the buffers: of each optimizer group the flat bf16 parameters, their flat fp32
+gradients, and this rank's part of the fp32 masters (ZeRO, arXiv 1910.02054, section 5.1). Its own step all-reduces all
+gradients, computes a norm for each parameter, and reads the norm on the host before it clips. Here each rank receives
+only the sum of its own part, and everything that follows reads and writes that part.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from torch import Tensor, nn
+
+from megavl.parallel.groups import Mesh
+from megavl.parallel.shard import shard_of
+from megavl.parallel.versions import all_gather_single, reduce_scatter_single
+from megavl.runtime.deepspeed.alignment import UNIT_ELEMENTS
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Buffers of one optimizer group, [N] each over all ranks that hold copies of it, and [N / size] on this rank.
+
+    parameters:      bf16 [N]
+    parameters_part: bf16 [N / size], a view
+    gradients:       fp32 [N]
+    gradients_part:  fp32 [N / size], a view
+    masters_part:    fp32 [N / size]
+    counted:         slices of `gradients_part` that this rank adds to the norm
+    ranks:           the group of these ranks
+    """
+
+    parameters: Tensor
+    parameters_part: Tensor
+    gradients: Tensor
+    gradients_part: Tensor
+    masters_part: nn.Parameter
+    counted: tuple[Tensor, ...]
+    ranks: dist.ProcessGroup
+
+
+class Zero1:
+    """Takes the place of the methods of `optimizer` that DeepSpeed's engine calls."""
+
+    def __init__(self, optimizer: BF16_Optimizer, mesh: Mesh, max_norm: float):
+        """
+        Args:
+            optimizer: of an engine that has just been built
+            mesh: of the run
+            max_norm: largest global gradient norm; 0 does not clip
+        """
+        self._optimizer, self._dp_size, self._max_norm = optimizer, mesh.dp.size, max_norm
+        self._groups = [_group(optimizer, index, mesh) for index in range(len(optimizer.bf16_groups))]
+        for group in self._groups:
+            group.masters_part.grad = group.gradients_part
+        optimizer._update_hp_grad = self.accumulate
+        optimizer.reduce_gradients = self.reduce
+        optimizer.step = self.step
+        optimizer.zero_grad = self.zero_grad
+
+    @torch.no_grad()
+    def accumulate(self, parameter: nn.Parameter, group: int, index: int, clear_lp_grads: bool) -> None:
+        """Add the gradient of a parameter to its fp32 buffer. One kernel: no fp32 copy of the gradient is made."""
+        total = self._optimizer.fp32_groups_gradients[group][index]
+        if parameter.grad is not None:
+            total.add_(parameter.grad.view(total.shape))
+
+    @torch.no_grad()
+    def reduce(self, pipeline_parallel: bool) -> None:
+        """Average the gradients over the data axis; each rank receives its own part alone."""
+        for group in self._groups:
+            if dist.get_world_size(group.ranks) > 1:
+                reduce_scatter_single(group.gradients_part, group.gradients, group=group.ranks)
+            # The gradients of experts are sums over the expert axis already, and are divided as all others are.
+            group.gradients_part.mul_(1 / self._dp_size)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Clip, update the masters, and gather the bf16 parameters."""
+        norm = self._norm()
+        self._optimizer._global_grad_norm = norm
+        if self._max_norm:
+            ratio = (self._max_norm / (norm + 1e-6)).clamp(max=1.0)
+            for group in self._groups:
+                group.gradients_part.mul_(ratio)
+        self._optimizer.optimizer.step()
+        for group in self._groups:
+            group.parameters_part.copy_(group.masters_part)
+            if dist.get_world_size(group.ranks) > 1:
+                all_gather_single(group.parameters, group.parameters_part, group=group.ranks)
+            group.gradients.zero_()
+
+    def zero_grad(self) -> None:
+        """Nothing is left to clear after `step`."""
+
+    def _norm(self) -> Tensor:
+        """Global norm of the gradient, float32 []. Every element is counted on one rank of the world."""
+        device = self._groups[0].gradients.device
+        squared = torch.zeros((), dtype=torch.float64, device=device)
+        for group in self._groups:
+            for part in group.counted:
+                squared += _squared_norm(part)
+        dist.all_reduce(squared)
+        return squared.sqrt().float()
+
+
+def _squared_norm(x: Tensor) -> Tensor:
+    """float64 []. Sums are in fp32 within a unit and in fp64 over the units, so no fp64 copy of x [N] is made."""
+    units, rest = x.split([len(x) // UNIT_ELEMENTS * UNIT_ELEMENTS, len(x) % UNIT_ELEMENTS])
+    norms = torch.linalg.vector_norm(units.view(-1, UNIT_ELEMENTS), dim=1)  # [N / unit]
+    return norms.double().square().sum() + rest.double().square().sum()
+
+
+def _group(optimizer: BF16_Optimizer, index: int, mesh: Mesh) -> _Group:
+    ranks = optimizer.real_dp_process_group[index]
+    gradients_part = optimizer.fp32_groups_gradient_flat_partition[index]
+    return _Group(
+        parameters=optimizer.bf16_groups_flat[index],
+        parameters_part=optimizer.bf16_partitioned_groups[index][dist.get_rank(ranks)],
+        gradients=optimizer.fp32_groups_gradients_flat[index],
+        gradients_part=gradients_part,
+        masters_part=optimizer.fp32_groups_flat_partition[index],
+        counted=_counted(optimizer.bf16_groups[index], gradients_part, mesh),
+        ranks=ranks,
+    )
+
+
+def _counted(parameters: list[nn.Parameter], gradients_part: Tensor, mesh: Mesh) -> tuple[Tensor, ...]:
+    """Slices of this rank's gradients that belong to parameters which no other tensor rank counts."""
+    slices: list[list[int]] = []
+    for parameter in parameters:
+        held = parameter._hp_mapping  # None: no part of it is on this rank
+        if held is None or not (mesh.tp.rank == 0 or shard_of(parameter).over("tp")):
+            continue
+        start, length = held.hp_fragment_address.start, held.hp_fragment_address.numel
+        if slices and slices[-1][0] + slices[-1][1] == start:
+            slices[-1][1] += length
+        else:
+            slices.append([start, length])
+    return tuple(gradients_part.narrow(0, start, length) for start, length in slices)
