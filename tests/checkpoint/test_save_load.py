@@ -9,7 +9,8 @@ import torch.distributed as dist
 
 from megavl.checkpoint.error import CheckpointError
 from megavl.checkpoint.fragments import Fragment
-from megavl.checkpoint.load import latest, load, load_weights, locate, read_state
+from megavl.checkpoint.layout import latest, locate, read_state
+from megavl.checkpoint.load import load, load_weights
 from megavl.checkpoint.save import save
 from megavl.config.presets import PRESETS
 from megavl.parallel.topology import Topology

@@ -6,7 +6,8 @@ import pytest
 import torch.distributed.checkpoint as dcp
 
 from megavl.checkpoint.fragments import by_key
-from megavl.checkpoint.load import load, read_state
+from megavl.checkpoint.layout import read_state
+from megavl.checkpoint.load import load
 from megavl.checkpoint.save import save
 from megavl.checkpoint.versions import RecordingWriter
 from tests.checkpoint.test_save_load import ALONE

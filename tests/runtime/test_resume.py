@@ -119,7 +119,8 @@ def train_from_weights(config):
     """Steps 2 to 4 from the weights of the checkpoint alone."""
     from pathlib import Path
 
-    from megavl.checkpoint.load import latest, load_weights
+    from megavl.checkpoint.layout import latest
+    from megavl.checkpoint.load import load_weights
     from tests.runtime.cases import build, step_batch
 
     replica = build(config)

@@ -101,6 +101,18 @@ def first_step(adam: torch.optim.Optimizer, master: Tensor) -> Tensor | int:
     return 0
 
 
+def scale_gradients(adam: torch.optim.Optimizer, scale: Tensor) -> None:
+    """Make the next update use the gradients of `adam` times `scale`, float32 []. Does not wait for the device.
+
+    torch's fused kernel scales while it updates; for the others it is a pass of its own.
+    """
+    if isinstance(adam, torch.optim.AdamW):
+        adam.grad_scale, adam.found_inf = scale.reciprocal(), None  # as torch.amp.GradScaler sets them
+    else:
+        for group in adam.param_groups:
+            torch._foreach_mul_([parameter.grad for parameter in group["params"]], scale)
+
+
 def set_step(adam: torch.optim.Optimizer, step: int) -> None:
     """Set the number of updates of every parameter of `adam`, from which bias correction is computed."""
     for state in adam.state.values():

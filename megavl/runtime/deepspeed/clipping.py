@@ -8,10 +8,12 @@ from deepspeed.runtime.utils import is_model_parallel_parameter
 from torch import Tensor
 
 from megavl.parallel.groups import Mesh
+from megavl.runtime.deepspeed.adamw import scale_gradients
+from megavl.runtime.deepspeed.norm import squared_norm
 
 
 def clip_and_keep_norm(engine: deepspeed.DeepSpeedEngine, mesh: Mesh) -> None:
-    """Clip without ZeRO: DeepSpeed sums the norm in fp32 and drops it; this sums in fp64, as ZeRO does, and keeps it.
+    """Clip without ZeRO: DeepSpeed sums the norm in fp32 and drops it; this sums in fp64, and keeps it.
 
     The towers have no gradient after a text step, and Adam would skip them. Gradients of zeros, which ZeRO's buffers
     hold, still decay their moments and weights; so missing gradients become zeros here.
@@ -25,14 +27,12 @@ def clip_and_keep_norm(engine: deepspeed.DeepSpeedEngine, mesh: Mesh) -> None:
     dist.all_reduce(experts, group=mesh.ep.group)
     squared = experts + _squared_norm([p.grad for p in counted if not is_moe_param(p)], engine.device)
     dist.all_reduce(squared, group=mesh.model.group)
-    norm = squared.sqrt()
-    if norm > engine.gradient_clipping():
-        torch._foreach_mul_([p.grad for p in parameters], (engine.gradient_clipping() / (norm + 1e-6)).item())
+    norm = squared.sqrt().float()
+    scale_gradients(engine.basic_optimizer, (engine.gradient_clipping() / (norm + 1e-6)).clamp(max=1.0))
     # DeepSpeed sets it only under ZeRO, and get_global_grad_norm() reads it.
     engine._global_grad_norm = norm
 
 
 def _squared_norm(grads: list[Tensor], device: torch.device) -> Tensor:
     """float64 []."""
-    norms = [torch.linalg.vector_norm(grad, dtype=torch.float64) for grad in grads]
-    return sum((norm**2 for norm in norms), start=torch.zeros((), dtype=torch.float64, device=device))
+    return sum(map(squared_norm, grads), start=torch.zeros((), dtype=torch.float64, device=device))

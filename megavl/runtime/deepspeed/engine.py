@@ -26,8 +26,18 @@ from megavl.runtime.optim import groups_of, parameter_groups
 Engine = deepspeed.DeepSpeedEngine
 
 
-def deepspeed_config(config: RunConfig) -> dict:
-    """DeepSpeed's own configuration of a run."""
+def zero_stage(config: RunConfig, dp_size: int) -> int:
+    """The stage that DeepSpeed is told.
+
+    Over one data-parallel rank ZeRO-1 partitions nothing, but in fp32 DeepSpeed would keep a second copy of parameters
+    and gradients. In bf16 it has the fp32 masters and gradients.
+    """
+    alone = config.parallel.zero == 1 and dp_size == 1 and config.train.precision == "fp32"
+    return 0 if alone else config.parallel.zero
+
+
+def deepspeed_config(config: RunConfig, stage: int) -> dict:
+    """DeepSpeed's own configuration of a run under ZeRO stage `stage`."""
     bf16 = config.train.precision == "bf16"
     return {
         # The loss is already divided by the tokens of the global batch: DeepSpeed's batch size scales nothing.
@@ -40,7 +50,7 @@ def deepspeed_config(config: RunConfig) -> dict:
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         "zero_optimization": {
-            "stage": config.parallel.zero,
+            "stage": stage,
             # Overlap needs CUDA streams and, without managed accumulation, stage 2; it is left off at every stage.
             "overlap_comm": False,
             # Small parameters stay whole under ZeRO-3 by default; here every parameter is cut, small models too.
@@ -64,10 +74,11 @@ def build_engine(stages: nn.ModuleList, config: RunConfig, mesh: Mesh, adamw: Ad
         parameter.model_parallel = True  # DeepSpeed's mark: counted in the norm on every tensor rank
     named_parameters = itertools.chain.from_iterable(stage.vlm.named_parameters() for stage in stages)
     groups = parameter_groups(named_parameters, anchors, config.optim)
-    if config.parallel.zero:
+    stage = zero_stage(config, mesh.dp.size)
+    if stage:
         registered = set(stages.parameters())
         for group in groups:
-            group["params"] = spaced(group["params"], config.parallel.zero, mesh.dp.size)
+            group["params"] = spaced(group["params"], stage, mesh.dp.size)
         # DeepSpeed finds parameters only in modules.
         grouped = itertools.chain.from_iterable(group["params"] for group in groups)
         stages[0].spacers = nn.ParameterList(parameter for parameter in grouped if parameter not in registered)
@@ -77,15 +88,17 @@ def build_engine(stages: nn.ModuleList, config: RunConfig, mesh: Mesh, adamw: Ad
         # ZeRO-3 gathers parameters in the hooks of the outermost module's forward: that must be the stage itself.
         model=stages[0] if len(stages) == 1 else stages,
         optimizer=adamw.build(groups, lr=config.optim.lr, betas=config.optim.betas, eps=config.optim.eps),
-        config=deepspeed_config(config),
+        config=deepspeed_config(config, stage),
         mpu=ModelParallelUnit(mesh),
         dist_init_required=False,
     )
-    if config.parallel.zero == 0:
+    if stage == 0:
         engine.clip_fp32_gradients = partial(clip_and_keep_norm, engine, mesh)
-    if config.parallel.zero == 1 and config.train.precision == "bf16":
+        # One rank has nothing to reduce, but DeepSpeed would copy all gradients into a bucket and back.
+        engine.enable_backward_allreduce = mesh.dp.size > 1
+    if stage == 1 and config.train.precision == "bf16":
         Zero1(engine.optimizer, mesh, config.optim.grad_clip)
-    if config.parallel.zero == 3:
+    if stage == 3:
         engine.optimizer.step = partial(_step_and_clear, engine.optimizer, engine.optimizer.step)
     return engine
 

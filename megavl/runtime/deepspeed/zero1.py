@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from megavl.parallel.groups import Mesh
 from megavl.parallel.shard import shard_of
 from megavl.parallel.versions import all_gather_single, reduce_scatter_single
-from megavl.runtime.deepspeed.alignment import UNIT_ELEMENTS
+from megavl.runtime.deepspeed.adamw import scale_gradients
+from megavl.runtime.deepspeed.norm import squared_norm
 
 
 @dataclass(frozen=True)
@@ -69,22 +70,19 @@ class Zero1:
 
     @torch.no_grad()
     def reduce(self, pipeline_parallel: bool) -> None:
-        """Average the gradients over the data axis; each rank receives its own part alone."""
+        """Sum the gradients over the data axis; each rank receives its own part alone. `step` divides them."""
         for group in self._groups:
             if dist.get_world_size(group.ranks) > 1:
                 reduce_scatter_single(group.gradients_part, group.gradients, group=group.ranks)
-            # The gradients of experts are sums over the expert axis already, and are divided as all others are.
-            group.gradients_part.mul_(1 / self._dp_size)
 
     @torch.no_grad()
     def step(self) -> None:
         """Clip, update the masters, and gather the bf16 parameters."""
         norm = self._norm()
         self._optimizer._global_grad_norm = norm
-        if self._max_norm:
-            ratio = (self._max_norm / (norm + 1e-6)).clamp(max=1.0)
-            for group in self._groups:
-                group.gradients_part.mul_(ratio)
+        ratio = (self._max_norm / (norm + 1e-6)).clamp(max=1.0) if self._max_norm else torch.ones_like(norm)
+        # The gradients of experts are sums over the expert axis already, and are averaged as all others are.
+        scale_gradients(self._optimizer.optimizer, ratio / self._dp_size)
         self._optimizer.optimizer.step()
         for group in self._groups:
             group.parameters_part.copy_(group.masters_part)
@@ -96,21 +94,14 @@ class Zero1:
         """Nothing is left to clear after `step`."""
 
     def _norm(self) -> Tensor:
-        """Global norm of the gradient, float32 []. Every element is counted on one rank of the world."""
+        """Global norm of the averaged gradient, float32 []. Every element is counted on one rank of the world."""
         device = self._groups[0].gradients.device
         squared = torch.zeros((), dtype=torch.float64, device=device)
         for group in self._groups:
             for part in group.counted:
-                squared += _squared_norm(part)
+                squared += squared_norm(part)
         dist.all_reduce(squared)
-        return squared.sqrt().float()
-
-
-def _squared_norm(x: Tensor) -> Tensor:
-    """float64 []. Sums are in fp32 within a unit and in fp64 over the units, so no fp64 copy of x [N] is made."""
-    units, rest = x.split([len(x) // UNIT_ELEMENTS * UNIT_ELEMENTS, len(x) % UNIT_ELEMENTS])
-    norms = torch.linalg.vector_norm(units.view(-1, UNIT_ELEMENTS), dim=1)  # [N / unit]
-    return norms.double().square().sum() + rest.double().square().sum()
+        return (squared.sqrt() / self._dp_size).float()
 
 
 def _group(optimizer: BF16_Optimizer, index: int, mesh: Mesh) -> _Group:

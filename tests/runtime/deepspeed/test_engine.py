@@ -67,7 +67,10 @@ def norms() -> tuple[float, float]:
     found = []
     for used in (mesh, replace(mesh, model=Axis())):
         module.weight.grad = torch.tensor([[3.0, 4.0]])
-        engine = SimpleNamespace(module=module, device=torch.device("cpu"), gradient_clipping=lambda: 1.0)
+        adam = torch.optim.AdamW(module.parameters(), fused=True)
+        engine = SimpleNamespace(
+            module=module, device=torch.device("cpu"), gradient_clipping=lambda: 1.0, basic_optimizer=adam
+        )
         clip_and_keep_norm(engine, used)
         found.append(engine._global_grad_norm.item())
     assert dist.get_world_size() == 2
