@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from megavl.config.tiles import Grid, Tiling
+from megavl.config.tokens import IGNORE_INDEX
 
 Kind = Literal["text", "multimodal"]
 
@@ -36,6 +37,8 @@ class Batch:
     labels:     int64 [T]; the token that position t should predict, IGNORE_INDEX (`config.tokens`) where there is none
     positions:  int64 [T]; restart at 0 with every document
     cu_seqlens: int32 [N + 1]; document n is tokens[cu_seqlens[n]:cu_seqlens[n + 1]]; the last entry is T
+    supervised: int64 [S], rising; the positions with a label. Position 0 stands alone where there are none, so that no
+                kernel has an empty operand
     lengths:    tokens of each of the N documents, T in all
     packs:      how many; each has T / packs tokens
     grids:      of each image, in the order of the placeholders; DeepSeek-VL's have no local tile
@@ -51,6 +54,7 @@ class Batch:
     labels: Tensor
     positions: Tensor
     cu_seqlens: Tensor
+    supervised: Tensor
     lengths: tuple[int, ...]
     packs: int
     grids: tuple[Grid, ...]
@@ -86,6 +90,7 @@ class Batch:
             labels=labels,
             positions=torch.arange(len(tokens)) - borders[:-1].repeat_interleave(documents[1:]),  # [T]
             cu_seqlens=borders.int(),
+            supervised=_supervised(labels),
             lengths=tuple(lengths),
             packs=packs,
             grids=tuple(grids),
@@ -114,9 +119,16 @@ class Batch:
             labels=change(self.labels),
             positions=change(self.positions),
             cu_seqlens=change(self.cu_seqlens),
+            supervised=change(self.supervised),
             places=ImagePlaces(*map(change, (self.places.features, self.places.newlines, self.places.separators))),
             pixels=self.pixels and {tower: change(pixels) for tower, pixels in self.pixels.items()},
         )
+
+
+def _supervised(labels: Tensor) -> Tensor:
+    """See `Batch.supervised`."""
+    (positions,) = (labels != IGNORE_INDEX).nonzero(as_tuple=True)  # [S]
+    return positions if len(positions) else positions.new_zeros(1)
 
 
 def tile_share(tiles: int, rank: int, size: int) -> range:
@@ -161,3 +173,9 @@ class StepBatch:
     tiles: int
     squared_tokens: int
     bad_images: tuple[BadImage, ...] = ()
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """What the work of the step depends on: the arguments of `megavl.plan.cost.step_flops`."""
+        names = ("tokens", "supervised_tokens", "squared_tokens", "tiles")
+        return {name: getattr(self, name) for name in names}

@@ -22,14 +22,14 @@ from megavl.config.run import ParallelConfig
 class Product:
     """Matrix product of activations with a parameter; a convolution is one too.
 
-    rows:  rows of activations for each token or each tile
+    rows:  rows of activations for each token, each label (a token that is supervised) or each tile
     per:   what `rows` is counted for
     d_in:  channels of a row; of a convolution, channels times positions of its kernel
     d_out: channels of a row of the result
     """
 
     rows: int
-    per: Literal["token", "tile"]
+    per: Literal["token", "label", "tile"]
     d_in: int
     d_out: int
 

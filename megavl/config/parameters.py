@@ -162,7 +162,9 @@ def _layer_norm(path: _Path, width: int) -> Flow:
 
 
 def _head(path: _Path, decoder: DecoderConfig) -> Flow:
-    return _norm(path / "norm", decoder.width), _column_linear(path / "proj", decoder.width, decoder.vocab_size)
+    product = Product(1, "label", decoder.width, decoder.vocab_size)
+    proj = (path / "proj").parameter("weight", (decoder.vocab_size, decoder.width), tensor_dim=0, product=product)
+    return _norm(path / "norm", decoder.width), proj
 
 
 def _block(path: _Path, decoder: DecoderConfig, layer: int) -> Flow:

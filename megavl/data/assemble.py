@@ -58,7 +58,7 @@ class Assembled:
         """From a worker process pixels come as shared memory, the rest by value: shared memory is an open file, and a
         step may have hundreds of micro-batches."""
         batch, places = self.batch, self.batch.places
-        fields = (batch.tokens, batch.labels, batch.positions, batch.cu_seqlens)
+        fields = (batch.tokens, batch.labels, batch.positions, batch.cu_seqlens, batch.supervised)
         image_fields = (places.features, places.newlines, places.separators)
         arrays = tuple(tuple(field.numpy() for field in group) for group in (fields, image_fields))
         return _arrived, (*arrays, batch.lengths, batch.packs, batch.grids, batch.pixels, self.bad_images)

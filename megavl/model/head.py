@@ -8,7 +8,7 @@ from megavl.model.norm import RmsNorm
 from megavl.ops.dispatch import Ops
 from megavl.parallel.cross_entropy import summed_cross_entropy
 from megavl.parallel.groups import TensorAxis
-from megavl.parallel.linear import ColumnLinear
+from megavl.parallel.linear import ColumnLinear, column_linears
 
 
 class Head(nn.Module):
@@ -24,7 +24,7 @@ class Head(nn.Module):
         """[T, D] ([T / tp, D] under sequence parallelism) -> [T, V / tp], this rank's columns of the vocabulary."""
         return self.proj(self.norm(h))  # [T, V / tp]
 
-    def forward(self, h: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, h: Tensor, labels: Tensor, supervised: Tensor) -> Tensor:
         """Sum over the supervised tokens of -log p(label), in nats.
 
         A sum, not a mean: the divisor is the number of supervised tokens of the whole global batch.
@@ -32,8 +32,11 @@ class Head(nn.Module):
         Args:
             h: [T, D], or [T / tp, D] under sequence parallelism
             labels: int64 [T], as in `Batch`
+            supervised: int64 [S], as in `Batch`; the other positions have no logits
 
         Returns:
             float32 [], equal on all tp ranks
         """
-        return summed_cross_entropy(self.logits(h), labels, IGNORE_INDEX, self.tp, self.ops.cross_entropy)
+        (logits,) = column_linears(self.norm(h), [self.proj], rows=supervised)  # [S, V / tp]
+        labels = labels.index_select(0, supervised)  # [S]
+        return summed_cross_entropy(logits, labels, IGNORE_INDEX, self.tp, self.ops.cross_entropy)

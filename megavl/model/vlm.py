@@ -78,7 +78,7 @@ class VLM(nn.Module):
             The next slice's h or, if this slice ends with the head, the summed loss, float32 [].
         """
         h = self._hidden(h, batch)
-        return h if self.head is None else self.head(h, batch.labels)
+        return h if self.head is None else self.head(h, batch.labels, batch.supervised)
 
     def logits(self, batch: Batch) -> Tensor:
         """[T, V / tp] of the whole model (all items in this slice)."""

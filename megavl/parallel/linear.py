@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megavl.parallel.autograd import with_backward
 from megavl.parallel.collectives import enter_parallel, leave_parallel, shared_weight
 from megavl.parallel.groups import Axis, TensorAxis
 from megavl.parallel.shard import mark
@@ -38,7 +39,7 @@ class ColumnLinear(nn.Module):
         return y
 
 
-def column_linears(x: Tensor, layers: Sequence[ColumnLinear]) -> list[Tensor]:
+def column_linears(x: Tensor, layers: Sequence[ColumnLinear], rows: Tensor | None = None) -> list[Tensor]:
     """Products of one input with several column-parallel weights. They enter the parallel region together: one
     all-gather under sequence parallelism, else none, and one collective for the gradient of the input.
 
@@ -48,12 +49,28 @@ def column_linears(x: Tensor, layers: Sequence[ColumnLinear]) -> list[Tensor]:
     Args:
         x: [T, d_in], or [T / tp, d_in] under sequence parallelism
         layers: at least one, of the same tensor axis
+        rows: int64 [S], rising: the rows of [T, d_in] to multiply; None for all
 
     Returns:
-        [T, d_out / tp] of each layer, in the dtype of `x`
+        [T, d_out / tp] or [S, d_out / tp] of each layer, in the dtype of `x`
     """
-    x = enter_parallel(x, layers[0].tp)  # [T, d_in]
-    return [F.linear(x, layer.weight) for layer in layers]  # [T, d_out / tp] each
+    tp = layers[0].tp
+    if rows is None:
+        x = enter_parallel(x, tp)  # [T, d_in]
+    elif tp.sequence:
+        x = _select(enter_parallel(x, tp), rows)  # [S, d_in]
+    else:
+        x = enter_parallel(_select(x, rows), tp)  # [S, d_in]; only these rows of the gradient are reduced
+    return [F.linear(x, layer.weight) for layer in layers]
+
+
+def _select(x: Tensor, rows: Tensor) -> Tensor:
+    """Rows [S, d] of x [T, d]. No row is selected twice, so the gradient is copied: atomic additions are not needed."""
+    return with_backward(
+        x,
+        forward=lambda x: x.index_select(0, rows),
+        backward=lambda grad: grad.new_zeros(x.shape).index_copy_(0, rows, grad),
+    )
 
 
 def column_linear_with(x: Tensor, layer: ColumnLinear, companion: Tensor) -> tuple[Tensor, Tensor]:

@@ -64,32 +64,36 @@ def active_parameters(model: ModelConfig) -> int:
     return active
 
 
-def item_work(config: RunConfig, *, tokens: int, squared_tokens: int, tiles: int) -> tuple[Work, ...]:
+def item_work(
+    config: RunConfig, *, tokens: int, supervised_tokens: int, squared_tokens: int, tiles: int
+) -> tuple[Work, ...]:
     """Work of each item of the model list over a step. What is frozen is read from the optimizer's rules, what is
     recomputed from `train.recompute`.
 
     Args:
         tokens: those of images included
+        supervised_tokens: those with a label; the others have no logits
         squared_tokens: sum over the documents of their lengths squared
         tiles: of all images; an image of DeepSeek-VL is one
     """
     pairs = (squared_tokens + tokens) // 2
     return tuple(
-        of_token * tokens + of_pair * pairs + of_tile * tiles
-        for of_token, of_pair, of_tile in zip(*_unit_works(config), strict=True)
+        of_token * tokens + of_label * supervised_tokens + of_pair * pairs + of_tile * tiles
+        for of_token, of_label, of_pair, of_tile in zip(*_unit_works(config), strict=True)
     )
 
 
 @lru_cache(maxsize=8)
 def _unit_works(config: RunConfig) -> tuple[tuple[Work, ...], ...]:
-    """Work of each item for one token, for one pair of query and key, and for one tile, in which work is linear."""
-    return _works(config, tokens=1), _works(config, pairs=1), _works(config, tiles=1)
+    """Work of each item for one token, label, pair of query and key, and tile, in which it is linear."""
+    return _works(config, tokens=1), _works(config, labels=1), _works(config, pairs=1), _works(config, tiles=1)
 
 
-def _works(config: RunConfig, *, tokens: int = 0, pairs: int = 0, tiles: int = 0) -> tuple[Work, ...]:
+def _works(config: RunConfig, *, tokens: int = 0, labels: int = 0, pairs: int = 0, tiles: int = 0) -> tuple[Work, ...]:
     counter = FlopCounter(
         trains=lambda name: config.optim.lr_multiplier(name) > 0,
         tokens=tokens,
+        labels=labels,
         pairs=pairs,
         tiles=tiles,
         micro_batch=config.train.micro_batch,
@@ -105,9 +109,11 @@ def _works(config: RunConfig, *, tokens: int = 0, pairs: int = 0, tiles: int = 0
     return tuple(works)
 
 
-def step_flops(config: RunConfig, *, tokens: int, squared_tokens: int, tiles: int) -> StepFlops:
+def step_flops(config: RunConfig, *, tokens: int, supervised_tokens: int, squared_tokens: int, tiles: int) -> StepFlops:
     """FLOPs of one step of the whole global batch; the arguments are those of `item_work`."""
-    works = item_work(config, tokens=tokens, squared_tokens=squared_tokens, tiles=tiles)
+    works = item_work(
+        config, tokens=tokens, supervised_tokens=supervised_tokens, squared_tokens=squared_tokens, tiles=tiles
+    )
     return StepFlops(
         model=sum(work.model for work in works),
         hardware=sum(work.on_tensor_ranks(config.parallel.tensor) for work in works),

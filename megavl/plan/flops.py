@@ -27,6 +27,7 @@ class FlopCounter:
 
     trains:      whether the optimizer changes the parameter of a name
     tokens:      of all documents, those of images included
+    labels:      tokens that are supervised
     pairs:       of query and key within the documents
     tiles:       of all images
     micro_batch: packs of one forward pass
@@ -34,6 +35,7 @@ class FlopCounter:
 
     trains: Callable[[str], bool]
     tokens: int
+    labels: int
     pairs: int
     tiles: int
     micro_batch: int
@@ -70,7 +72,7 @@ class FlopCounter:
         if product is None:
             return Work()
         of_tiles = product.per == "tile"
-        rows = product.rows * (self.tiles if of_tiles else self.tokens)
+        rows = product.rows * {"token": self.tokens, "label": self.labels, "tile": self.tiles}[product.per]
         flops = 2 * rows * product.d_in * product.d_out
         repeated = self._repeats_tiles if of_tiles else self._repeats_tokens and parameter.tensor_dim is None
         return Work(flops, flops * live, flops * trained).repeated_if(repeated)

@@ -99,11 +99,20 @@ def _work(config: RunConfig) -> str:
 def _text_step(config: RunConfig) -> dict[str, int]:
     """A step whose packs are each one document."""
     packs, seq_len = config.train.global_batch, config.data.seq_len
-    return {"tokens": packs * seq_len, "squared_tokens": packs * seq_len**2, "tiles": 0}
+    tokens = packs * seq_len
+    return {
+        "tokens": tokens,
+        "supervised_tokens": tokens - packs,
+        "squared_tokens": packs * seq_len**2,
+        "tiles": 0,
+    }
 
 
 def _multimodal_step(config: RunConfig) -> dict[str, int]:
-    return _text_step(config) | {"tiles": config.train.global_batch * _images_per_pack(config)[1]}
+    """The same with images, whose tokens are no labels."""
+    (images, tiles), packs, step = _images_per_pack(config), config.train.global_batch, _text_step(config)
+    placeholders = packs * images * int(Tiling(config.model).tokens[0])
+    return step | {"supervised_tokens": step["supervised_tokens"] - placeholders, "tiles": packs * tiles}
 
 
 def _images_per_pack(config: RunConfig) -> tuple[int, int]:

@@ -68,7 +68,7 @@ class Metrics:
         )
 
     def _row(self, batch: StepBatch, loss: float, grad_norm: float, lr: float, step_s: float, memory: int) -> dict:
-        flops = step_flops(self._config, tokens=batch.tokens, squared_tokens=batch.squared_tokens, tiles=batch.tiles)
+        flops = step_flops(self._config, **batch.counts)
         capacity = self._peak_flops * self._env.world * step_s
         return {
             "step": batch.step + 1,

@@ -249,7 +249,7 @@ def test_all_of_a_batch_is_pinned(reference, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor.clone())
     batch = next(one for (step,) in reference for one in step.micro_batches if one.tiles)
     copy = Assembled(batch, ()).pin_memory().batch
-    assert len(pinned) == 4 + 3 + len(batch.pixels) and (copy.packs, copy.grids) == (batch.packs, batch.grids)
+    assert len(pinned) == 5 + 3 + len(batch.pixels) and (copy.packs, copy.grids) == (batch.packs, batch.grids)
     for name, field in vars(copy).items():
         if isinstance(field, torch.Tensor):
             assert torch.equal(field, vars(batch)[name]) and field is not vars(batch)[name]

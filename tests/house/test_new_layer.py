@@ -40,7 +40,8 @@ for name, parameter in vlm.named_parameters():
 with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
     vlm(None, Batch.of(Tiling(model), tokens, tokens, [50], 1, pixels={})).backward()
 # torch counts causal attention over all pairs.
-assert step_flops(config, tokens=50, squared_tokens=2 * 50**2 - 50, tiles=0).hardware == counter.get_total_flops()
+counts = {"tokens": 50, "supervised_tokens": 50, "squared_tokens": 2 * 50**2 - 50, "tiles": 0}
+assert step_flops(config, **counts).hardware == counter.get_total_flops()
 print("the layer is counted, initialised and cut")
 """
 

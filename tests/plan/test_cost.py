@@ -38,7 +38,7 @@ WIDE = changed(
 )
 
 
-STEP = {"tokens": 100, "squared_tokens": 10_000, "tiles": 2}
+STEP = {"tokens": 100, "supervised_tokens": 90, "squared_tokens": 10_000, "tiles": 2}
 
 
 def rule(match: str, lr_multiplier: float) -> dict:
@@ -110,7 +110,13 @@ def test_hardware_flops_are_those_that_torch_counts(model, trainable, recompute)
     config = make_run(model=model, optim={"rules": TRAINABLE[trainable]}, train={"recompute": recompute})
     # torch counts causal attention over all s^2 pairs, we over s (s + 1) / 2: asked for twice the squares less the
     # tokens, ours covers all of them too.
-    flops = step_flops(config, tokens=tokens, squared_tokens=2 * squared - tokens, tiles=batch.tiles)
+    flops = step_flops(
+        config,
+        tokens=tokens,
+        supervised_tokens=len(batch.supervised),
+        squared_tokens=2 * squared - tokens,
+        tiles=batch.tiles,
+    )
     # Measured: equal to the last FLOP in all cases.
     assert flops.hardware == counted(model, batch, TRAINABLE[trainable], recompute)
 
@@ -120,7 +126,13 @@ def test_model_flops_are_near_what_torch_counts():
     batch = make_batch(WIDE, [(2, 37), (1, 11)])
     tokens, squared = len(batch.tokens), sum(length**2 for length in batch.cu_seqlens.diff().tolist())
     config = make_run(model=WIDE)
-    flops = step_flops(config, tokens=tokens, squared_tokens=2 * squared - tokens, tiles=batch.tiles)
+    flops = step_flops(
+        config,
+        tokens=tokens,
+        supervised_tokens=len(batch.supervised),
+        squared_tokens=2 * squared - tokens,
+        tiles=batch.tiles,
+    )
     assert flops.model == pytest.approx(counted(WIDE, batch, [], "off"), rel=0.02)
 
 
@@ -136,7 +148,7 @@ def test_every_parameter_is_asked_for(name):
             return 0.0
 
     optim = Recording.model_validate(config.optim.model_dump())
-    item_work(config.model_copy(update={"optim": optim}), tokens=1, squared_tokens=1, tiles=1)
+    item_work(config.model_copy(update={"optim": optim}), tokens=1, supervised_tokens=1, squared_tokens=1, tiles=1)
     assert asked == {parameter.name for parameter in parameters(config.model) if parameter.trained}
 
 
@@ -168,7 +180,7 @@ def test_frozen_decoder_above_a_trainable_adaptor_costs_forward_and_input_gradie
 
 
 def test_text_costs_no_vision():
-    assert item_work(make_run(), tokens=100, squared_tokens=10_000, tiles=0)[0].model == 0
+    assert item_work(make_run(), tokens=100, supervised_tokens=100, squared_tokens=10_000, tiles=0)[0].model == 0
 
 
 def test_vision_is_computed_on_every_tensor_rank():
@@ -197,7 +209,7 @@ def test_shared_tiles_are_computed_once():
 
 def forward_gflops(name: str, tiles: int) -> float:
     """Forward GFLOP of the vision part of a preset."""
-    stem, *_ = item_work(make_run(model=PRESETS[name]), tokens=0, squared_tokens=0, tiles=tiles)
+    stem, *_ = item_work(make_run(model=PRESETS[name]), tokens=0, supervised_tokens=0, squared_tokens=0, tiles=tiles)
     return stem.forward / 1e9
 
 
@@ -221,7 +233,9 @@ def test_full_size_vision_is_what_torch_counts(name):
         pixels = {"siglip": torch.empty(2, 3, 384, 384), "sam": torch.empty(2, 3, 1024, 1024)}
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             stem.encode(pixels, 2)
-    work, *_ = item_work(make_run(model=model, optim={"rules": [FREEZE_ALL]}), tokens=0, squared_tokens=0, tiles=2)
+    work, *_ = item_work(
+        make_run(model=model, optim={"rules": [FREEZE_ALL]}), tokens=0, supervised_tokens=0, squared_tokens=0, tiles=2
+    )
     assert work.hardware == counter.get_total_flops()
 
 
@@ -233,7 +247,7 @@ def test_published_flops_of_a_token(name, flops):
     """6 N + 6 L d s, N without the embedding and with the experts of one token, in documents of s = 4096 tokens (with
     latent attention 3 L h (192 + 128) s). Measured within 0.1 %."""
     config = make_run(model=PRESETS[name])
-    step = step_flops(config, tokens=4096, squared_tokens=4096**2, tiles=0)
+    step = step_flops(config, tokens=4096, supervised_tokens=4096, squared_tokens=4096**2, tiles=0)
     assert step.model / 4096 == pytest.approx(flops, rel=2e-3)
 
 

@@ -21,11 +21,12 @@ A, B, C = weight("a"), weight("b"), weight("c")
 
 
 def counter(trained: str = "", **parallel) -> FlopCounter:
-    """Over one token, one pair and one tile; the parameters named in `trained` are trainable."""
+    """Over one token, one label, one pair and one tile; the parameters named in `trained` are trainable."""
     sharded = {"vision": "sharded", "sequence": True}
     return FlopCounter(
         trains=lambda name: name in trained,
         tokens=1,
+        labels=1,
         pairs=1,
         tiles=1,
         micro_batch=1,

@@ -148,7 +148,7 @@ def benchmark(config: RunConfig, env: Env, args: argparse.Namespace, grid: Grid)
     for kind in ("text", "multimodal"):
         batch = made_up_step(config, mesh, kind, args.images, grid, args.documents)
         times = step_times(replica, batch, args.warmup, args.steps)
-        flops = step_flops(config, tokens=batch.tokens, squared_tokens=batch.squared_tokens, tiles=batch.tiles)
+        flops = step_flops(config, **batch.counts)
         median = statistics.median(times)
         capacity = peak_flops * env.world * median
         rows.append(

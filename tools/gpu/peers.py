@@ -174,7 +174,7 @@ def timed(
             torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
     step_s = statistics.median(times[warmup:])
-    flops = step_flops(config, tokens=batch.tokens, squared_tokens=batch.squared_tokens, tiles=batch.tiles).model
+    flops = step_flops(config, **batch.counts).model
     peak = peak_flops(torch.cuda.get_device_name(device)) if on_cuda else None
     memory = torch.cuda.max_memory_allocated() if on_cuda else None
     values = {

@@ -118,7 +118,7 @@ def timed(run: Run, batch: StepBatch, setting: Setting, least_mfu: float | None 
         passes.append(passed - started)
         host.append(launched - started)
     step_s, passes_s, host_s = (statistics.median(times[warmup:]) for times in (whole, passes, host))
-    flops = step_flops(run.config, tokens=batch.tokens, squared_tokens=batch.squared_tokens, tiles=batch.tiles).model
+    flops = step_flops(run.config, **batch.counts).model
     peak = peak_flops(torch.cuda.get_device_name()) if on_cuda else None
     mfu = flops / step_s / peak if peak else None
     memory = torch.cuda.max_memory_allocated() if on_cuda else None
