@@ -19,3 +19,21 @@ class RmsNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.ops.rms_norm(x, shared_weight(self.weight, self.tp), self.eps)
+
+
+class ResidualNorm(RmsNorm):
+    """RMSNorm of the residual stream, after the addition of the layer output in front of it: one kernel does both."""
+
+    def forward(self, h: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Add and normalise.
+
+        Args:
+            h: residual stream, [T, D], or [T / tp, D] under sequence parallelism
+            delta: what is to be added to it, of its shape; None if there is nothing
+
+        Returns:
+            h + delta and its normalised values, both of the shape of `h`
+        """
+        if delta is None:
+            return h, super().forward(h)
+        return self.ops.add_rms_norm(h, delta, shared_weight(self.weight, self.tp), self.eps)

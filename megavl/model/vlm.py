@@ -14,12 +14,13 @@ from megavl.model.stem import Stem
 from megavl.ops.dispatch import Ops
 from megavl.parallel.groups import ExpertAxis, TensorAxis
 
-RunBlock = Callable[[Block, Tensor, PackLayout], Tensor]
+# block, h, layout -> h and what is still to be added to it, as `Block` returns them.
+RunBlock = Callable[[Block, Tensor, PackLayout], tuple[Tensor, Tensor]]
 
 _ALL_EXPERTS = ExpertAxis()
 
 
-def call_block(block: Block, h: Tensor, layout: PackLayout) -> Tensor:
+def call_block(block: Block, h: Tensor, layout: PackLayout) -> tuple[Tensor, Tensor]:
     """Call the block. Autograd keeps its activations for the backward pass."""
     return block(h, layout)
 
@@ -32,7 +33,9 @@ class VLM(nn.Module):
 
     Args:
         auxiliary_scale: of all routers, as in `Router`
-        run_block: how each block is called, such as with recomputation
+        run_block: how each block is called, such as with recomputation. Blocks that are called by `call_block` leave
+            their last addition to the norm that follows; any other function gets the whole stream, for a block that is
+            recomputed keeps its input, and one tensor is half of two
     """
 
     def __init__(
@@ -77,19 +80,27 @@ class VLM(nn.Module):
         Returns:
             The next slice's h or, if this slice ends with the head, the summed loss, float32 [].
         """
-        h = self._hidden(h, batch)
-        return h if self.head is None else self.head(h, batch.labels)
+        h, delta = self._hidden(h, batch)
+        return _added(h, delta) if self.head is None else self.head(h, batch.labels, delta)
 
     def logits(self, batch: Batch) -> Tensor:
         """[T, V / tp] of the whole model (all items in this slice)."""
-        return self.head.logits(self._hidden(None, batch))
+        return self.head.logits(*self._hidden(None, batch))
 
-    def _hidden(self, h: Tensor | None, batch: Batch) -> Tensor:
-        """Stem and blocks: [T, D], or [T / tp, D] under sequence parallelism."""
+    def _hidden(self, h: Tensor | None, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Stem and blocks: [T, D], or [T / tp, D] under sequence parallelism, and what is still to be added to it."""
+        delta = None
         if self.stem is not None:
             h = self.stem(batch)
         if self.blocks:
             layout = PackLayout.of(batch, self.decoder_config)
             for block in self.blocks.values():
-                h = self.run_block(block, h, layout)
-        return h
+                if self.run_block is call_block:
+                    h, delta = block(h, layout, delta)
+                else:
+                    h, delta = self.run_block(block, _added(h, delta), layout)
+        return h, delta
+
+
+def _added(h: Tensor, delta: Tensor | None) -> Tensor:
+    return h if delta is None else h + delta
