@@ -82,7 +82,8 @@ def backward_kernel(
     by_weight = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     part = tl.zeros([BLOCK], tl.float32)
     first = program * rows_per_program
-    for row in range(first, tl.minimum(first + rows_per_program, rows)):
+    for index in range(0, tl.minimum(rows_per_program, rows - first)):
+        row = first + index
         value = tl.load(x + row * x_stride + column, mask=inside, other=0.0)
         upstream = tl.load(grad + row * grad_stride + column, mask=inside, other=0.0).to(tl.float32)
         scale = tl.load(rstd + row)
