@@ -22,6 +22,8 @@ _ELEMENTS_PER_WARP = 512
 # Programs of the backward pass for each multiprocessor, enough to hide the latency of one row's loads.
 _PROGRAMS_PER_SM = 4
 _INTERPRETED_PROGRAMS = 4
+# Tile of `sum_kernel`; its rows are 128 bytes.
+SUM_ROWS, SUM_COLUMNS = 64, 32
 
 
 @triton.jit
@@ -82,7 +84,7 @@ def backward_kernel(
     by_weight = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     part = tl.zeros([BLOCK], tl.float32)
     first = program * rows_per_program
-    for index in range(0, tl.minimum(rows_per_program, rows - first)):
+    for index in range(tl.minimum(rows_per_program, rows - first)):
         row = first + index
         value = tl.load(x + row * x_stride + column, mask=inside, other=0.0)
         upstream = tl.load(grad + row * grad_stride + column, mask=inside, other=0.0).to(tl.float32)
@@ -174,7 +176,9 @@ def _backward(
     if not for_weight:
         return x_grad, None
     weight_grad = torch.empty_like(weight)
-    sum_kernel[(triton.cdiv(width, 32),)](parts, weight_grad, programs, width, ROWS=64, COLUMNS=32)
+    sum_kernel[(triton.cdiv(width, SUM_COLUMNS),)](
+        *(parts, weight_grad, programs, width), ROWS=SUM_ROWS, COLUMNS=SUM_COLUMNS
+    )
     return x_grad, weight_grad
 
 

@@ -20,8 +20,8 @@ Interpreted = Callable[..., Any]
 
 @pytest.fixture(scope="session")
 def interpreted() -> Iterator[Interpreted]:
-    """Call a function of a test module there. The interpreter is chosen when Triton is imported, for a whole process."""
-    # A thread of a forked process may hold a lock for ever.
+    """Call a function of a test module in that process. Triton chooses the interpreter when it is imported."""
+    # Not a fork: the parent may have imported Triton already, and its threads may hold locks.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, context, initializer=round_to_nearest) as executor:
 

@@ -55,7 +55,7 @@ def statistics_error(rows: int, vocab: int, dtype: torch.dtype, mistake: Mistake
 
 
 def gradient_error(rows: int, vocab: int, dtype: torch.dtype, mistake: Mistake | None = None, device="cpu") -> tuple:
-    """Error against fp64; share of values that differ from the reference's; whether what surrounds the slice is intact."""
+    """Error against fp64; share of values unlike the reference's; whether the memory around the slice is intact."""
     logits, columns, log_normaliser = case(rows, vocab, dtype, device)
     exact = (logits.double() - log_normaliser.double()[:, None]).exp()
     rows_with_label = (columns >= 0).nonzero().squeeze(1)
@@ -87,7 +87,7 @@ def test_gradient(interpreted, rows, vocab, dtype):
 @pytest.mark.parametrize("mistake", STATISTICS_MISTAKES)
 def test_a_mistake_in_the_statistics_is_noticed(interpreted, mistake):
     off = interpreted(statistics_error, 5, 12289, torch.float32, STATISTICS_MISTAKES[mistake])
-    assert off > 100 * STATISTICS_TOLERANCE
+    assert off > 5 * STATISTICS_TOLERANCE
 
 
 @pytest.mark.parametrize("mistake", GRADIENT_MISTAKES)

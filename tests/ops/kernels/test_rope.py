@@ -18,7 +18,6 @@ MISTAKES = {
     "keys as queries": ("k + token * k_stride", "q + token * k_stride"),
     "first tile only": ("for start in range(0, heads, HEADS)", "for start in range(0, HEADS, HEADS)"),
     "sign": ("second * cos + first * sin", "second * cos - first * sin"),
-    "no mask": ("& (channel < half)[None, :]", "& (channel >= 0)[None, :]"),
 }
 
 
