@@ -1,4 +1,4 @@
-"""Every kernel compiles for the GPUs that users have, without one: no register is spilled, and little memory is shared."""
+"""Every kernel compiles for the GPUs that users have: it spills no registers and reads 16 bytes at a time."""
 
 import re
 import subprocess
@@ -41,13 +41,15 @@ class Launch:
         return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": self.warps})
 
 
-def _norm(kernel: Any, pointers: str, block: int, **constants: bool) -> Launch:
+def _norm(kernel: Any, pointers: str, block: int, **constants: int) -> Launch:
     return Launch(kernel, pointers, {**constants, "BLOCK": block}, norm.warps(block))
 
 
-def _rotation(heads: int, k_heads: int, half: int, pairs: bool, back: bool) -> Launch:
+def _rotation(heads: int, k_heads: int, half: int, pairs: bool, back: bool, **constants: int) -> Launch:
     tiles = {"HEADS": rope.heads_per_tile(heads, half), "K_HEADS": rope.heads_per_tile(k_heads, half), "HALF": half}
-    return Launch(rope.rotate_kernel, "bf16 bf16 bf16 bf16 fp32 fp32", {"PAIRS": pairs, "BACK": back, **tiles})
+    return Launch(
+        rope.rotate_kernel, "bf16 bf16 bf16 bf16 fp32 fp32", {"PAIRS": pairs, "BACK": back, **tiles, **constants}
+    )
 
 
 _FORWARD, _BACKWARD = "{0} {0} {0} {0} {0} fp32", "{0} {0} fp32 {0} {0} {0} fp32"
@@ -59,9 +61,16 @@ LAUNCHES = {
     "norm backward, 4096, add": _norm(norm.backward_kernel, _BACKWARD.format("bf16"), 4096, ADD=True, WEIGHT=True),
     "norm backward, 8192, add": _norm(norm.backward_kernel, _BACKWARD.format("fp32"), 8192, ADD=True, WEIGHT=True),
     "norm backward, frozen": _norm(norm.backward_kernel, _BACKWARD.format("bf16"), 4096, ADD=True, WEIGHT=False),
+    # Triton makes a constant of an argument that is 1.
+    "norm backward, one row": _norm(
+        norm.backward_kernel, _BACKWARD.format("bf16"), 1024, ADD=True, WEIGHT=True, rows=1, rows_per_program=1
+    ),
     "sum": Launch(norm.sum_kernel, "fp32 bf16", {"ROWS": norm.SUM_ROWS, "COLUMNS": norm.SUM_COLUMNS}),
     "halves of VL-7B": _rotation(32, 32, 64, pairs=False, back=False),
     "pairs of VL2-Small": _rotation(16, 1, 32, pairs=True, back=True),
+    "pairs, one head": _rotation(1, 1, 32, pairs=True, back=False, heads=1, k_heads=1),
+    "halves, one head": _rotation(1, 1, 64, pairs=False, back=True, heads=1, k_heads=1),
+    "swiglu, one block": Launch(activation.forward_kernel, "bf16 bf16 bf16", {"BLOCK": activation.BLOCK, "blocks": 1}),
     "swiglu": Launch(activation.forward_kernel, "bf16 bf16 bf16", {"BLOCK": activation.BLOCK}),
     "swiglu backward": Launch(activation.backward_kernel, "bf16 bf16 bf16 bf16 bf16", {"BLOCK": activation.BLOCK}),
     "statistics": Launch(
@@ -93,8 +102,8 @@ def compiled(tmp_path, monkeypatch):
         said = subprocess.run(dump, capture_output=True, text=True, check=True).stdout
         found = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", said)}
         return found | {
-            "shared": binary.metadata.shared,
-            "wide loads": len(re.findall(r"ld\.global\S*\.v4", binary.asm["ptx"])),
+            "SHARED": binary.metadata.shared,
+            "WIDE": len(re.findall(r"ld\.global\S*\.v4", binary.asm["ptx"])),
         }
 
     return resources
@@ -104,9 +113,9 @@ def compiled(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", LAUNCHES)
 def test_it_compiles_and_spills_nothing(compiled, name, capability):
     found = compiled(LAUNCHES[name], capability)
-    print(name, capability, found)
     assert found["LOCAL"] == found["STACK"] == 0, found
-    assert found["shared"] <= SHARED_BYTES, found
+    assert found["WIDE"] > 0, found
+    assert found["SHARED"] <= SHARED_BYTES, found
     assert found["REG"] * 32 * LAUNCHES[name].warps <= 64 * 1024, found
 
 
