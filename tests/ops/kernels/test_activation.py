@@ -9,7 +9,8 @@ from tests.ops.kernels.interpreter import Mistake, error, far_apart, kernels, no
 
 # Less than a block, a little more, and rows of more than one block.
 SIZES = [(1, 1), (3, 7), (5, 333), (2, 2500)]
-# Worst measured in the interpreter: 2.6e-7 and 2.7e-3; the reference's are 2.6e-7 and 4.0e-3; bf16 rounds silu(gate) and its product with up, 2^-9 each.
+# Worst measured in the interpreter: 2.6e-7 and 2.7e-3; the reference's are 2.6e-7 and 4.0e-3.
+# bf16 rounds silu(gate) and its product with up, 2^-9 each.
 TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 8e-3}
 MISTAKES = {
     "derivative of the sigmoid": ("sigmoid + silu * (1.0 - sigmoid)", "sigmoid"),

@@ -45,11 +45,12 @@ def _norm(kernel: Any, pointers: str, block: int, **constants: int) -> Launch:
     return Launch(kernel, pointers, {**constants, "BLOCK": block}, norm.warps(block))
 
 
-def _rotation(heads: int, k_heads: int, half: int, pairs: bool, back: bool, **constants: int) -> Launch:
-    tiles = {"HEADS": rope.heads_per_tile(heads, half), "K_HEADS": rope.heads_per_tile(k_heads, half), "HALF": half}
-    return Launch(
-        rope.rotate_kernel, "bf16 bf16 bf16 bf16 fp32 fp32", {"PAIRS": pairs, "BACK": back, **tiles, **constants}
-    )
+def _rotation(heads: int, k_heads: int, half: int, pairs: bool, back: bool) -> Launch:
+    constants = {"HEADS": rope.heads_per_tile(heads, half), "K_HEADS": rope.heads_per_tile(k_heads, half)}
+    constants |= {"PAIRS": pairs, "BACK": back, "HALF": half}
+    # Triton makes a constant of an argument that is 1.
+    constants |= {name: 1 for name, count in (("heads", heads), ("k_heads", k_heads)) if count == 1}
+    return Launch(rope.rotate_kernel, "bf16 bf16 bf16 bf16 fp32 fp32", constants)
 
 
 _FORWARD, _BACKWARD = "{0} {0} {0} {0} {0} fp32", "{0} {0} fp32 {0} {0} {0} fp32"
@@ -61,15 +62,14 @@ LAUNCHES = {
     "norm backward, 4096, add": _norm(norm.backward_kernel, _BACKWARD.format("bf16"), 4096, ADD=True, WEIGHT=True),
     "norm backward, 8192, add": _norm(norm.backward_kernel, _BACKWARD.format("fp32"), 8192, ADD=True, WEIGHT=True),
     "norm backward, frozen": _norm(norm.backward_kernel, _BACKWARD.format("bf16"), 4096, ADD=True, WEIGHT=False),
-    # Triton makes a constant of an argument that is 1.
     "norm backward, one row": _norm(
         norm.backward_kernel, _BACKWARD.format("bf16"), 1024, ADD=True, WEIGHT=True, rows=1, rows_per_program=1
     ),
     "sum": Launch(norm.sum_kernel, "fp32 bf16", {"ROWS": norm.SUM_ROWS, "COLUMNS": norm.SUM_COLUMNS}),
     "halves of VL-7B": _rotation(32, 32, 64, pairs=False, back=False),
     "pairs of VL2-Small": _rotation(16, 1, 32, pairs=True, back=True),
-    "pairs, one head": _rotation(1, 1, 32, pairs=True, back=False, heads=1, k_heads=1),
-    "halves, one head": _rotation(1, 1, 64, pairs=False, back=True, heads=1, k_heads=1),
+    "pairs, one head": _rotation(1, 1, 32, pairs=True, back=False),
+    "halves, one head": _rotation(1, 1, 64, pairs=False, back=True),
     "swiglu, one block": Launch(activation.forward_kernel, "bf16 bf16 bf16", {"BLOCK": activation.BLOCK, "blocks": 1}),
     "swiglu": Launch(activation.forward_kernel, "bf16 bf16 bf16", {"BLOCK": activation.BLOCK}),
     "swiglu backward": Launch(activation.backward_kernel, "bf16 bf16 bf16 bf16 bf16", {"BLOCK": activation.BLOCK}),

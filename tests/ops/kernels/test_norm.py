@@ -13,7 +13,8 @@ from tests.ops.kernels.interpreter import Mistake, error, far_apart, kernels, no
 EPS = 1e-5
 # Odd ones, one of a single row, one with several rows for each program of the backward pass, one that fills blocks.
 SIZES = [(1, 3), (3, 7), (11, 70), (37, 129), (8, 64)]
-# Worst measured in the interpreter: 3.4e-7 and 4.0e-3; the reference's are 4.6e-7 and 6.4e-3. bf16 rounds x / rms and its product with the weight, 2^-9 each.
+# Worst measured in the interpreter: 3.4e-7 and 4.0e-3; the reference's are 4.6e-7 and 6.4e-3.
+# bf16 rounds x / rms and its product with the weight, 2^-9 each.
 TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 8e-3}
 MISTAKES = {
     "no eps": (" / width + eps)", " / width)"),
