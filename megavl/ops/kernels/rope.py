@@ -17,6 +17,7 @@ from megavl.ops.rope import Rotary
 
 # Of one tile in registers, in fp32.
 _TILE_ELEMENTS = 2048
+_PAIRS_PER_WARP = 256
 
 
 @triton.jit
@@ -105,6 +106,11 @@ def heads_per_tile(heads: int, half: int) -> int:
     return min(triton.next_power_of_2(heads), max(_TILE_ELEMENTS // triton.next_power_of_2(half), 1))
 
 
+def warps(heads: int, half: int) -> int:
+    """Warps of a program that rotates `heads` heads at a time."""
+    return min(max(heads * half // _PAIRS_PER_WARP, 1), 4)
+
+
 def _rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, pairs: bool, back: bool) -> tuple[Tensor, Tensor]:
     tokens, heads, width = q.shape
     k_heads, half = k.shape[1], width // 2
@@ -112,14 +118,15 @@ def _rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, pairs: bool, back: b
     q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)  # [T, H, d]
     k_out = torch.empty(k.shape, dtype=k.dtype, device=k.device)  # [T, H_k, d]
     if tokens:
+        tile = heads_per_tile(heads, half)
         rotate_kernel[(tokens,)](
             *(q, k, q_out, k_out, cos, sin, q.stride(0), q.stride(1), k.stride(0), k.stride(1), heads, k_heads, half),
             PAIRS=pairs,
             BACK=back,
-            HEADS=heads_per_tile(heads, half),
+            HEADS=tile,
             K_HEADS=heads_per_tile(k_heads, half),
             HALF=triton.next_power_of_2(half),
-            num_warps=4,
+            num_warps=warps(tile, half),
         )
     return q_out, k_out
 

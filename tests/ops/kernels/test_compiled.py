@@ -50,7 +50,7 @@ def _rotation(heads: int, k_heads: int, half: int, pairs: bool, back: bool) -> L
     constants |= {"PAIRS": pairs, "BACK": back, "HALF": half}
     # Triton makes a constant of an argument that is 1.
     constants |= {name: 1 for name, count in (("heads", heads), ("k_heads", k_heads)) if count == 1}
-    return Launch(rope.rotate_kernel, "bf16 bf16 bf16 bf16 fp32 fp32", constants)
+    return Launch(rope.rotate_kernel, "bf16 bf16 bf16 bf16 fp32 fp32", constants, rope.warps(constants["HEADS"], half))
 
 
 _FORWARD, _BACKWARD = "{0} {0} {0} {0} {0} fp32", "{0} {0} fp32 {0} {0} {0} fp32"
@@ -114,7 +114,8 @@ def compiled(tmp_path, monkeypatch):
 def test_it_compiles_and_spills_nothing(compiled, name, capability):
     found = compiled(LAUNCHES[name], capability)
     assert found["LOCAL"] == found["STACK"] == 0, found
-    assert found["WIDE"] > 0, found
+    # The channels of one head are fewer than the bytes that a warp loads at a time.
+    assert found["WIDE"] > 0 or name.endswith("one head"), found
     assert found["SHARED"] <= SHARED_BYTES, found
     assert found["REG"] * 32 * LAUNCHES[name].warps <= 64 * 1024, found
 
