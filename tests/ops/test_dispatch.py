@@ -1,5 +1,5 @@
-"""Which implementation serves each op, where, and why. Packages that this machine lacks are played by stand-ins, so that
-the choice itself and the arguments that the kernels get are tested on any machine."""
+"""Which implementation serves each op, where, and why. Stand-ins play packages that this machine lacks, so that the
+choice itself and the arguments that the kernels get are tested on any machine."""
 
 import subprocess
 import sys

@@ -10,7 +10,7 @@ from unittest import mock
 
 import pytest
 
-from tests.ops.kernels.interpreter import round_to_nearest
+from tests.ops.kernels.interpreter import repair_interpreter
 
 if importlib.util.find_spec("triton") is None:
     collect_ignore_glob = ["test_*.py"]
@@ -23,7 +23,7 @@ def interpreted() -> Iterator[Interpreted]:
     """Call a function of a test module in that process. Triton chooses the interpreter when it is imported."""
     # Not a fork: the parent may have imported Triton already, and its threads may hold locks.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, context, initializer=round_to_nearest) as executor:
+    with ProcessPoolExecutor(1, context, initializer=repair_interpreter) as executor:
 
         def call(function: Callable, *args: Any, **kwargs: Any) -> Any:
             with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):  # the process starts with the first call

@@ -18,12 +18,15 @@ from torch import Tensor
 Mistake = tuple[str, str]
 
 
-def round_to_nearest() -> None:
-    """Round to bf16 as a GPU does; the interpreter of Triton 3.9 cuts the lower bits off."""
+def repair_interpreter() -> None:
+    """Make the interpreter round to bf16 as a GPU does, and accept computed bounds of loops.
+
+    Triton 3.6 to 3.9 cut the lower bits off; 3.6 takes a bound from an array in a way that numpy 2.4 refuses.
+    """
     import triton.language as tl
     from triton.runtime import interpreter
 
-    convert = interpreter._convert_float
+    convert, patch = interpreter._convert_float, interpreter._patch_lang_tensor
 
     def rounding(values: np.ndarray, source: tl.dtype, target: tl.dtype, mode: object) -> np.ndarray:
         if (source, target) != (tl.float32, tl.bfloat16):
@@ -31,7 +34,11 @@ def round_to_nearest() -> None:
         wide = torch.from_numpy(np.array(values, dtype=np.float32))
         return wide.bfloat16().view(torch.uint16).numpy()
 
-    interpreter._convert_float = rounding
+    def indexing(tensor: type, *scope: object) -> None:
+        patch(tensor, *scope)
+        tensor.__index__ = lambda self: int(self.handle.data.item())
+
+    interpreter._convert_float, interpreter._patch_lang_tensor = rounding, indexing
 
 
 def kernels(name: str, mistake: Mistake | None = None) -> ModuleType:
