@@ -65,6 +65,8 @@ setup(
             "packaging",  # compares this file with constraints.txt
             # Exact: the formatter's output differs between versions.
             "ruff==0.17.5",
+            # Interprets our kernels, and compiles them without a GPU. CUDA builds of torch 2.11 to 2.13 pin their own.
+            "triton>=3.6,<4; platform_system == 'Linux'",
             # Exact: the reference for the bytes of an indexed dataset. It brings torch, numpy and packaging, no more.
             "megatron-core==0.16.1",
         ],

@@ -192,6 +192,21 @@ class TrainConfig(Section):
         return self.global_batch // (dp * self.micro_batch)
 
 
+class OpsConfig(Section):
+    """Which implementation serves each op. A name forces it, and the run is refused where it cannot serve; auto takes
+    the fastest of those that this machine has and that agree with torch's."""
+
+    attention: Literal["auto", "torch", "varlen_attn", "flash_attn"] = "auto"
+    rms_norm: Literal["auto", "torch", "apex", "triton"] = Field(
+        "auto", description="also of the residual addition before a norm"
+    )
+    swiglu: Literal["auto", "torch", "triton"] = "auto"
+    rotary: Literal["auto", "torch", "triton"] = "auto"
+    cross_entropy: Literal["auto", "torch", "triton"] = "auto"
+    permutation: Literal["auto", "torch"] = "auto"
+    grouped_linear: Literal["auto", "torch", "grouped_mm", "grouped_gemm"] = "auto"
+
+
 class CheckpointConfig(Section):
     """When the state of the run is written, and from where it starts."""
 
@@ -219,5 +234,6 @@ class RunConfig(Section):
     optim: OptimConfig
     balance: BalanceConfig = BalanceConfig()
     train: TrainConfig
+    ops: OpsConfig = OpsConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()

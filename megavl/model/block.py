@@ -41,6 +41,5 @@ class Block(nn.Module):
             self.mlp = Mlp(config.width, config.mlp_width, tp, ops)
 
     def forward(self, h: Tensor, layout: PackLayout) -> Tensor:
-        h = h + self.attn(self.attn_norm(h), layout)
-        x = self.mlp_norm(h)
+        h, x = self.mlp_norm.of_sum(h, self.attn(self.attn_norm(h), layout))
         return h + (self.mlp(x, layout.packs) if isinstance(self.mlp, Moe) else self.mlp(x))

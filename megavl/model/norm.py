@@ -19,3 +19,7 @@ class RmsNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.ops.rms_norm(x, shared_weight(self.weight, self.tp), self.eps)
+
+    def of_sum(self, h: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """h + delta and its normalised values, both of the shape of `h`; one kernel where the operator has one."""
+        return self.ops.add_rms_norm(h, delta, shared_weight(self.weight, self.tp), self.eps)

@@ -1,26 +1,27 @@
 """Which implementation serves each op on a device, and why. Decided once, at start, and told to the user."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from megavl.ops.activation import swiglu
-from megavl.ops.attention import PackedAttention, fused_attention, reference_attention
-from megavl.ops.cross_entropy import REFERENCE_CROSS_ENTROPY, CrossEntropy
-from megavl.ops.grouped import GroupedLinear, grouped_gemm_linear, grouped_mm_linear, reference_grouped_linear
-from megavl.ops.norm import rms_norm
-from megavl.ops.permutation import REFERENCE_PERMUTATION, Permutation
+from megavl.ops.attention import PackedAttention
+from megavl.ops.candidates import CANDIDATES, REFERENCE, Unavailable
+from megavl.ops.cross_entropy import CrossEntropy
+from megavl.ops.grouped import GroupedLinear
+from megavl.ops.permutation import Permutation
 from megavl.ops.products import products
-from megavl.ops.rope import Rotate, rotate_halves, rotate_pairs
-from megavl.ops.versions import causal_varlen
+from megavl.ops.rope import Rotate
+from megavl.ops.trial import Result, Results
 
-_AMPERE = (8, 0)  # compute capability; FlashAttention 2 needs it
-# Major ones for which torch has a kernel of grouped products; on others its grouped_mm is a loop too.
-_HOPPER, _BLACKWELL = 9, 10
-_TORCH_ONLY = "torch (no other implementation)"
+AUTO = "auto"
+
+
+class OpsError(ValueError):
+    """An implementation that the configuration names does not serve this device."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Ops:
 
     attention: PackedAttention
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
+    add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
     swiglu: Callable[[Tensor, Tensor], Tensor]
     rotate_halves: Rotate
     rotate_pairs: Rotate
@@ -43,90 +45,108 @@ class Ops:
     lines: tuple[str, ...]
 
 
-def choose(device: torch.device) -> Ops:
-    """The fastest implementation of each op that this installation has for `device`."""
-    attention, attention_line = _attention(device)
-    norm, norm_line = _rms_norm(device)
-    grouped, grouped_line = _grouped_linear(device)
+@dataclass(frozen=True)
+class _Available:
+    """The candidates of an op that serve a device, by name in order of preference, and why the others do not."""
+
+    implementations: Mapping[str, Any]
+    reasons: Mapping[str, str]
+
+
+def _available(op: str, device: torch.device) -> _Available:
+    implementations, reasons = {}, {}
+    for candidate in CANDIDATES[op]:
+        try:
+            implementations[candidate.name] = candidate.load(device)
+        except Unavailable as reason:
+            reasons[candidate.name] = str(reason)
+    return _Available(implementations, reasons)
+
+
+def choose(
+    device: torch.device,
+    wanted: Iterable[tuple[str, str]] = (),
+    trial: Callable[[Mapping[str, Mapping[str, Any]]], Results] | None = None,
+) -> Ops:
+    """The implementation of each op.
+
+    Args:
+        device: where the ops run
+        wanted: pairs of op and candidate, such as those of `OpsConfig`; an op that is "auto" or not named gets the
+            first candidate that serves the device, or the fastest one of the trial
+        trial: tries the candidates of the ops that are "auto", as `Trial` does; None tries nothing
+
+    Raises:
+        OpsError: a candidate that is wanted does not serve the device
+        KeyError: no op or no candidate has this name
+    """
+    available = {op: _available(op, device) for op in CANDIDATES}
+    forced = {op: name for op, name in wanted if name != AUTO}
+    _refuse_unavailable(forced, available)
+    free = {op: each for op, each in available.items() if op not in forced}
+    results = {} if trial is None else trial({op: each.implementations for op, each in free.items()})
+    choices = {
+        op: (forced[op], f"forced by ops.{op}") if op in forced else _choice(op, each, results.get(op, ()))
+        for op, each in available.items()
+    }
+    chosen = {op: available[op].implementations[name] for op, (name, _) in choices.items()}
     product_context, products_line = products(device)
     return Ops(
-        attention=attention,
-        rms_norm=norm,
-        swiglu=swiglu,
-        rotate_halves=rotate_halves,
-        rotate_pairs=rotate_pairs,
-        cross_entropy=REFERENCE_CROSS_ENTROPY,
-        permutation=REFERENCE_PERMUTATION,
-        grouped_linear=grouped,
+        attention=chosen["attention"],
+        rms_norm=chosen["rms_norm"].rms_norm,
+        add_rms_norm=chosen["rms_norm"].add_rms_norm,
+        swiglu=chosen["swiglu"],
+        rotate_halves=chosen["rotary"].halves,
+        rotate_pairs=chosen["rotary"].pairs,
+        cross_entropy=chosen["cross_entropy"],
+        permutation=chosen["permutation"],
+        grouped_linear=chosen["grouped_linear"],
         products=product_context,
         lines=(
-            f"attention: {attention_line}",
-            f"rms_norm: {norm_line}",
-            f"swiglu: {_TORCH_ONLY}",
-            f"rotary positions: {_TORCH_ONLY}",
-            f"cross entropy: {_TORCH_ONLY}",
-            f"permutation of experts' rows: {_TORCH_ONLY}",
-            f"products of experts: {grouped_line}",
+            *(_line(op, name, why) for op, (name, why) in choices.items()),
             f"matrix products: {products_line}",
         ),
     )
 
 
-def _attention(device: torch.device) -> tuple[PackedAttention, str]:
-    if device.type != "cuda":
-        return reference_attention, f"torch, one document at a time (fused kernels need CUDA, the device is {device})"
-    if torch.cuda.get_device_capability(device) < _AMPERE:
-        name = torch.cuda.get_device_name(device)
-        return reference_attention, f"torch, one document at a time (fused kernels need Ampere, {name} is older)"
-    try:
-        from flash_attn import flash_attn_varlen_func
-    except ImportError as error:
-        missing = f"flash-attn does not import: {error}"
-    else:
-
-        def flash_attn(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
-            return flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, longest, longest, causal=True)
-
-        return fused_attention(flash_attn), "flash-attn for fp16 and bf16, torch one document at a time for fp32"
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError as error:
-        return reference_attention, f"torch, one document at a time ({missing}; {error})"
-    line = f"torch varlen_attn for fp16 and bf16, one document at a time for fp32 ({missing})"
-    return fused_attention(causal_varlen(varlen_attn)), line
+def _refuse_unavailable(forced: Mapping[str, str], available: Mapping[str, _Available]) -> None:
+    """Raise OpsError with everything that is forced and not available."""
+    problems = [
+        f"ops.{op} = {name} cannot serve this run: {available[op].reasons[name]}; available are "
+        f"{', '.join((*available[op].implementations, AUTO))}"
+        for op, name in forced.items()
+        if name not in available[op].implementations
+    ]
+    if problems:
+        raise OpsError("\n".join(problems))
 
 
-def _rms_norm(device: torch.device) -> tuple[Callable[[Tensor, Tensor, float], Tensor], str]:
-    if device.type != "cuda":
-        return rms_norm, f"torch (apex needs CUDA, the device is {device})"
-    try:
-        # The compiled extension is imported for its own sake: apex itself imports without it, and fails when called.
-        import fused_layer_norm_cuda  # noqa: F401
-        from apex.normalization.fused_layer_norm import fused_rms_norm_affine
-    except ImportError as error:
-        return rms_norm, f"torch (apex does not import: {error})"
+def _choice(op: str, available: _Available, results: Sequence[Result]) -> tuple[str, str]:
+    """Name of the fastest candidate that has passed the trial, or of the preferred one without a trial; and why."""
+    if not results:
+        name = next(iter(available.implementations))
+        before = [candidate.name for candidate in CANDIDATES[op]]
+        before = before[: before.index(name)]
+        return name, "; ".join(f"{other}: {available.reasons[other]}" for other in before) or _only(op)
+    here = [result for result in results if result.name in available.implementations]
+    passed = [result for result in here if result.fault is None and result.seconds is not None]
+    name = min(passed, key=lambda result: result.seconds).name if passed else REFERENCE
+    reasons = [_account(result) for result in sorted(here, key=lambda result: result.name != name)]
+    reasons += [f"{other}: {reason}" for other, reason in available.reasons.items()]
+    return name, "; ".join(filter(None, reasons))
 
-    def fused(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        return fused_rms_norm_affine(x, weight, weight.shape, eps)
 
-    return fused, "apex FusedRMSNorm"
+def _only(op: str) -> str:
+    return "no other implementation" if len(CANDIDATES[op]) == 1 else ""
 
 
-def _grouped_linear(device: torch.device) -> tuple[GroupedLinear, str]:
-    if device.type != "cuda":
-        return reference_grouped_linear, f"torch, one expert at a time (grouped_mm needs CUDA, the device is {device})"
-    major, _ = torch.cuda.get_device_capability(device)
-    if major not in (_HOPPER, _BLACKWELL):
-        name = torch.cuda.get_device_name(device)
-        try:
-            from grouped_gemm.ops import gmm
-        except ImportError as error:
-            why = f"{name} is neither Hopper nor Blackwell, and grouped_gemm does not import: {error}"
-            return reference_grouped_linear, f"torch, one expert at a time ({why})"
-        words = "grouped_gemm for bf16 and widths that are multiples of 8, one expert at a time for others"
-        return grouped_gemm_linear(gmm), words
-    return (
-        # On Blackwell it leaves the gradient of an expert without rows unwritten (github.com/pytorch/pytorch, 172439).
-        grouped_mm_linear(clears_empty=major == _BLACKWELL),
-        "torch grouped_mm for bf16 and widths that are multiples of 8, one expert at a time for others",
-    )
+def _account(result: Result) -> str:
+    """What the trial says of a candidate."""
+    time = None if result.seconds is None else f"{result.seconds * 1e3:.3g} ms forward and backward"
+    said = ", ".join(filter(None, (result.fault, time)))
+    return f"{result.name}: {said}" if said else ""
+
+
+def _line(op: str, name: str, why: str) -> str:
+    words = next(candidate.words for candidate in CANDIDATES[op] if candidate.name == name)
+    return f"{op}: {words} ({why})" if why else f"{op}: {words}"

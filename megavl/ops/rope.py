@@ -8,11 +8,20 @@ either has one signature, `Rotate`:
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 Rotate = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """One implementation of both orders of channels, each with its derivative."""
+
+    halves: Rotate
+    pairs: Rotate
 
 
 def rotary_tables(positions: Tensor, width: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -53,3 +62,6 @@ def _pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def _rotate(first: Tensor, second: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     return first * cos - second * sin, second * cos + first * sin
+
+
+REFERENCE_ROTARY = Rotary(rotate_halves, rotate_pairs)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -37,6 +38,11 @@ class Env:
         """
         kind = device_type()
         return torch.device("cuda", self._cuda_index()) if kind == "cuda" else torch.device(kind)
+
+    @property
+    def cache_folder(self) -> Path:
+        """Where megavl keeps what later runs of this user may need: XDG_CACHE_HOME, or ~/.cache."""
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megavl"
 
     def _cuda_index(self) -> int:
         """Index of this process's device among those that it sees."""

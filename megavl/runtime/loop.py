@@ -30,7 +30,7 @@ def train(config: RunConfig, env: Env) -> None:
     """
     mesh = mesh_of(config, env.world, env.device)
     sampler = on_every_rank(lambda: Sampler(config.data, config.model, config.train), mesh.control)
-    replica = build_replica(config, mesh, env.device)
+    replica = build_replica(config, mesh, env)
     checkpoints = Path(config.output_dir) / "checkpoints"
     state = replica.resume(checkpoints)
     first_step = state["step"]

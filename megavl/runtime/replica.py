@@ -4,7 +4,6 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -16,13 +15,15 @@ from megavl.checkpoint.load import load, load_weights
 from megavl.checkpoint.save import save
 from megavl.config.load import dump_run
 from megavl.config.run import RunConfig
-from megavl.ops.dispatch import Ops, choose
+from megavl.ops.dispatch import Ops
 from megavl.parallel.agree import RunError, gather, on_every_rank
 from megavl.parallel.groups import Mesh
 from megavl.runtime.balance import Balance, Load
 from megavl.runtime.deepspeed.adamw import choose_adamw, set_step
 from megavl.runtime.deepspeed.engine import build_engine
 from megavl.runtime.deepspeed.state import fragments
+from megavl.runtime.env import Env
+from megavl.runtime.operators import choose_ops
 from megavl.runtime.optim import set_learning_rate
 from megavl.runtime.pipeline import Pipeline
 from megavl.runtime.stage import build_stages
@@ -126,10 +127,10 @@ class Replica:
         return loss.item()
 
 
-def build_replica(config: RunConfig, mesh: Mesh, device: torch.device) -> Replica:
-    """The replica of a run on `mesh`, with initial weights and the operators that serve on `device`. Collective."""
-    ops = on_every_rank(lambda: choose(device), mesh.control)
-    stages = on_every_rank(lambda: build_stages(config, mesh, ops, device), mesh.control)
+def build_replica(config: RunConfig, mesh: Mesh, env: Env) -> Replica:
+    """The replica of a run on `mesh`, with initial weights. Collective."""
+    ops = choose_ops(config, mesh, env)
+    stages = on_every_rank(lambda: build_stages(config, mesh, ops, env.device), mesh.control)
     return Replica(config, mesh, ops, stages)
 
 

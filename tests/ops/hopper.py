@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-LIBRARIES = ("flash_attn", "fused_layer_norm_cuda", "grouped_gemm")
+LIBRARIES = ("flash_attn", "fused_layer_norm_cuda", "grouped_gemm", "triton")
 
 
 @contextmanager

@@ -1,17 +1,22 @@
-"""What serves each op where. Packages that this machine lacks are played by stand-ins, so that the choice itself and
-the arguments that the kernels get are tested on any machine."""
+"""Which implementation serves each op, where, and why. Stand-ins play packages that this machine lacks, so that the
+choice itself and the arguments that the kernels get are tested on any machine."""
 
+import subprocess
 import sys
 from types import ModuleType
+from typing import get_args
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from megavl.config.run import OpsConfig
 from megavl.ops.attention import reference_attention
-from megavl.ops.dispatch import choose
+from megavl.ops.candidates import CANDIDATES, REFERENCE
+from megavl.ops.dispatch import AUTO, OpsError, choose
 from megavl.ops.grouped import Groups, reference_grouped_linear
-from megavl.ops.norm import rms_norm
+from megavl.ops.norm import add_rms_norm, rms_norm
+from megavl.ops.trial import Result
 from tests.ops.hopper import hopper
 
 CUDA = torch.device("cuda")
@@ -32,7 +37,7 @@ def stand_in(monkeypatch, name: str, **attributes) -> None:
 
 @pytest.fixture
 def bare_gpu():
-    """A Hopper GPU without flash-attn, apex and grouped_gemm."""
+    """A Hopper GPU without flash-attn, apex, grouped_gemm and triton."""
     with hopper():
         yield
 
@@ -46,10 +51,10 @@ def test_cpu_is_served_by_torch():
         "attention",
         "rms_norm",
         "swiglu",
-        "rotary positions",
-        "cross entropy",
-        "permutation of experts' rows",
-        "products of experts",
+        "rotary",
+        "cross_entropy",
+        "permutation",
+        "grouped_linear",
         "matrix products",
     ]
     assert "cpu" in ops.lines[0]
@@ -80,7 +85,7 @@ def test_torch_varlen_serves_without_flash_attn(bare_gpu, monkeypatch):
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
     ops = choose(CUDA)
     assert "varlen_attn" in ops.lines[0]
-    assert "flash-attn does not import" in ops.lines[0]
+    assert "flash_attn: does not import" in ops.lines[0]
     ops.attention(*qkv(torch.bfloat16))
     ops.attention(*qkv(torch.float32))
     assert calls == [(4, 4, (-1, 0), True)]
@@ -116,7 +121,8 @@ def test_apex_serves_the_norm_only_with_its_extension(bare_gpu, monkeypatch):
     ops = choose(CUDA)
     x, weight = torch.randn(3, 8), torch.randn(8)
     assert torch.equal(ops.rms_norm(x, weight, 1e-6), rms_norm(x, weight, 1e-6))
-    assert calls == [((8,), 1e-6)]
+    assert all(map(torch.equal, ops.add_rms_norm(x, x, weight, 1e-6), add_rms_norm(x, x, weight, 1e-6)))
+    assert calls == [((8,), 1e-6)] * 2
     assert "apex" in ops.lines[1]
 
 
@@ -129,7 +135,7 @@ def test_grouped_products_are_torchs_where_it_has_a_kernel(bare_gpu, monkeypatch
     calls = []
     monkeypatch.setattr(F, "grouped_mm", lambda x, weight, offs: calls.append(offs.tolist()) or x @ weight[0])
     ops = choose(CUDA)
-    assert words in next(line for line in ops.lines if line.startswith("products of experts"))
+    assert words in next(line for line in ops.lines if line.startswith("grouped_linear"))
     x, weight, groups = torch.randn(3, 8).bfloat16(), torch.randn(2, 16, 8).bfloat16(), Groups(torch.tensor([3, 0]))
     assert torch.equal(ops.grouped_linear(x, weight, groups), reference_grouped_linear(x, weight, groups))
     assert calls == ([] if capability == (8, 0) else [[3, 3]])
@@ -146,9 +152,122 @@ def test_grouped_gemm_serves_the_gpus_that_torch_does_not(bare_gpu, monkeypatch)
     stand_in(monkeypatch, "grouped_gemm")
     stand_in(monkeypatch, "grouped_gemm.ops", gmm=gmm)
     ops = choose(CUDA)
-    assert "grouped_gemm" in next(line for line in ops.lines if line.startswith("products of experts"))
+    assert "grouped_gemm" in next(line for line in ops.lines if line.startswith("grouped_linear"))
     groups = Groups(torch.tensor([1, 0, 2]))
     for dtype, calls_then in ((torch.float32, []), (torch.bfloat16, [([1, 0, 2], "cpu", True)])):
         x, weight = torch.randn(3, 8).to(dtype), torch.randn(3, 16, 8).to(dtype)
         assert torch.equal(ops.grouped_linear(x, weight, groups), reference_grouped_linear(x, weight, groups))
         assert calls == calls_then
+
+
+@pytest.fixture
+def triton_gpu(bare_gpu, monkeypatch):
+    """The same GPU with a package called triton, and stand-ins for the kernels, which need the real one."""
+    stand_in(monkeypatch, "triton", __version__="0")
+    for file, name in (
+        ("norm", "TRITON_NORMS"),
+        ("activation", "fused_swiglu"),
+        ("rope", "TRITON_ROTARY"),
+        ("cross_entropy", "TRITON_CROSS_ENTROPY"),
+    ):
+        stand_in(monkeypatch, f"megavl.ops.kernels.{file}", **{name: StandIn()})
+
+
+class StandIn:
+    """Any of the kernels' dataclasses, whose fields are itself."""
+
+    def __getattr__(self, name):
+        return self
+
+
+def test_triton_serves_where_it_imports(triton_gpu):
+    ops = choose(CUDA)
+    for field in ("rms_norm", "add_rms_norm", "swiglu", "rotate_halves", "rotate_pairs", "cross_entropy"):
+        assert isinstance(getattr(ops, field), StandIn), field
+    assert "rms_norm: Triton kernels, with the residual addition" in ops.lines
+
+
+def test_triton_needs_ampere(triton_gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    ops = choose(CUDA)
+    assert ops.rms_norm is rms_norm and "triton: needs Ampere, Stand-in is older" in ops.lines[1]
+
+
+def test_a_candidate_can_be_forced(triton_gpu):
+    ops = choose(CUDA, OpsConfig(rms_norm="torch", swiglu="triton"))
+    assert ops.rms_norm is rms_norm and ops.add_rms_norm is add_rms_norm and isinstance(ops.swiglu, StandIn)
+    assert "rms_norm: torch (forced by ops.rms_norm)" in ops.lines
+
+
+def test_what_is_forced_must_be_available(triton_gpu):
+    with pytest.raises(OpsError) as refused:
+        choose(CUDA, OpsConfig(rms_norm="apex", attention="flash_attn"))
+    apex, attention = sorted(str(refused.value).splitlines(), reverse=True)
+    assert apex.startswith("ops.rms_norm = apex cannot serve this run: does not import: ")
+    assert apex.endswith("; available are triton, torch, auto")
+    assert attention.startswith("ops.attention = flash_attn")
+    with pytest.raises(OpsError, match="needs CUDA, the device is cpu"):
+        choose(torch.device("cpu"), OpsConfig(swiglu="triton"))
+
+
+def test_the_configuration_knows_the_candidates():
+    assert {op: set(get_args(field.annotation)) for op, field in OpsConfig.model_fields.items()} == {
+        op: {AUTO, *(candidate.name for candidate in candidates)} for op, candidates in CANDIDATES.items()
+    }
+    for candidates in CANDIDATES.values():
+        assert candidates[-1].name == REFERENCE
+
+
+def test_the_trial_chooses(triton_gpu):
+    """The fastest of those that are right; ops that are forced are not tried."""
+    asked = {}
+    results = {
+        "rms_norm": [Result("triton", 2e-4), Result("torch", 1e-3)],
+        "rotary": [Result("triton", 2e-3), Result("torch", 1e-3)],
+        "cross_entropy": [Result("triton", 1e-4, "result 3 is off by 1"), Result("torch", 1e-3)],
+    }
+
+    def trial(implementations):
+        asked.update({op: list(names) for op, names in implementations.items()})
+        return results
+
+    ops = choose(CUDA, {"swiglu": "torch", "rotary": "auto"}.items(), trial)
+    assert "swiglu" not in asked and asked["rms_norm"] == ["triton", "torch"] and asked["permutation"] == ["torch"]
+    assert ops.lines[1] == (
+        "rms_norm: Triton kernels, with the residual addition (triton: 0.2 ms forward and backward; torch: 1 ms "
+        "forward and backward; apex: does not import: import of fused_layer_norm_cuda halted; None in sys.modules)"
+    )
+    assert ops.lines[3].startswith("rotary: torch (torch: 1 ms forward and backward; triton: 2 ms")
+    assert ops.lines[4].startswith(
+        "cross_entropy: torch (torch: 1 ms forward and backward; triton: result 3 is off by 1"
+    )
+
+
+@pytest.mark.parametrize(
+    ("results", "reason"),
+    [
+        ([Result("triton", None, "RuntimeError: no compiler"), Result("torch", 1e-3)], "triton: RuntimeError"),
+        (
+            [Result(name, None, "the reference cannot be tried: OutOfMemoryError") for name in ("triton", "torch")],
+            "OutOf",
+        ),
+        # Of a process that has another installation.
+        ([Result("torch", None)], ""),
+        ([Result("apex", 1e-4), Result("torch", 1e-3)], "1 ms"),
+    ],
+)
+def test_the_reference_serves_where_no_kernel_can(triton_gpu, results, reason):
+    ops = choose(CUDA, (), lambda implementations: {"rms_norm": results})
+    assert ops.rms_norm is rms_norm and reason in ops.lines[1]
+
+
+def test_a_cpu_needs_no_triton():
+    program = """
+import sys
+sys.modules["triton"] = None
+import torch
+from megavl.ops.dispatch import choose
+choose(torch.device("cpu"))
+assert not any(name.startswith("megavl.ops.kernels") for name in sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)

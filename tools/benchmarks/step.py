@@ -142,7 +142,7 @@ def benchmark(config: RunConfig, env: Env, args: argparse.Namespace, grid: Grid)
     from megavl.runtime.metrics import memory_bytes, peak
 
     mesh = mesh_of(config, env.world, env.device)
-    replica = build_replica(config, mesh, env.device)
+    replica = build_replica(config, mesh, env)
     peak_flops, origin = peak(env)
     rows = []
     for kind in ("text", "multimodal"):

@@ -1,0 +1,195 @@
+"""The start-time trial, with stand-ins for kernels and clock: what is wrong, slow or broken is found, and results are
+kept."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from megavl.ops.activation import swiglu
+from megavl.ops.candidates import REFERENCE
+from megavl.ops.cases import cross_entropy_case, norm_case, rotary_case, swiglu_case
+from megavl.ops.cross_entropy import REFERENCE_CROSS_ENTROPY, CrossEntropy
+from megavl.ops.norm import REFERENCE_NORMS, Norms, add_rms_norm, rms_norm
+from megavl.ops.rope import REFERENCE_ROTARY, Rotary, rotate_halves, rotate_pairs
+from megavl.ops.trial import Result, Trial, compare
+
+CPU = torch.device("cpu")
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+
+
+class Clock:
+    """Runs what it times, and gives the times that it was made with, in turn."""
+
+    def __init__(self, *times: float):
+        self.times, self.calls = list(times), 0
+
+    def __call__(self, call) -> float:
+        call()
+        self.calls += 1
+        return self.times.pop(0) if self.times else 1.0
+
+
+def wide_swiglu(gate, up):
+    """Rounds once, where the reference rounds twice."""
+    return (F.silu(gate.float()) * up.float()).to(gate.dtype)
+
+
+def wide_norm(x, weight, eps):
+    return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
+
+
+def wide_add_norm(h, delta, weight, eps):
+    return h + delta, wide_norm(h + delta, weight, eps)
+
+
+def stale_gradient(logits, columns, log_normaliser):
+    REFERENCE_CROSS_ENTROPY.write_gradient(logits, columns.roll(1), log_normaliser)
+
+
+def detached_norm(h, delta, weight, eps):
+    """Right forward; its gradient misses the residual stream's own."""
+    total, normed = add_rms_norm(h, delta, weight, eps)
+    return total.detach() + 0 * h, normed
+
+
+CASES = {
+    "rms_norm": (norm_case, (40, 48, 1e-6), REFERENCE_NORMS, Norms(wide_norm, wide_add_norm)),
+    "swiglu": (swiglu_case, (40, 48), swiglu, wide_swiglu),
+    "halves": (rotary_case, (40, 4, 2, 16, False), REFERENCE_ROTARY, Rotary(rotate_halves, rotate_pairs)),
+    "pairs": (rotary_case, (40, 4, 1, 16, True), REFERENCE_ROTARY, Rotary(rotate_halves, rotate_pairs)),
+    "cross_entropy": (cross_entropy_case, (40, 300), REFERENCE_CROSS_ENTROPY, REFERENCE_CROSS_ENTROPY),
+}
+WRONG = {
+    "rms_norm": [
+        Norms(lambda x, weight, eps: rms_norm(x, weight, eps) * 1.01, add_rms_norm),
+        Norms(rms_norm, detached_norm),
+        Norms(lambda x, weight, eps: rms_norm(x, weight, eps).detach() + 0 * x + 0 * weight, add_rms_norm),
+        Norms(lambda x, weight, eps: rms_norm(x, weight, eps).double(), add_rms_norm),
+    ],
+    "swiglu": [
+        lambda gate, up: F.gelu(gate) * up,
+        lambda gate, up: swiglu(gate, up).where(torch.arange(gate.shape[1]) < 47, torch.nan),
+        lambda gate, up: swiglu(gate.detach(), up) + 0 * gate,
+    ],
+    "halves": [Rotary(rotate_pairs, rotate_pairs), Rotary(lambda q, k, *tables: (q * 1, k * 1), rotate_pairs)],
+    "pairs": [Rotary(rotate_halves, rotate_halves)],
+    "cross_entropy": [
+        CrossEntropy(REFERENCE_CROSS_ENTROPY.statistics, lambda *_: None),
+        CrossEntropy(REFERENCE_CROSS_ENTROPY.statistics, stale_gradient),
+    ],
+}
+
+
+@DTYPES
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_right_passes(name, dtype):
+    case, sizes, reference, right = CASES[name]
+    results = compare(case(*sizes, dtype=dtype), {"fused": right, REFERENCE: reference}, CPU, Clock(0.1, 0.2))
+    assert results == [Result("fused", 0.1), Result(REFERENCE, 0.2)]
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    ("name", "index"), [(name, index) for name, wrong in WRONG.items() for index in range(len(wrong))]
+)
+def test_what_is_wrong_has_a_fault(name, index, dtype):
+    case, sizes, reference, _ = CASES[name]
+    implementations = {"fused": WRONG[name][index], REFERENCE: reference}
+    fused, torchs = compare(case(*sizes, dtype=dtype), implementations, CPU, Clock(0.1, 0.2))
+    assert fused.fault.startswith("result ") and fused.seconds == 0.1
+    assert torchs == Result(REFERENCE, 0.2)
+
+
+def broken(*_):
+    raise RuntimeError("no C compiler\nand a long story")
+
+
+def test_what_raises_has_a_fault():
+    case = swiglu_case(4, 8, torch.float32)
+    assert compare(case, {"fused": broken, REFERENCE: swiglu}, CPU, Clock()) == [
+        Result("fused", None, "RuntimeError: no C compiler"),
+        Result(REFERENCE, 1.0),
+    ]
+    fused, torchs = compare(case, {"fused": swiglu, REFERENCE: broken}, CPU, Clock())
+    assert fused.fault == torchs.fault == "the reference cannot be tried: RuntimeError: no C compiler"
+
+
+def trial(folder, clock, **changes) -> Trial:
+    cases = {"swiglu": swiglu_case(4, 8, torch.float32)}
+    return dataclasses.replace(Trial(cases, CPU, "a device", folder, clock), **changes)
+
+
+IMPLEMENTATIONS = {"swiglu": {"fused": wide_swiglu, REFERENCE: swiglu}, "attention": {REFERENCE: None}}
+
+
+def test_results_are_kept(tmp_path):
+    folder, clock = tmp_path / "new" / "folder", Clock(0.1, 0.2)
+    first = trial(folder, clock)(IMPLEMENTATIONS)
+    assert first == {"swiglu": [Result("fused", 0.1), Result(REFERENCE, 0.2)]} and clock.calls == 2
+    assert trial(folder, clock)(IMPLEMENTATIONS) == first and clock.calls == 2
+    assert len(list(folder.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"machine": "another device"},
+        {"cases": {"swiglu": swiglu_case(4, 16, torch.float32)}},
+        {"cases": {"swiglu": swiglu_case(4, 8, torch.bfloat16)}},
+    ],
+    ids=["machine", "shapes", "dtype"],
+)
+def test_other_circumstances_are_measured_again(tmp_path, changes):
+    clock = Clock()
+    trial(tmp_path, clock)(IMPLEMENTATIONS)
+    trial(tmp_path, clock, **changes)(IMPLEMENTATIONS)
+    assert clock.calls == 4
+
+
+def test_other_candidates_and_sources_are_measured_again(tmp_path, monkeypatch):
+    clock = Clock()
+    trial(tmp_path, clock)(IMPLEMENTATIONS)
+    trial(tmp_path, clock)({"swiglu": {"other": wide_swiglu, REFERENCE: swiglu}})
+    monkeypatch.setattr("megavl.ops.trial._sources", lambda: "a changed kernel")
+    trial(tmp_path, clock)(IMPLEMENTATIONS)
+    assert clock.calls == 6
+
+
+@pytest.mark.parametrize("damage", ["", "[]", '{"results": []}', '{"key": 0, "results": [{"nme": 1}]}'])
+def test_a_damaged_file_is_measured_again(tmp_path, damage):
+    clock = Clock()
+    trial(tmp_path, clock)(IMPLEMENTATIONS)
+    (path,) = tmp_path.iterdir()
+    path.write_text(damage)
+    assert trial(tmp_path, clock)(IMPLEMENTATIONS)["swiglu"][0].name == "fused" and clock.calls == 4
+    assert json.loads(path.read_text())["results"]
+
+
+def test_what_raised_is_tried_again(tmp_path):
+    clock = Clock()
+    for _ in range(2):
+        trial(tmp_path, clock)({"swiglu": {"fused": broken, REFERENCE: swiglu}})
+    assert clock.calls == 2 and not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_written_stops_nothing(tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder in (None, tmp_path / "file" / "folder"):
+        assert trial(folder, Clock())(IMPLEMENTATIONS)["swiglu"][0] == Result("fused", 1.0)
+
+
+def test_one_process_measures_for_the_others(tmp_path):
+    """The others time nothing, read no file, and take what is shared."""
+    clock, shared = Clock(), []
+    trial(tmp_path, clock, share=lambda mine: shared.append(mine) or mine)(IMPLEMENTATIONS)
+    other = trial(tmp_path, clock, measures=False, share=lambda mine: shared.append(mine) or shared[0])
+    assert other(IMPLEMENTATIONS) == shared[0] and shared[1] is None and clock.calls == 2
+
+
+def test_nothing_is_timed_where_only_the_reference_is():
+    clock = Clock()
+    assert trial(None, clock)({"swiglu": {REFERENCE: swiglu}}) == {"swiglu": [Result(REFERENCE, None)]}
+    assert clock.calls == 0
