@@ -8,6 +8,7 @@ transformers has the language part: it gets the images' features from megavl's s
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,7 +31,7 @@ from megavl.config.tokens import IGNORE_INDEX
 from megavl.data.assemble import Assembler, ImageShare
 from megavl.data.decode import decode
 from megavl.data.errors import DataError
-from megavl.data.image import numbers, room
+from megavl.data.image import empty_pixels
 from megavl.data.store import Store
 from megavl.data.stream import Stream
 from megavl.model.vlm import VLM
@@ -53,7 +54,7 @@ def read_batch(store: Store, model: ModelConfig, tokens: int) -> Batch:
         raise DataError(f"--tokens {tokens}: {problems[0]}")
     pack = Stream((store,), (1.0,), tokens, tiling, key=(0,)).packs(0, 1)[0]
     assembler = Assembler({kind: (store,)}, model, tokens, pad=0, images=ImageShare())
-    assembled = assembler(kind, 0, [pack], lambda tiles: room(model, tiles, torch.empty(numbers(model, tiles))))
+    assembled = assembler(kind, 0, [pack], partial(empty_pixels, model))
     if assembled.bad_images:
         bad = assembled.bad_images[0]
         raise DataError(
@@ -107,7 +108,7 @@ def open_export(directory: Path, config: ModelConfig) -> ExportedVL | ExportedVL
         raise CheckpointError(f"transformers does not import ({error}): pip install 'megavl[hf]'") from error
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    return ExportedVL(directory) if config.family == "vl" else ExportedVL2(directory, config)
+    return (ExportedVL if config.family == "vl" else ExportedVL2)(directory, config)
 
 
 @torch.no_grad()

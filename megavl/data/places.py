@@ -7,7 +7,6 @@ The memory belongs to the worker process and is known by the number of its place
 places: it gives one with each request, and gives it again when no tensor there shows it any more.
 """
 
-import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -58,9 +57,8 @@ class PlaceMemory:
         self._model = model
         self._memory: dict[int, Tensor] = {}
 
-    def room(self, place: int, tiles: int) -> dict[str, Tensor]:
-        """Room for the pixels of some tiles in a place: tower -> float32 [tiles, 3, S, S]."""
-        numbers = image.numbers(self._model, tiles)
-        if place not in self._memory or len(self._memory[place]) < numbers:
-            self._memory[place] = torch.empty(numbers).share_memory_()
-        return image.room(self._model, tiles, self._memory[place])
+    def room(self, place: int, tiles: int) -> Tensor:
+        """Room for the pixels of some tiles in a place: uint8 [tiles, 3, S, S]."""
+        if place not in self._memory or len(self._memory[place]) < tiles:
+            self._memory[place] = image.empty_pixels(self._model, tiles).share_memory_()
+        return self._memory[place][:tiles]

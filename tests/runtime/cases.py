@@ -130,17 +130,17 @@ def _micro_batch(step: int, numbers: list[int], model: ModelConfig, mesh: Mesh) 
     packs = [_pack(step, number, model) for number in numbers]
     lengths = [length for pack in packs for length in pack[2]]
     grids = [grid for number in numbers for grid in _grids(step, number, model)]
+    size = model.pixel_tower.image_size
     pixels = [
-        torch.randn((3, 32, 32), generator=torch.Generator().manual_seed(7 * step + 100 * number + tile))
+        torch.randint(256, (3, size, size), generator=torch.Generator().manual_seed(7 * step + 100 * number + tile))
         for number in numbers
         for tile in range(sum(grid.tiles for grid in _grids(step, number, model)))
     ]
     if mesh.tp.shares_images:
         mine = tile_share(len(pixels), mesh.tp.rank, mesh.tp.size)
         pixels = pixels[mine.start : mine.stop]
-    high = torch.stack(pixels or [torch.zeros(3, 32, 32)])  # [tiles, 3, 32, 32], a blank one for none
-    side = model.siglip.image_size
-    towers = {} if step % 2 else {"sam": high, "siglip": high[:, :, ::2, ::2][:, :, :side, :side]}
+    without_tiles = torch.zeros(0 if step % 2 else 1, 3, size, size)
+    pixels = (torch.stack(pixels) if pixels else without_tiles).to(torch.uint8)  # [tiles, 3, S, S]
     return Batch.of(
         Tiling(model),
         tokens=torch.cat([pack[0] for pack in packs]),
@@ -148,7 +148,7 @@ def _micro_batch(step: int, numbers: list[int], model: ModelConfig, mesh: Mesh) 
         lengths=lengths,
         packs=len(packs),
         grids=grids,
-        pixels=towers if mesh.pp.rank == 0 else None,
+        pixels=pixels if mesh.pp.rank == 0 else None,
     )
 
 

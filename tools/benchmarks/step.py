@@ -55,14 +55,10 @@ def made_up_pack(config: RunConfig, images: int, grid: Grid, mesh: Mesh, documen
     labels = tokens.roll(-1)
     labels[labels == model.image_token_id] = IGNORE_INDEX
     labels[torch.tensor(lengths).cumsum(0) - 1] = IGNORE_INDEX
-    towers = {"siglip": model.siglip} | ({"sam": model.sam} if model.sam else {})
     tiles = images * grid.tiles
     mine = len(tile_share(tiles, mesh.tp.rank, mesh.tp.size)) if mesh.tp.shares_images else tiles
-    pixels = {
-        name: torch.randn(max(1, mine), 3, tower.image_size, tower.image_size)
-        for name, tower in towers.items()
-        if images
-    }
+    size = model.pixel_tower.image_size
+    pixels = torch.randint(256, (max(1, mine) if images else 0, 3, size, size), dtype=torch.uint8)
     return Batch.of(
         tiling,
         tokens=tokens,
