@@ -1,9 +1,11 @@
 """Pixels of a batch to the inputs of the towers, on their device: scaled to 0..1, resized for SigLIP, normalised.
 
 The operations of the released code, in its order and in float32: (x / 255 - mean) / std. A multiply-add, x * (1 / (255
-* std)) - mean / std, rounds differently for most of the 256 values. The hybrid encoder of DeepSeek-VL resizes in the
-model, too (`HybridVisionTower.forward`, clip_encoder.py): SigLIP's image is a bilinear resize of SAM's unquantised
-pixels, where transformers' DeepseekVLHybridImageProcessor has a bicubic one of 8-bit pixels.
+* std)) - mean / std, rounds 43 % of the values differently with SigLIP's numbers and 72 % with SAM's.
+
+The hybrid encoder of DeepSeek-VL resizes in the model, too (`HybridVisionTower.forward`, clip_encoder.py): SigLIP's
+image is a bilinear resize of SAM's unquantised pixels, where transformers' DeepseekVLHybridImageProcessor has a bicubic
+one of 8-bit pixels.
 """
 
 from collections.abc import Sequence

@@ -19,6 +19,7 @@ from megavl.runtime.env import Env
 from megavl.runtime.mesh import mesh_of
 from megavl.runtime.metrics import Metrics
 from megavl.runtime.optim import schedule_ratio
+from megavl.runtime.origin import find_origin
 from megavl.runtime.reading import announce, report
 from megavl.runtime.replica import build_replica
 
@@ -30,9 +31,10 @@ def train(config: RunConfig, env: Env) -> None:
     """
     mesh = mesh_of(config, env.world, env.device)
     sampler = on_every_rank(lambda: Sampler(config.data, config.model, config.train), mesh.control)
-    replica = build_replica(config, mesh, env.device)
     checkpoints = Path(config.output_dir) / "checkpoints"
-    state = replica.resume(checkpoints)
+    origin = find_origin(config, checkpoints, mesh.control)
+    replica = build_replica(config, mesh, env.device, origin.initialise)
+    state = replica.resume(origin)
     first_step = state["step"]
     repacked = sampler.resume(state.get("data", {})) if first_step else []
 
