@@ -190,11 +190,8 @@ class _Assembly(Dataset):
         self._memory = PlaceMemory(model)
 
     def __getitem__(self, request: _Request) -> Assembled | DataError:
-        room = (
-            partial(image.empty_pixels, self._model)
-            if request.place is None
-            else partial(self._memory.room, request.place)
-        )
+        in_place = request.place is not None
+        room = partial(self._memory.room, request.place) if in_place else partial(image.empty_pixels, self._model)
         try:
             return self._assembler(request.kind, request.first, request.packs, room)
         except DataError as error:

@@ -78,6 +78,9 @@ def initialise(model: nn.Module, config: ModelConfig, seed: int) -> None:
 
 
 def zero_buffers(model: nn.Module, config: ModelConfig, seed: int) -> None:
-    """Fill every buffer of `model` in place, and leave its parameters without values, for a checkpoint to fill."""
+    """Fill every buffer of `model` in place and leave its parameters without values, for a checkpoint to fill.
+
+    It has the signature of `initialise`, in whose place it is called.
+    """
     for buffer in model.buffers():
         buffer.zero_()

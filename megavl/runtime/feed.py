@@ -12,9 +12,9 @@ from megavl.batch import Batch
 class Feed:
     """The micro-batches of one step on `device`.
 
-    Tokens and borders of all micro-batches are copied first: a few megabytes. The pixels of a step would fill a device,
-    so those of the next micro-batch are copied on a separate stream while the current one is computed. Copies from
-    pinned memory do not block the host.
+    Tokens and borders of all micro-batches are copied first: a few megabytes. The pixels of a step may be gigabytes, so
+    those of the next micro-batch are copied on a separate stream while the current one is computed. Copies from pinned
+    memory do not block the host.
     """
 
     def __init__(self, micro_batches: Sequence[Batch], device: torch.device):

@@ -11,6 +11,7 @@ from megavl.config.run import RunConfig
 from megavl.data.assemble import ImageShare
 from megavl.data.loader import Loader
 from megavl.data.sampler import Sampler
+from megavl.data.worker import preload_workers
 from megavl.parallel.agree import on_every_rank, on_every_rank_with_notes, on_first_rank
 from megavl.parallel.groups import TensorAxis
 from megavl.parallel.topology import Topology
@@ -29,6 +30,7 @@ def train(config: RunConfig, env: Env) -> None:
 
     Raises RunError with the same message on every rank when the run cannot go on.
     """
+    preload_workers()
     mesh = mesh_of(config, env.world, env.device)
     sampler = on_every_rank(lambda: Sampler(config.data, config.model, config.train), mesh.control)
     checkpoints = Path(config.output_dir) / "checkpoints"

@@ -20,6 +20,7 @@ from megavl.data.image import empty_pixels
 from megavl.data.image import preprocess as write_pixels
 from megavl.data.loader import Loader
 from megavl.data.sampler import Sampler
+from megavl.data.worker import preload_workers
 
 SEQ_LEN, BATCH = 4096, 4
 MODELS = ("vl_1b", "vl_7b")
@@ -27,6 +28,7 @@ MODELS = ("vl_1b", "vl_7b")
 
 def run(setting: Setting) -> Iterator[str]:
     """The section in Markdown."""
+    preload_workers()
     directory = setting.directory
     pictures = write_pictures(directory / "pictures", setting.images)
     captions = write_captions(directory / "captions.jsonl", pictures, CAPTION)

@@ -30,6 +30,7 @@ from megavl.plan.cost import step_flops
 from megavl.plan.schedule import rank_of
 from megavl.runtime.env import Env, LaunchError, process_group, read_env
 from megavl.runtime.mesh import mesh_of
+from megavl.runtime.metrics import memory_bytes, peak
 from megavl.runtime.replica import Replica, build_replica
 
 DOCUMENTS = 4
@@ -134,9 +135,6 @@ def run(args: argparse.Namespace) -> None:
 
 
 def benchmark(config: RunConfig, env: Env, args: argparse.Namespace, grid: Grid) -> None:
-    # Imported here: it needs TensorBoard, and tools/gpu_check.py, which takes its packs from this file, does not.
-    from megavl.runtime.metrics import memory_bytes, peak
-
     mesh = mesh_of(config, env.world, env.device)
     replica = build_replica(config, mesh, env.device)
     peak_flops, origin = peak(env)
