@@ -1,6 +1,6 @@
 """Micro-batches and steps: the data structures that data, model and runtime share."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -43,11 +43,11 @@ class Batch:
     packs:      how many; each has T / packs tokens
     grids:      of each image, in the order of the placeholders; DeepSeek-VL's have no local tile
     places:     indices of the images' features, newlines and separators into the tokens
-    pixels:     tower name ("siglip", "sam") -> float32 [tiles, 3, S, S], normalised: the tiles of all images, of each
+    pixels:     uint8 [tiles, 3, S, S], RGB, S the side of `ModelConfig.pixel_tower`: the tiles of all images, of each
                 the overview first. Where the tensor ranks share the tiles (`parallel.vision: sharded`), only those of
-                `tile_share`. Empty in a text step: the towers do not run. In a multimodal step a rank without tiles
-                of its own has one blank tile, whose features are discarded: every rank then has the same gradients and
-                runs the same collectives. None on ranks that do not hold the stem
+                `tile_share`. Of no tiles in a text step: the towers do not run. In a multimodal step a rank without
+                tiles of its own has one blank tile, whose features are discarded: every rank then has the same
+                gradients and runs the same collectives. None on ranks that do not hold the stem
     """
 
     tokens: Tensor
@@ -59,7 +59,7 @@ class Batch:
     packs: int
     grids: tuple[Grid, ...]
     places: ImagePlaces
-    pixels: Mapping[str, Tensor] | None
+    pixels: Tensor | None
 
     @classmethod
     def of(
@@ -70,7 +70,7 @@ class Batch:
         lengths: Sequence[int],
         packs: int,
         grids: Sequence[Grid] = (),
-        pixels: Mapping[str, Tensor] | None = None,
+        pixels: Tensor | None = None,
     ) -> "Batch":
         """A micro-batch in host memory; positions, borders and image places are derived.
 
@@ -121,7 +121,7 @@ class Batch:
             cu_seqlens=change(self.cu_seqlens),
             supervised=change(self.supervised),
             places=ImagePlaces(*map(change, (self.places.features, self.places.newlines, self.places.separators))),
-            pixels=self.pixels and {tower: change(pixels) for tower, pixels in self.pixels.items()},
+            pixels=None if self.pixels is None else change(self.pixels),
         )
 
 

@@ -10,9 +10,6 @@ docs/checkpoints.md says what each layout holds and what is not carried.
 import argparse
 import sys
 
-from megavl.checkpoint.error import CheckpointError
-from megavl.checkpoint.hf import LAYOUTS, from_hf, to_hf
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -24,7 +21,7 @@ def main() -> None:
     out.add_argument("--output", required=True, help="directory that is made; it must not be there yet")
     out.add_argument(
         "--layout",
-        choices=list(LAYOUTS),
+        choices=["transformers", "deepseek"],
         required=True,
         help="deepseek is the released code's, the one of DeepSeek-VL2",
     )
@@ -36,6 +33,11 @@ def main() -> None:
     into.add_argument("--input", required=True, help="directory with config.json and safetensors files")
     into.add_argument("--output", required=True, help="directory of checkpoints; step_00000000 is made in it")
     arguments = parser.parse_args()
+
+    # Imported here: help and refused options need not wait 2 s for torch.
+    from megavl.checkpoint.error import CheckpointError
+    from megavl.checkpoint.hf import from_hf, to_hf
+
     try:
         if arguments.command == "to-hf":
             shard_bytes = int(arguments.max_shard_size * 1e9)

@@ -219,6 +219,11 @@ class ModelConfig(Section):
         return "vl" if self.tiling is None else "vl2"
 
     @property
+    def pixel_tower(self) -> SiglipConfig | SamConfig:
+        """The tower whose square image a batch holds: SAM, from whose image SigLIP's is resized, or SigLIP alone."""
+        return self.sam or self.siglip
+
+    @property
     def feature_grid(self) -> int:
         """Features along one side of an image or tile, as the adaptor gives them to the decoder."""
         return self.siglip.grid if self.tiling is None else -(-self.siglip.grid // self.tiling.shuffle)

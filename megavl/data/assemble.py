@@ -1,6 +1,6 @@
 """Assembly: pieces of documents into one micro-batch, images decoded."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,8 +18,8 @@ from megavl.data.format import IMAGE, TEXT
 from megavl.data.pack import Pack, Piece
 from megavl.data.store import Store
 
-# Memory for the pixels of some tiles: tower name -> float32 [tiles, 3, S, S].
-Room = Callable[[int], Mapping[str, Tensor]]
+# Memory for the pixels of some tiles: uint8 [tiles, 3, S, S].
+Room = Callable[[int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def _arrived(
     lengths: tuple[int, ...],
     packs: int,
     grids: tuple[Grid, ...],
-    pixels: Mapping[str, Tensor] | None,
+    pixels: Tensor | None,
     bad_images: tuple[BadImage, ...],
 ) -> Assembled:
     places = ImagePlaces(*map(torch.from_numpy, image_fields))
@@ -124,7 +124,10 @@ class Assembler:
         places = list(self._places(kind, packs))
         pixels, bad_images = None, ()
         if self._images is not None:
-            pixels, bad_images = ({}, ()) if kind == "text" else self._decode(first, places, room)
+            if kind == "text":
+                pixels = image.empty_pixels(self._model, tiles=0)
+            else:
+                pixels, bad_images = self._decode(first, places, room)
         batch = Batch.of(
             self._tiling,
             tokens=torch.from_numpy(tokens),
@@ -154,21 +157,19 @@ class Assembler:
                     targets[first - piece.start : last - piece.start] = text
         return tokens[:-1], targets[1:]
 
-    def _decode(
-        self, first: int, places: Sequence[_Place], room: Room
-    ) -> tuple[Mapping[str, Tensor], tuple[BadImage, ...]]:
+    def _decode(self, first: int, places: Sequence[_Place], room: Room) -> tuple[Tensor, tuple[BadImage, ...]]:
         """Pixels of this rank's share of the tiles, in order, and the images that were replaced. An empty share has one
         blank tile."""
         borders = np.cumsum([0, *(place.grid.tiles for place in places)]).tolist()
         mine = tile_share(borders[-1], self._images.rank, self._images.size)
         pixels, bad_images = room(max(1, len(mine))), []
         if not mine:
-            for stack in pixels.values():
-                stack.zero_()
+            image.write_blank(self._model, pixels)
         for place, start, stop in zip(places, borders, borders[1:], strict=False):
             here = range(max(start, mine.start), min(stop, mine.stop))
             if not here:
                 continue
+            into = pixels[here.start - mine.start : here.stop - mine.start]
             try:
                 picture = decode(place.store.image(place.sequence))
             except DataError as error:
@@ -176,8 +177,8 @@ class Assembler:
                 bad_images.append(
                     BadImage(first + place.pack, place.image, place.store.prefix, key, place.sequence, str(error))
                 )
-                picture = image.blank(self._model)
-            into = {tower: stack[here.start - mine.start : here.stop - mine.start] for tower, stack in pixels.items()}
+                image.write_blank(self._model, into)
+                continue
             image.preprocess(picture, self._model, place.grid, range(here.start - start, here.stop - start), into)
         return pixels, tuple(bad_images)
 

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
-import torch
 from torch.utils.data import DataLoader, Dataset
 
 from megavl.batch import Kind, StepBatch
@@ -139,9 +138,10 @@ class Loader:
         if isinstance(arrived, DataError):
             raise arrived
         if self._places is not None:
-            pixels = arrived.batch.pixels.get("siglip")
+            pixels = arrived.batch.pixels
             # The place is free at once if the pixels were copied to pinned memory, or if there are none.
-            self._places.give_back(request.place, None if self._pin_memory else pixels)
+            in_place = len(pixels) and not self._pin_memory
+            self._places.give_back(request.place, pixels if in_place else None)
         return arrived
 
     def _wait(self) -> Assembled | DataError:
@@ -190,15 +190,13 @@ class _Assembly(Dataset):
         self._memory = PlaceMemory(model)
 
     def __getitem__(self, request: _Request) -> Assembled | DataError:
-        room = self._fresh if request.place is None else partial(self._memory.room, request.place)
+        in_place = request.place is not None
+        room = partial(self._memory.room, request.place) if in_place else partial(image.empty_pixels, self._model)
         try:
             return self._assembler(request.kind, request.first, request.packs, room)
         except DataError as error:
             # Returned, not raised: the DataLoader would bury the message under a worker's traceback.
             return error
-
-    def _fresh(self, tiles: int) -> dict[str, torch.Tensor]:
-        return image.room(self._model, tiles, torch.empty(image.numbers(self._model, tiles)))
 
 
 def _start_worker(_: int) -> None:

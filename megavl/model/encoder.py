@@ -1,10 +1,12 @@
 """Vision encoder: towers and adaptor, replicated or with the tiles sharded over tp (DeepSeek-VL section 3.3)."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 from torch import Tensor, nn
 
 from megavl.batch import tile_share
+from megavl.config.model import ModelConfig
+from megavl.model.pixels import tower_inputs
 from megavl.model.sam import Sam
 from megavl.model.siglip import Siglip
 from megavl.parallel.collectives import join_shares, summing_gradients
@@ -20,14 +22,15 @@ class Encoder:
     share and the features are all-gathered.
     """
 
-    def __init__(self, siglip: Siglip, sam: Sam | None, adaptor: nn.Module, tp: TensorAxis):
+    def __init__(self, config: ModelConfig, siglip: Siglip, sam: Sam | None, adaptor: nn.Module, tp: TensorAxis):
+        self._config = config
         self._siglip, self._sam, self._adaptor, self._tp = siglip, sam, adaptor, tp
 
-    def __call__(self, pixels: Mapping[str, Tensor], tiles: int) -> Tensor:
+    def __call__(self, pixels: Tensor, tiles: int) -> Tensor:
         """Encode the tiles.
 
         Args:
-            pixels: tower -> normalised float32 [tiles of this rank, 3, S, S]; at least one tile, as in `Batch`
+            pixels: uint8 [tiles of this rank, 3, S, S]; at least one tile, as in `Batch`
             tiles: of all images of the micro-batch
 
         Returns:
@@ -37,18 +40,19 @@ class Encoder:
             ValueError: the pixels are not those of all tiles, or of this rank's share.
         """
         share = tile_share(tiles, self._tp.rank, self._tp.size) if self._tp.shares_images else range(tiles)
-        self._check(len(pixels["siglip"]), len(share), tiles)
+        self._check(len(pixels), len(share), tiles)
         # Without tiles every rank encodes a blank one; a sum of zero gradients needs no all-reduce.
         if not (self._tp.shares_images and tiles):
             return self._encode(pixels, lambda module: module)
         mine = self._encode(pixels, lambda module: summing_gradients(module, self._tp))
         return join_shares(mine, tiles, self._tp)  # cuts off blank tiles
 
-    def _encode(self, pixels: Mapping[str, Tensor], called: Callable[[nn.Module], _Layer]) -> Tensor:
-        siglip = called(self._siglip)(pixels["siglip"])  # [tiles, G * G, W_siglip]
+    def _encode(self, pixels: Tensor, called: Callable[[nn.Module], _Layer]) -> Tensor:
+        inputs = tower_inputs(pixels, self._config)
+        siglip = called(self._siglip)(inputs["siglip"])  # [tiles, G * G, W_siglip]
         if self._sam is None:
             return called(self._adaptor)(siglip)
-        return called(self._adaptor)(siglip, called(self._sam)(pixels["sam"]))
+        return called(self._adaptor)(siglip, called(self._sam)(inputs["sam"]))
 
     def _check(self, here: int, share: int, tiles: int) -> None:
         tp = self._tp

@@ -74,5 +74,13 @@ def initialise(model: nn.Module, config: ModelConfig, seed: int) -> None:
                 _draw_experts(parameter, name, config, seed)
             else:
                 _draw(parameter, module, name, config, seed)
-        for buffer in module.buffers(recurse=False):
-            buffer.zero_()
+    zero_buffers(model, config, seed)
+
+
+def zero_buffers(model: nn.Module, config: ModelConfig, seed: int) -> None:
+    """Fill every buffer of `model` in place and leave its parameters without values, for a checkpoint to fill.
+
+    It has the signature of `initialise`, in whose place it is called.
+    """
+    for buffer in model.buffers():
+        buffer.zero_()

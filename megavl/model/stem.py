@@ -70,10 +70,10 @@ class Stem(nn.Module):
         else:
             self.adaptor = HybridAdaptor(config) if config.sam else SiglipAdaptor(config)
             self.newline = self.separator = None
-        self.encode = Encoder(self.siglip, self.sam, self.adaptor, tp)
+        self.encode = Encoder(config, self.siglip, self.sam, self.adaptor, tp)
 
     def forward(self, batch: Batch) -> Tensor:
-        if not batch.pixels:
+        if not len(batch.pixels):
             return split_tokens(self.embedding(batch.tokens), self.tp)
         features = self.encode(batch.pixels, batch.tiles)  # [tiles, tile_features, D]
         # A placeholder's own embedding is never read: it is looked up as token 0, which gets no gradient from it.

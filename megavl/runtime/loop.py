@@ -11,6 +11,7 @@ from megavl.config.run import RunConfig
 from megavl.data.assemble import ImageShare
 from megavl.data.loader import Loader
 from megavl.data.sampler import Sampler
+from megavl.data.worker import preload_workers
 from megavl.parallel.agree import on_every_rank, on_every_rank_with_notes, on_first_rank
 from megavl.parallel.groups import TensorAxis
 from megavl.parallel.topology import Topology
@@ -19,6 +20,7 @@ from megavl.runtime.env import Env
 from megavl.runtime.mesh import mesh_of
 from megavl.runtime.metrics import Metrics
 from megavl.runtime.optim import schedule_ratio
+from megavl.runtime.origin import find_origin
 from megavl.runtime.reading import announce, report
 from megavl.runtime.replica import build_replica
 
@@ -28,11 +30,13 @@ def train(config: RunConfig, env: Env) -> None:
 
     Raises RunError with the same message on every rank when the run cannot go on.
     """
+    preload_workers()
     mesh = mesh_of(config, env.world, env.device)
     sampler = on_every_rank(lambda: Sampler(config.data, config.model, config.train), mesh.control)
-    replica = build_replica(config, mesh, env)
     checkpoints = Path(config.output_dir) / "checkpoints"
-    state = replica.resume(checkpoints)
+    origin = find_origin(config, checkpoints, mesh.control)
+    replica = build_replica(config, mesh, env, origin.initialise)
+    state = replica.resume(origin)
     first_step = state["step"]
     repacked = sampler.resume(state.get("data", {})) if first_step else []
 

@@ -5,10 +5,10 @@ import resource
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from torch.utils.tensorboard import SummaryWriter
 
 from megavl.batch import StepBatch
 from megavl.config.run import RunConfig
@@ -17,6 +17,9 @@ from megavl.plan.cost import step_flops
 from megavl.plan.hardware import peak_flops
 from megavl.runtime.balance import Load
 from megavl.runtime.env import Env
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 _COLUMNS = (
     ("step", 14),
@@ -48,7 +51,7 @@ class Metrics:
         folder = Path(self._config.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         self._file = open(folder / "metrics.jsonl", "a", encoding="utf-8", buffering=1)  # noqa: SIM115
-        self._board = SummaryWriter(folder / "tensorboard") if self._config.log.tensorboard else None
+        self._board = _board(folder / "tensorboard") if self._config.log.tensorboard else None
         print(f"MFU is relative to {self._peak_flops * self._env.world / 1e12:.3g} TFLOP/s, {origin}")
         self._columns = _COLUMNS if self._config.model.decoder.moe is None else (*_COLUMNS, _LOAD)
         print(" ".join(name.rjust(width) for name, width in self._columns))
@@ -126,6 +129,13 @@ class Metrics:
                 output.close()
 
 
+def _board(folder: Path) -> "SummaryWriter":
+    # Imported here: a run without TensorBoard needs neither its package nor the time of its import.
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(folder)
+
+
 def experts(load: Load) -> dict[str, dict]:
     """The load for metrics.jsonl: block index -> tokens per expert and their statistics."""
     columns = {
@@ -141,7 +151,7 @@ def experts(load: Load) -> dict[str, dict]:
     }
 
 
-def _show(load: Load, row: dict, board: SummaryWriter) -> None:
+def _show(load: Load, row: dict, board: "SummaryWriter") -> None:
     """A curve of each number of each layer; and the load of every expert as a picture, a row for each layer: grey is
     the mean of the layer, black is idle, white twice the mean or more."""
     for layer, numbers in row["experts"].items():

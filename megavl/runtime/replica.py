@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from megavl.batch import StepBatch
 from megavl.checkpoint.error import CheckpointError
 from megavl.checkpoint.fragments import Fragment
-from megavl.checkpoint.layout import latest, read_state
+from megavl.checkpoint.layout import read_state
 from megavl.checkpoint.load import load, load_weights
 from megavl.checkpoint.save import save
 from megavl.config.load import dump_run
 from megavl.config.run import RunConfig
+from megavl.model.init import initialise
 from megavl.ops.dispatch import Ops
-from megavl.parallel.agree import RunError, gather, on_every_rank
+from megavl.parallel.agree import RunError, on_every_rank
 from megavl.parallel.groups import Mesh
 from megavl.runtime.balance import Balance, Load
 from megavl.runtime.deepspeed.adamw import choose_adamw, set_step
@@ -25,8 +26,9 @@ from megavl.runtime.deepspeed.state import fragments
 from megavl.runtime.env import Env
 from megavl.runtime.operators import choose_ops
 from megavl.runtime.optim import set_learning_rate
+from megavl.runtime.origin import Origin
 from megavl.runtime.pipeline import Pipeline
-from megavl.runtime.stage import build_stages
+from megavl.runtime.stage import Initialise, build_stages
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Step:
 class Replica:
     """Mesh, stages, engine and pipeline of this rank. Its creation and its methods are collective.
 
-    stages: of this rank, in pipeline order, initialised
+    stages: of this rank, in pipeline order
     lines:  which implementation serves each operator and the optimizer, and why
     """
 
@@ -90,27 +92,25 @@ class Replica:
         """What this rank holds of parameters, masters and moments, as views."""
         return fragments(self.engine, self.stages, self.mesh.dp.rank)
 
-    def resume(self, checkpoints: Path) -> dict:
-        """Read the newest checkpoint of a directory or, without any, the weights of `checkpoint.init_from`.
+    def resume(self, origin: Origin) -> dict:
+        """Read the checkpoint from which the run starts, if it starts from one.
 
         Returns:
-            The checkpoint's state, whose "step" is the number of steps done; {"step": 0} without a checkpoint.
+            The state of this run's checkpoint, whose "step" is the number of steps done; {"step": 0} without one.
 
         Raises:
             CheckpointError: on all ranks, when the files are not whole or of another model.
         """
-        config, control = self.config, self.mesh.control
-        # A shared disk may show another directory to each rank for a while.
-        newest, *_ = gather(on_every_rank(lambda: latest(checkpoints), control, CheckpointError), control)
+        model, control = self.config.model, self.mesh.control
         held = self.fragments()
-        if newest is None:
-            if config.checkpoint.init_from is not None:
-                load_weights(config.checkpoint.init_from, held, config.model, control)
+        if origin.checkpoint is None:
+            if origin.weights is not None:
+                load_weights(origin.weights, held, model, control)
             return {"step": 0}
-        state = on_every_rank(lambda: read_state(newest), control, CheckpointError)
-        load(newest, held, config.model, control)
+        state = on_every_rank(lambda: read_state(origin.checkpoint), control, CheckpointError)
+        load(origin.checkpoint, held, model, control)
         set_step(self.engine.basic_optimizer, state["optimizer_step"])
-        return state | {"path": newest}
+        return state | {"path": origin.checkpoint}
 
     def save(self, checkpoints: Path, done: int, progress: dict) -> Path:
         """Write a checkpoint after `done` steps, with `progress` in its state. Returns its path.
@@ -127,10 +127,14 @@ class Replica:
         return loss.item()
 
 
-def build_replica(config: RunConfig, mesh: Mesh, env: Env) -> Replica:
-    """The replica of a run on `mesh`, with initial weights. Collective."""
+def build_replica(config: RunConfig, mesh: Mesh, env: Env, initialise: Initialise = initialise) -> Replica:
+    """The replica of a run on `mesh`. Collective.
+
+    Args:
+        initialise: as in `build_stages`
+    """
     ops = choose_ops(config, mesh, env)
-    stages = on_every_rank(lambda: build_stages(config, mesh, ops, env.device), mesh.control)
+    stages = on_every_rank(lambda: build_stages(config, mesh, ops, env.device, initialise), mesh.control)
     return Replica(config, mesh, ops, stages)
 
 

@@ -59,7 +59,7 @@ def build_stages(
     """The stages of this rank, in pipeline order.
 
     Args:
-        initialise: gives the parameters of a slice their values
+        initialise: gives the buffers of a slice their values, and its parameters unless a checkpoint will
     """
     stages, slices = nn.ModuleList(), split_layers(config.model.layers, config.parallel)
     # The auxiliary loss is the mean over the packs of the global batch. DeepSpeed averages gradients over the data

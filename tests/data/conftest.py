@@ -17,8 +17,7 @@ from megavl.config.run import DataConfig, SourceConfig, TrainConfig
 from megavl.config.tiles import Grid
 from megavl.data.build import build
 from megavl.data.encoded import EncodedText
-from megavl.data.image import numbers, preprocess
-from megavl.data.image import room as image_room
+from megavl.data.image import empty_pixels, preprocess
 from tests.models import HYBRID, MHA_SOFTMAX, changed
 
 OVERVIEW = Grid(0, 0)
@@ -66,12 +65,14 @@ def image_bytes(seed: int, size: tuple[int, int], form: str = "PNG") -> bytes:
 
 def pixels_of(
     image: Image.Image, model: ModelConfig, grid: Grid = OVERVIEW, tiles: range | None = None
-) -> dict[str, torch.Tensor]:
-    """What `preprocess` writes for one image, by default all of its tiles: tower -> float32 [tiles, 3, S, S]."""
+) -> torch.Tensor:
+    """What `preprocess` writes for one image, by default all of its tiles: uint8 [tiles, 3, S, S]."""
     tiles = range(grid.tiles) if tiles is None else tiles
-    pixels = image_room(model, len(tiles), torch.full((numbers(model, len(tiles)),), torch.nan))
-    preprocess(image, model, grid, tiles, pixels)
-    return pixels
+    over_black, over_white = (empty_pixels(model, len(tiles)).fill_(before) for before in (0, 255))
+    for pixels in (over_black, over_white):
+        preprocess(image, model, grid, tiles, pixels)
+    assert torch.equal(over_black, over_white), "not every pixel was written"
+    return over_black
 
 
 def encoded_text(*tokens: int, supervised: bool = True) -> EncodedText:

@@ -1,4 +1,5 @@
-"""Pixels against transformers where the rules agree; against the released rule, written out again, where they do not.
+"""What the towers get of an image, against transformers where the rules agree; against the released rule, written out
+again, where they do not.
 Tiles, which transformers has not, against the released rule with Pillow's own padding.
 
 transformers' processors round the resized sides, the released code truncates them: (100, 37) at 64 pixels is 64 x
@@ -19,8 +20,9 @@ from transformers.models.deepseek_vl_hybrid.image_processing_pil_deepseek_vl_hyb
 from megavl.config.presets import PRESETS
 from megavl.config.tiles import Grid, Tiling
 from megavl.data.decode import decode
-from megavl.data.image import blank, tower_sizes
-from tests.data.conftest import image_bytes, pixels_of
+from megavl.data.image import empty_pixels, write_blank
+from megavl.model.pixels import tower_inputs
+from tests.data.conftest import OVERVIEW, image_bytes, pixels_of
 
 # (width, height) whose resized sides are whole numbers or round down, at 32, 64, 384 and 1024 pixels.
 AGREEING = [(64, 64), (128, 32), (32, 128), (90, 30), (500, 250), (5, 500)]
@@ -51,6 +53,11 @@ def released_low(square, size):
     return np.stack([np.asarray(one.resize((size, size), Image.Resampling.BILINEAR)) for one in channels])
 
 
+def inputs_of(image, model, grid=OVERVIEW) -> dict[str, torch.Tensor]:
+    """Of each tower, of all tiles of an image."""
+    return tower_inputs(pixels_of(image, model, grid), model)
+
+
 def worst(actual: torch.Tensor, expected) -> float:
     return float(np.abs(actual.numpy() - np.asarray(expected)).max())
 
@@ -66,7 +73,7 @@ def test_sam_pixels_equal_transformers(preset, size):
         image_std=HALF,
     )
     expected = processor(picture(size), return_tensors="np")["high_res_pixel_values"][0]
-    actual = pixels_of(picture(size), model)["sam"][0]
+    actual = inputs_of(picture(size), model)["sam"][0]
     assert actual.dtype == torch.float32 and actual.shape == expected.shape
     assert worst(actual, expected) <= 1e-6  # measured 0
 
@@ -77,7 +84,7 @@ def test_siglip_only_pixels_equal_transformers(preset, size):
     model = PRESETS[preset]
     processor = DeepseekVLImageProcessorPil(size=_sides(model.siglip.image_size), image_mean=HALF, image_std=HALF)
     expected = processor(picture(size), return_tensors="np")["pixel_values"][0]
-    actual = pixels_of(picture(size), model)
+    actual = inputs_of(picture(size), model)
     assert list(actual) == ["siglip"]
     assert worst(actual["siglip"][0], expected) <= 1e-6  # measured 0
 
@@ -86,9 +93,10 @@ def test_siglip_only_pixels_equal_transformers(preset, size):
 @pytest.mark.parametrize("size", AGREEING + DIFFERING)
 def test_pixels_of_both_towers_follow_the_released_rule(preset, tolerance, size):
     model = PRESETS[preset]
-    actual = pixels_of(picture(size), model)
-    assert {tower: tuple(pixels.shape) for tower, pixels in actual.items()} == {
-        tower: (1, 3, side, side) for tower, side in tower_sizes(model).items()
+    actual = inputs_of(picture(size), model)
+    sides = {tower: getattr(model, tower).image_size for tower in ("siglip", "sam")}
+    assert {tower: tuple(images.shape) for tower, images in actual.items()} == {
+        tower: (1, 3, side, side) for tower, side in sides.items()
     }
     square = released_square(picture(size), model.sam.image_size, model.sam.pixel_mean)
     high = (square - np.float32(model.sam.pixel_mean)) / np.float32(model.sam.pixel_std)
@@ -102,13 +110,13 @@ def test_pixels_of_both_towers_follow_the_released_rule(preset, tolerance, size)
 def test_siglip_only_pixels_follow_the_released_rule(size):
     model = PRESETS["vl_debug_siglip"]
     low = (released_square(picture(size), model.siglip.image_size, HALF) - 0.5) / 0.5
-    assert worst(pixels_of(picture(size), model)["siglip"][0], low.transpose(2, 0, 1)) <= 1e-6  # measured 0
+    assert worst(inputs_of(picture(size), model)["siglip"][0], low.transpose(2, 0, 1)) <= 1e-6  # measured 0
 
 
 def test_truncation_is_what_differs_from_transformers():
     processor = DeepseekVLImageProcessorPil(size=_sides(32), image_mean=HALF, image_std=HALF)
     expected = processor(picture((100, 58)), return_tensors="np")["pixel_values"][0]
-    actual = pixels_of(picture((100, 58)), PRESETS["vl_debug_siglip"])["siglip"][0].numpy()
+    actual = inputs_of(picture((100, 58)), PRESETS["vl_debug_siglip"])["siglip"][0].numpy()
     background = (127 / 255 - 0.5) / 0.5
     rows = [int((~np.isclose(pixels, background)).any(axis=(0, 2)).sum()) for pixels in (actual, expected)]
     assert rows == [18, 19]  # 18.56
@@ -133,7 +141,7 @@ def released_tiles(image, model, grid):
 def test_tiles_follow_the_released_rule(preset, size):
     model = PRESETS[preset]
     grid = Tiling(model).grid(*size, 1)
-    actual = pixels_of(picture(size), model, grid)
+    actual = inputs_of(picture(size), model, grid)
     assert list(actual) == ["siglip"]
     assert worst(actual["siglip"], released_tiles(picture(size), model, grid)) <= 1e-6  # measured 0
 
@@ -141,29 +149,30 @@ def test_tiles_follow_the_released_rule(preset, size):
 def test_every_grid_of_tiles_follows_the_released_rule():
     model = PRESETS["vl2_debug"]
     for grid in Tiling(model).grids:
-        whole = pixels_of(picture((123, 77)), model, grid)["siglip"]
-        assert worst(whole, released_tiles(picture((123, 77)), model, grid)) <= 1e-6  # measured 0
+        whole = pixels_of(picture((123, 77)), model, grid)
+        assert (
+            worst(tower_inputs(whole, model)["siglip"], released_tiles(picture((123, 77)), model, grid)) <= 1e-6
+        )  # measured 0
         for start in range(grid.tiles):
             for stop in range(start + 1, grid.tiles + 1):
-                part = pixels_of(picture((123, 77)), model, grid, range(start, stop))["siglip"]
+                part = pixels_of(picture((123, 77)), model, grid, range(start, stop))
                 assert torch.equal(part, whole[start:stop])
 
 
 @pytest.mark.parametrize("size", [(10_000, 1), (1, 10_000)])
 def test_an_image_thinner_than_a_pixel_of_a_tile_stays_visible(size):
     model = PRESETS["vl2_debug"]
-    line = pixels_of(Image.new("RGB", size, "white"), model, Grid(1, 1))["siglip"]
-    assert ((line == 1).sum(dim=(1, 2, 3)) == 3 * model.siglip.image_size).all()
+    line = pixels_of(Image.new("RGB", size, "white"), model, Grid(1, 1))
+    assert ((line == 255).sum(dim=(1, 2, 3)) == 3 * model.siglip.image_size).all()
 
 
 @pytest.mark.parametrize("preset", ["vl_debug", "vl_debug_siglip", "vl2_debug"])
 def test_a_blank_image_is_all_padding(preset):
     model = PRESETS[preset]
     grid = Tiling(model).grids[-1]
-    padding = {tower: pixels[:, :, :1, :1] for tower, pixels in pixels_of(picture((90, 9)), model).items()}
-    for tower, pixels in pixels_of(blank(model), model, grid).items():
-        # Measured 0; SigLIP's of the hybrid encoder 1.2e-7, of the resizing.
-        assert torch.allclose(pixels, padding[tower].expand_as(pixels), rtol=0, atol=1e-6)
+    pixels = empty_pixels(model, grid.tiles)
+    write_blank(model, pixels)
+    assert (pixels == pixels_of(picture((90, 9)), model)[:, :, :1, :1]).all()
 
 
 def _sides(size: int) -> dict[str, int]:

@@ -38,7 +38,7 @@ tokens = torch.arange(50)
 for name, parameter in vlm.named_parameters():
     parameter.requires_grad_(config.optim.lr_multiplier(name) > 0)
 with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-    vlm(None, Batch.of(Tiling(model), tokens, tokens, [50], 1, pixels={})).backward()
+    vlm(None, Batch.of(Tiling(model), tokens, tokens, [50], 1, pixels=torch.empty(0, dtype=torch.uint8))).backward()
 # torch counts causal attention over all pairs.
 counts = {"tokens": 50, "supervised_tokens": 50, "squared_tokens": 2 * 50**2 - 50, "tiles": 0}
 assert step_flops(config, **counts).hardware == counter.get_total_flops()

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from megavl.config.presets import PRESETS
+from megavl.model.pixels import tower_inputs
 from megavl.model.stem import Stem
 from tests.model import reference, tiny
 from tests.models import HYBRID, changed
@@ -32,9 +33,9 @@ def test_vision_features_at_full_size(two_threads):
     stem.load_state_dict(
         {name.removeprefix("stem."): value for name, value in weights.items() if name.startswith("stem.")}, assign=True
     )
-    pixels = tiny.pixels(CONFIG, images=1, seed=0)
-    expected = reference.image_features(theirs, pixels)
-    siglip, sam = stem.siglip(pixels["siglip"]), stem.sam(pixels["sam"])
+    inputs = tower_inputs(tiny.pixels(CONFIG, images=1, seed=0), CONFIG)
+    expected = reference.image_features(theirs, inputs)
+    siglip, sam = stem.siglip(inputs["siglip"]), stem.sam(inputs["sam"])
     assert siglip.shape == sam.shape == (1, 576, 1024)
     errors = {
         name: ((ours - expected[name]).abs().max() / expected[name].abs().max()).item()

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megavl.config.model import ModelConfig
+from megavl.model.pixels import tower_inputs
 from tests.model import reference, tiny
 from tests.models import GROUPED, HYBRID, SIGLIP_ONLY
 
@@ -29,12 +30,13 @@ def pair(config: ModelConfig):
 def test_tower_and_adaptor_features(config):
     ours, theirs = pair(config)
     pixels = tiny.pixels(config, images=3, seed=2)
-    expected = reference.image_features(theirs, pixels)
+    inputs = tower_inputs(pixels, config)
+    expected = reference.image_features(theirs, inputs)
     features = ours.stem.encode(pixels, 3)
     errors = {"adaptor": worst(features, expected["adaptor"])}
-    errors["siglip"] = worst(ours.stem.siglip(pixels["siglip"]), expected["siglip"])
+    errors["siglip"] = worst(ours.stem.siglip(inputs["siglip"]), expected["siglip"])
     if config.sam:
-        errors["sam"] = worst(ours.stem.sam(pixels["sam"]), expected["sam"])
+        errors["sam"] = worst(ours.stem.sam(inputs["sam"]), expected["sam"])
     # measured 4.4e-7; an eps of 1e-5 in place of 1e-6 makes 5e-6, GELU's tanh form 1.5e-4
     assert max(errors.values()) < 2e-6, errors
 
@@ -45,7 +47,9 @@ def test_logits(config, text):
     ours, theirs = pair(config)
     tokens = tiny.document(config, text, seed=3)
     pixels = tiny.pixels(config, images=len(text) - 1, seed=4)
-    error = worst(ours.logits(tiny.pack([tokens], pixels, config)), reference.logits(theirs, tokens, pixels))
+    error = worst(
+        ours.logits(tiny.pack([tokens], pixels, config)), reference.logits(theirs, tokens, tower_inputs(pixels, config))
+    )
     assert error < 5e-6  # measured 7.6e-7
 
 
@@ -63,7 +67,7 @@ def test_loss_and_all_gradients(config):
 
     expected, image = 0.0, 0
     for text, tokens, labels in zip(texts, documents, batch.labels.split([len(d) for d in documents]), strict=True):
-        mine = {name: value[image : image + len(text) - 1] for name, value in images.items()}
+        mine = tower_inputs(images[image : image + len(text) - 1], config)
         image += len(text) - 1
         expected += F.cross_entropy(reference.logits(theirs, tokens, mine), labels, reduction="sum")
     expected.backward()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megavl.config.model import ModelConfig
 from megavl.config.tiles import Grid
+from megavl.model.pixels import tower_inputs
 from megavl.model.vlm import VLM
 from megavl.ops.rope import rotate_halves
 from tests.model import tiny
@@ -54,9 +55,10 @@ def test_features_and_their_layout():
     ours, theirs = pair(config)
     pixels = tiny.pixels(config, tiles(GRIDS), seed=2)
     tokens = tiny.document(config, (1,) * 5, 3, GRIDS)
-    expected = theirs.embed(tokens, pixels["siglip"], GRIDS)
-    tower = worst(ours.stem.siglip(pixels["siglip"]), theirs.vision(pixel_values=pixels["siglip"]).last_hidden_state)
-    features = worst(ours.stem.encode(pixels, tiles(GRIDS)), theirs.features(pixels["siglip"]).flatten(1, 2))
+    images = tower_inputs(pixels, config)["siglip"]
+    expected = theirs.embed(tokens, images, GRIDS)
+    tower = worst(ours.stem.siglip(images), theirs.vision(pixel_values=images).last_hidden_state)
+    features = worst(ours.stem.encode(pixels, tiles(GRIDS)), theirs.features(images).flatten(1, 2))
     stem = worst(ours.stem(tiny.pack([tokens], pixels, config, GRIDS)), expected)
     assert max(tower, features, stem) < 2e-6, (tower, features, stem)  # measured 3.3e-7
 
@@ -68,7 +70,8 @@ def test_logits(config, grids):
     tokens = tiny.document(config, (7, 5, 6)[: len(grids) + 1], 3, grids)
     pixels = tiny.pixels(config, tiles(grids), seed=4)
     logits = ours.logits(tiny.pack([tokens], pixels, config, grids))
-    assert worst(logits, theirs(tokens, pixels["siglip"], grids)) < 5e-6  # measured 9.6e-7
+    images = tower_inputs(pixels, config)["siglip"]
+    assert worst(logits, theirs(tokens, images, grids)) < 5e-6  # measured 9.6e-7
 
 
 @CONFIGS
@@ -87,7 +90,7 @@ def test_loss_and_all_gradients(config):
     expected, tile = 0.0, 0
     labels = batch.labels.split([len(tokens) for tokens in documents])
     for (_, group), tokens, label in zip(cases, documents, labels, strict=True):
-        mine = images["siglip"][tile : tile + tiles(group)]
+        mine = tower_inputs(images[tile : tile + tiles(group)], config)["siglip"]
         tile += tiles(group)
         expected += F.cross_entropy(theirs(tokens, mine, group), label, reduction="sum")
     expected.backward()
@@ -130,4 +133,5 @@ def test_a_wrong_part_is_noticed(wrong, least):
             for block in ours.stem.siglip.blocks:
                 block.mlp.approximation = "none"
     logits = ours.logits(tiny.pack([tokens], pixels, config, grids))
-    assert worst(logits, theirs(tokens, pixels["siglip"], grids)) > least
+    images = tower_inputs(pixels, config)["siglip"]
+    assert worst(logits, theirs(tokens, images, grids)) > least

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from megavl.model.pixels import tower_inputs
 from megavl.model.sam import SamAttention, from_windows, to_windows
 from tests.model import tiny
 from tests.models import HYBRID
@@ -56,7 +57,7 @@ def test_attention_is_the_softmax_with_relative_bias():
 @torch.no_grad()
 def test_every_branch_reaches_the_features(name):
     sam = tiny.random_model(HYBRID).stem.sam
-    pixels = tiny.pixels(HYBRID, 1, seed=0)["sam"]
+    pixels = tower_inputs(tiny.pixels(HYBRID, 1, seed=0), HYBRID)["sam"]
     before = sam(pixels)
     # One half only: the norm behind a neck's convolution would undo a change of the whole.
     weight = sam.get_parameter(name)
@@ -68,7 +69,7 @@ def test_every_branch_reaches_the_features(name):
 def test_detail_comes_from_the_first_global_block():
     """With hd_alpha at zero the neck alone speaks; what comes after the first global block does not change the rest."""
     sam = tiny.random_model(HYBRID).stem.sam
-    pixels = tiny.pixels(HYBRID, 1, seed=0)["sam"]
+    pixels = tower_inputs(tiny.pixels(HYBRID, 1, seed=0), HYBRID)["sam"]
 
     def detail() -> torch.Tensor:
         with_detail = sam(pixels)

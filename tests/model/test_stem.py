@@ -9,6 +9,7 @@ import torch.distributed as dist
 from megavl.batch import Batch, tile_share
 from megavl.config.model import ModelConfig
 from megavl.config.tiles import Grid, Tiling
+from megavl.data.image import write_blank
 from megavl.model import encoder as encoder_module
 from megavl.model.stem import Splice, Stem
 from megavl.parallel.groups import TensorAxis, build_mesh
@@ -37,7 +38,8 @@ def image_batch(config, images: int = 2):
 
 def blank_batch(config):
     """Text in a multimodal step."""
-    pixels = {tower: torch.zeros_like(stack) for tower, stack in tiny.pixels(config, images=1, seed=0).items()}
+    pixels = torch.empty_like(tiny.pixels(config, images=1, seed=0))
+    write_blank(config, pixels)
     return dataclasses.replace(text_batch(config), pixels=pixels)
 
 
@@ -159,9 +161,9 @@ def tiles_on_ranks(config: ModelConfig, images: int, sequence: bool, forget_to_s
         encoder_module.summing_gradients = lambda module, axis: module
     batch = many_images(config, images)
     mine = tile_share(batch.tiles, tp.rank, size)
-    pixels = {tower: stack[mine.start : mine.stop] for tower, stack in batch.pixels.items()}
+    pixels = batch.pixels[mine.start : mine.stop]
     if images and not mine:
-        pixels = {tower: torch.zeros_like(stack[:1]) for tower, stack in batch.pixels.items()}
+        pixels = torch.zeros_like(batch.pixels[:1])
     part = shared(dataclasses.replace(batch, pixels=pixels))
     whole = alone(batch)
     weight = torch.randn(whole.shape, generator=torch.Generator().manual_seed(1))

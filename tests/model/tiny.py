@@ -52,14 +52,10 @@ def random_model(config: ModelConfig, seed: int = 0) -> VLM:
     return whole
 
 
-def pixels(config: ModelConfig, images: int, seed: int) -> dict[str, Tensor]:
-    """Random images, or tiles of images, for each tower: float32 [images, 3, S, S]."""
-    generator = torch.Generator().manual_seed(seed)
-    towers = {"siglip": config.siglip} | ({"sam": config.sam} if config.sam else {})
-    return {
-        name: torch.randn(images, 3, tower.image_size, tower.image_size, generator=generator)
-        for name, tower in towers.items()
-    }
+def pixels(config: ModelConfig, images: int, seed: int) -> Tensor:
+    """Random images, or tiles of images: uint8 [images, 3, S, S]."""
+    generator, size = torch.Generator().manual_seed(seed), config.pixel_tower.image_size
+    return torch.randint(256, (images, 3, size, size), dtype=torch.uint8, generator=generator)
 
 
 def document(config: ModelConfig, text: tuple[int, ...], seed: int, grids: tuple[Grid, ...] | None = None) -> Tensor:
@@ -79,9 +75,7 @@ def layout(decoder: DecoderConfig, lengths: tuple[int, ...]) -> PackLayout:
     return PackLayout.of(Batch.of(Tiling(SIGLIP_ONLY), tokens, labels=tokens, lengths=lengths, packs=1), decoder)
 
 
-def pack(
-    documents: list[Tensor], images: dict[str, Tensor], config: ModelConfig, grids: tuple[Grid, ...] | None = None
-) -> Batch:
+def pack(documents: list[Tensor], images: Tensor, config: ModelConfig, grids: tuple[Grid, ...] | None = None) -> Batch:
     """Documents end to end. Each token's label is the next one, except before an image and at a document's end. `grids`
     of the images are those of DeepSeek-VL where none are given."""
     labels = [torch.cat((tokens[1:], torch.tensor([IGNORE_INDEX]))) for tokens in documents]
@@ -92,6 +86,6 @@ def pack(
         labels=flat.masked_fill(flat == config.image_token_id, IGNORE_INDEX),
         lengths=[len(tokens) for tokens in documents],
         packs=1,
-        grids=(Grid(0, 0),) * len(images["siglip"]) if grids is None else grids,
-        pixels=images if len(images["siglip"]) else {},
+        grids=(Grid(0, 0),) * len(images) if grids is None else grids,
+        pixels=images,
     )

@@ -68,8 +68,7 @@ def make_batch(model: ModelConfig, documents: list[tuple[int, int]]) -> Batch:
     tokens = torch.cat(
         [torch.tensor([model.image_token_id] * (images * placeholders) + [1] * text) for images, text in documents]
     )
-    towers = {"siglip": model.siglip} | ({"sam": model.sam} if model.sam else {})
-    tiles = total * tiling.grids[-1].tiles
+    tiles, size = total * tiling.grids[-1].tiles, model.pixel_tower.image_size
     return Batch.of(
         tiling,
         tokens=tokens,
@@ -77,7 +76,7 @@ def make_batch(model: ModelConfig, documents: list[tuple[int, int]]) -> Batch:
         lengths=lengths,
         packs=1,
         grids=(tiling.grids[-1],) * total,
-        pixels={name: torch.randn(tiles, 3, tower.image_size, tower.image_size) for name, tower in towers.items()},
+        pixels=torch.randint(256, (tiles, 3, size, size), dtype=torch.uint8),
     )
 
 
@@ -230,7 +229,8 @@ def test_full_size_vision_is_what_torch_counts(name):
     model = PRESETS[name]
     with torch.device("meta"):
         stem = VLM(model, TensorAxis(), choose(torch.device("cpu")), 0, 1).stem.requires_grad_(False)
-        pixels = {"siglip": torch.empty(2, 3, 384, 384), "sam": torch.empty(2, 3, 1024, 1024)}
+        size = model.pixel_tower.image_size
+        pixels = torch.empty(2, 3, size, size, dtype=torch.uint8)
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             stem.encode(pixels, 2)
     work, *_ = item_work(

@@ -15,16 +15,19 @@ from megavl.config.rules import check
 from megavl.config.run import RunConfig
 from megavl.config.tiles import Grid, Tiling
 from megavl.config.tokens import IGNORE_INDEX
+from megavl.model.init import initialise
 from megavl.ops.dispatch import Ops, choose
 from megavl.parallel.groups import Mesh
 from megavl.runtime.balance import Load
 from megavl.runtime.deepspeed.start import start_deepspeed
 from megavl.runtime.mesh import mesh_of
+from megavl.runtime.origin import find_origin
 from megavl.runtime.replica import Replica
-from megavl.runtime.stage import build_stages
+from megavl.runtime.stage import Initialise, build_stages
 from tests.config.runs import make_run
 from tests.models import HYBRID, MHA_SOFTMAX, MLA_SIGMOID, MLA_SOFTMAX, changed
 
+CPU = torch.device("cpu")
 RECIPES = sorted((Path(__file__).parents[2] / "launch" / "recipes").glob("*.yaml"))
 SEQ_LEN, GLOBAL_BATCH, STEPS = 48, 12, 5
 # What errors of rounding grow to in five steps depends on every width. With these they stay far below the bounds of
@@ -130,17 +133,18 @@ def _micro_batch(step: int, numbers: list[int], model: ModelConfig, mesh: Mesh) 
     packs = [_pack(step, number, model) for number in numbers]
     lengths = [length for pack in packs for length in pack[2]]
     grids = [grid for number in numbers for grid in _grids(step, number, model)]
+    shape = (3, *[model.pixel_tower.image_size] * 2)
     pixels = [
-        torch.randn((3, 32, 32), generator=torch.Generator().manual_seed(7 * step + 100 * number + tile))
+        torch.randint(256, shape, generator=torch.Generator().manual_seed(seed + tile), dtype=torch.uint8)
         for number in numbers
+        for seed in [7 * step + 100 * number]
         for tile in range(sum(grid.tiles for grid in _grids(step, number, model)))
     ]
     if mesh.tp.shares_images:
         mine = tile_share(len(pixels), mesh.tp.rank, mesh.tp.size)
         pixels = pixels[mine.start : mine.stop]
-    high = torch.stack(pixels or [torch.zeros(3, 32, 32)])  # [tiles, 3, 32, 32], a blank one for none
-    side = model.siglip.image_size
-    towers = {} if step % 2 else {"sam": high, "siglip": high[:, :, ::2, ::2][:, :, :side, :side]}
+    without_tiles = torch.zeros(0 if step % 2 else 1, *shape, dtype=torch.uint8)
+    stacked = torch.stack(pixels) if pixels else without_tiles  # [tiles, 3, S, S]
     return Batch.of(
         Tiling(model),
         tokens=torch.cat([pack[0] for pack in packs]),
@@ -148,7 +152,7 @@ def _micro_batch(step: int, numbers: list[int], model: ModelConfig, mesh: Mesh) 
         lengths=lengths,
         packs=len(packs),
         grids=grids,
-        pixels=towers if mesh.pp.rank == 0 else None,
+        pixels=stacked if mesh.pp.rank == 0 else None,
     )
 
 
@@ -176,10 +180,17 @@ def step_batch(step: int, config: RunConfig, mesh: Mesh) -> StepBatch:
 
 def build(config: RunConfig, ops: Ops | None = None) -> Replica:
     """The replica of a tiny run, with a CPU's operators unless others are given. Collective."""
+    return _build_on(start(config), config, ops or choose(CPU), initialise)
+
+
+def start(config: RunConfig) -> Mesh:
+    """DeepSpeed and the process groups of a run. Collective."""
     start_deepspeed("gloo")
-    cpu = torch.device("cpu")
-    mesh, ops = mesh_of(config, dist.get_world_size(), cpu), ops or choose(cpu)
-    stages = build_stages(config, mesh, ops, cpu)
+    return mesh_of(config, dist.get_world_size(), CPU)
+
+
+def _build_on(mesh: Mesh, config: RunConfig, ops: Ops, initialise: Initialise) -> Replica:
+    stages = build_stages(config, mesh, ops, CPU, initialise)
     # The SAM branch counts from the start: its scale begins at zero, which would hide it.
     for stage in stages:
         for name, parameter in stage.vlm.named_parameters():
@@ -206,8 +217,10 @@ class Trained:
 
 def train(config: RunConfig, checkpoints: str | None = None) -> Trained:
     """With `checkpoints`, begins at the newest one there and leaves one behind."""
-    replica = build(config)
-    first = replica.resume(Path(checkpoints))["step"] if checkpoints else 0
+    if checkpoints:
+        replica, first = resume(config, Path(checkpoints))
+    else:
+        replica, first = build(config), 0
     steps, evaluated = [], []
     for step in range(first, config.train.steps):
         batch = step_batch(step, config, replica.mesh)
@@ -218,6 +231,14 @@ def train(config: RunConfig, checkpoints: str | None = None) -> Trained:
         replica.save(Path(checkpoints), config.train.steps, progress={})
     history = [(step.loss, step.grad_norm) for step in steps]
     return Trained(history, [step.load for step in steps], evaluated, weights(replica))
+
+
+def resume(config: RunConfig, checkpoints: Path) -> tuple[Replica, int]:
+    """The replica of a run from where it starts, as the training loop makes it, and its first step. Collective."""
+    mesh = start(config)
+    origin = find_origin(config, checkpoints, mesh.control)
+    replica = _build_on(mesh, config, choose(CPU), origin.initialise)
+    return replica, replica.resume(origin)["step"]
 
 
 def train_each(configs: list[RunConfig]) -> list[Trained]:

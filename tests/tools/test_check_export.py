@@ -31,11 +31,11 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def check_export(monkeypatch):
+def compare(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "tools")
-    import check_export
+    from exports import compare
 
-    return check_export
+    return compare
 
 
 def _write_store(prefix: Path, tokenizer_path: Path) -> None:
@@ -63,7 +63,7 @@ def _write_store(prefix: Path, tokenizer_path: Path) -> None:
         pytest.param(MLA_SIGMOID, "language.model.layers.1.mlp.gate.e_score_correction_bias", id="mla_sigmoid"),
     ],
 )
-def test_losses_agree_and_a_wrong_value_shows(check_export, tmp_path, capsys, model, wrong):
+def test_losses_agree_and_a_wrong_value_shows(compare, tmp_path, capsys, model, wrong):
     """Measured on a token: 9.5e-7 at most, and from 4e-2 to 1.1 with the wrong value."""
     pytest.importorskip("transformers")
     tokenizer = train_tokenizer(tmp_path / "tokenizer.model")
@@ -73,10 +73,10 @@ def test_losses_agree_and_a_wrong_value_shows(check_export, tmp_path, capsys, mo
     _write_store(tmp_path / "heldout", tokenizer)
     Image.new("RGB", (40, 40), (9, 200, 9)).save(tmp_path / "green.png")
     arguments = (str(checkpoint), tmp_path / "hf", str(tmp_path / "heldout"), tmp_path / "green.png", 512)
-    assert check_export.check(*arguments)
+    assert compare.check(*arguments)
     printed = capsys.readouterr().out
     difference = float(printed.split("on a token:")[1].split()[0])
-    assert difference < 1e-5 < check_export.TOLERANCE
+    assert difference < 1e-5 < compare.TOLERANCE
     # Both documents twice; tiles take more of the pack.
     assert ("4 images" if model.family == "vl" else "2 images") in printed
     assert "green.png:" in printed
@@ -84,10 +84,10 @@ def test_losses_agree_and_a_wrong_value_shows(check_export, tmp_path, capsys, mo
     tensors = load_file(tmp_path / "hf" / "model.safetensors")
     tensors[wrong][0] += 2.0
     save_file(tensors, tmp_path / "hf" / "model.safetensors", {"format": "pt"})
-    assert not check_export.check(*arguments[:3], None, 512)
+    assert not compare.check(*arguments[:3], None, 512)
 
 
-def test_what_cannot_be_compared_is_refused_before_anything_is_computed(check_export, tmp_path, monkeypatch):
+def test_what_cannot_be_compared_is_refused_before_anything_is_computed(compare, tmp_path, monkeypatch):
     pytest.importorskip("transformers")
     tokenizer = train_tokenizer(tmp_path / "tokenizer.model")
     checkpoint = str(write_checkpoint(tmp_path / "checkpoints", SIGLIP_ONLY, torch.bfloat16, tokenizer))
@@ -98,7 +98,7 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_computed(check_ex
     _write_store(tmp_path / "heldout", tokenizer)
     (tmp_path / "text.png").write_text("no image")
     data, gone = str(tmp_path / "heldout"), tmp_path / "gone"
-    monkeypatch.setattr(check_export, "load_model", lambda *arguments: pytest.fail("megavl's side was computed"))
+    monkeypatch.setattr(compare, "load_model", lambda *arguments: pytest.fail("megavl's side was computed"))
     for arguments, error, message in (
         ((checkpoint, tmp_path / "other", data, None), CheckpointError, "other is no export .*sam.* here"),
         ((checkpoint, tmp_path / "deepseek", data, None), CheckpointError, "--layout transformers"),
@@ -109,7 +109,7 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_computed(check_ex
         ((checkpoint, tmp_path / "hf", data, tmp_path / "text.png"), DataError, "no AVIF, BMP, .* file"),
     ):
         with pytest.raises(error, match=message):
-            check_export.check(*arguments, 512)
+            compare.check(*arguments, 512)
     most = int(Tiling(SIGLIP_ONLY).tokens.max())
     with pytest.raises(DataError, match=f"--tokens {most}: an image takes up to {most} tokens and is never split"):
-        check_export.check(checkpoint, tmp_path / "hf", data, None, most)
+        compare.check(checkpoint, tmp_path / "hf", data, None, most)

@@ -16,10 +16,11 @@ from megavl.config.run import DataConfig, SourceConfig, TextRatioConfig, TrainCo
 from megavl.config.tiles import Grid
 from megavl.data.assemble import ImageShare
 from megavl.data.decode import decode
-from megavl.data.image import numbers, room
+from megavl.data.image import empty_pixels
 from megavl.data.image import preprocess as write_pixels
 from megavl.data.loader import Loader
 from megavl.data.sampler import Sampler
+from megavl.data.worker import preload_workers
 
 SEQ_LEN, BATCH = 4096, 4
 MODELS = ("vl_1b", "vl_7b")
@@ -27,6 +28,7 @@ MODELS = ("vl_1b", "vl_7b")
 
 def run(setting: Setting) -> Iterator[str]:
     """The section in Markdown."""
+    preload_workers()
     directory = setting.directory
     pictures = write_pictures(directory / "pictures", setting.images)
     captions = write_captions(directory / "captions.jsonl", pictures, CAPTION)
@@ -57,11 +59,11 @@ def _row(name: str, pictures: list[Path], tokenizer: Path, setting: Setting) -> 
 
 
 def pixels_loop(name: str, pictures: list[Path]) -> Callable[[], None]:
-    """A process's share of the images, from the bytes of their files to the pixels of the model's towers."""
+    """A process's share of the images, from the bytes of their files to the pixels of a batch."""
     torch.set_num_threads(1)  # as in the loader's worker processes
     model = PRESETS[name]
     files = [path.read_bytes() for path in pictures]
-    pixels = room(model, 1, torch.empty(numbers(model, 1)))
+    pixels = empty_pixels(model, 1)
     overview = Grid(0, 0)
 
     def work() -> None:

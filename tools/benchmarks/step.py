@@ -30,6 +30,7 @@ from megavl.plan.cost import step_flops
 from megavl.plan.schedule import rank_of
 from megavl.runtime.env import Env, LaunchError, process_group, read_env
 from megavl.runtime.mesh import mesh_of
+from megavl.runtime.metrics import memory_bytes, peak
 from megavl.runtime.replica import Replica, build_replica
 
 DOCUMENTS = 4
@@ -55,14 +56,10 @@ def made_up_pack(config: RunConfig, images: int, grid: Grid, mesh: Mesh, documen
     labels = tokens.roll(-1)
     labels[labels == model.image_token_id] = IGNORE_INDEX
     labels[torch.tensor(lengths).cumsum(0) - 1] = IGNORE_INDEX
-    towers = {"siglip": model.siglip} | ({"sam": model.sam} if model.sam else {})
     tiles = images * grid.tiles
     mine = len(tile_share(tiles, mesh.tp.rank, mesh.tp.size)) if mesh.tp.shares_images else tiles
-    pixels = {
-        name: torch.randn(max(1, mine), 3, tower.image_size, tower.image_size)
-        for name, tower in towers.items()
-        if images
-    }
+    size = model.pixel_tower.image_size
+    pixels = torch.randint(256, (max(1, mine) if images else 0, 3, size, size), dtype=torch.uint8)
     return Batch.of(
         tiling,
         tokens=tokens,
@@ -138,9 +135,6 @@ def run(args: argparse.Namespace) -> None:
 
 
 def benchmark(config: RunConfig, env: Env, args: argparse.Namespace, grid: Grid) -> None:
-    # Imported here: it needs TensorBoard, and tools/gpu_check.py, which takes its packs from this file, does not.
-    from megavl.runtime.metrics import memory_bytes, peak
-
     mesh = mesh_of(config, env.world, env.device)
     replica = build_replica(config, mesh, env)
     peak_flops, origin = peak(env)

@@ -1,6 +1,6 @@
 """One document of a packed batch, as a model that packs nothing reads it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -15,13 +15,13 @@ class Document:
     """
     tokens, labels: int64 [T]
     grids:          of its images, in order
-    pixels:         tower name -> float32 [tiles, 3, S, S]
+    pixels:         uint8 [tiles, 3, S, S], as in `Batch`
     """
 
     tokens: Tensor
     labels: Tensor
     grids: tuple[Grid, ...]
-    pixels: Mapping[str, Tensor]
+    pixels: Tensor
 
 
 def documents(batch: Batch, config: ModelConfig) -> Iterator[Document]:
@@ -33,6 +33,5 @@ def documents(batch: Batch, config: ModelConfig) -> Iterator[Document]:
         while sum(len(tiling.layout(grid)) for grid in mine) < placeholders:
             mine.append(grids.pop(0))
         tiles = sum(grid.tiles for grid in mine)
-        pixels = {tower: stack[tile : tile + tiles] for tower, stack in batch.pixels.items()}
+        yield Document(tokens, batch.labels[start:stop], tuple(mine), batch.pixels[tile : tile + tiles])
         tile += tiles
-        yield Document(tokens, batch.labels[start:stop], tuple(mine), pixels)

@@ -9,6 +9,8 @@ from PIL import Image
 from torch import Tensor
 
 from megavl.checkpoint.error import CheckpointError
+from megavl.config.model import ModelConfig
+from megavl.model.pixels import tower_inputs
 
 
 class ExportedVL:
@@ -18,10 +20,10 @@ class ExportedVL:
         CheckpointError: transformers does not have the class that the export names.
     """
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, config: ModelConfig):
         import transformers
 
-        self._directory = directory
+        self._directory, self._config = directory, config
         names = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("architectures") or ["no class"]
         if not hasattr(transformers, names[0]):
             raise CheckpointError(
@@ -49,9 +51,10 @@ class ExportedVL:
         """[T, V]."""
         inputs = {"input_ids": document.tokens[None]}
         if document.grids:
-            inputs["pixel_values"] = document.pixels["siglip"]
-            if "sam" in document.pixels:
-                inputs["high_res_pixel_values"] = document.pixels["sam"]
+            images = tower_inputs(document.pixels, self._config)
+            inputs["pixel_values"] = images["siglip"]
+            if "sam" in images:
+                inputs["high_res_pixel_values"] = images["sam"]
         return self._model(**inputs).logits[0]
 
     def generate(self, image: Image.Image, tokens: int) -> str:

@@ -20,7 +20,7 @@ from megavl.checkpoint.maps import deepseek_vl_v2
 from megavl.checkpoint.shards import Shards
 from megavl.config.model import ModelConfig
 from megavl.config.tiles import Tiling
-from megavl.data.image import numbers, preprocess, room
+from megavl.data.image import empty_pixels, preprocess
 from megavl.model.stem import Stem
 from megavl.parallel.groups import TensorAxis
 
@@ -63,7 +63,7 @@ class ExportedVL2:
         settings = json.loads((self._directory / "generation_config.json").read_text(encoding="utf-8"))
         tiling = Tiling(config)
         grid = tiling.grid(*image.size, images=1)
-        pixels = room(config, grid.tiles, torch.empty(numbers(config, grid.tiles)))
+        pixels = empty_pixels(config, grid.tiles)
         preprocess(image, config, grid, range(grid.tiles), pixels)
         placeholders = torch.full((len(tiling.layout(grid)),), config.image_token_id)
         h = self._embed(Document(placeholders, placeholders, (grid,), pixels))[None]  # [1, T, D]

@@ -20,6 +20,7 @@ from megavl.batch import Kind, StepBatch
 from megavl.config.model import ModelConfig
 from megavl.config.run import RunConfig
 from megavl.config.tokens import IGNORE_INDEX
+from megavl.model.pixels import tower_inputs
 from megavl.plan.cost import step_flops
 from megavl.plan.hardware import peak_flops
 
@@ -200,6 +201,7 @@ def inputs_of(batch: StepBatch, config: ModelConfig, device: torch.device) -> di
         "labels": ids.masked_fill(ids == config.image_token_id, IGNORE_INDEX),  # shifted by the model itself
     }
     if pack.tiles:
-        inputs["pixel_values"] = pack.pixels["siglip"].bfloat16()
-        inputs["high_res_pixel_values"] = pack.pixels["sam"].bfloat16()
+        images = tower_inputs(pack.pixels, config)
+        inputs["pixel_values"] = images["siglip"].bfloat16()
+        inputs["high_res_pixel_values"] = images["sam"].bfloat16()
     return inputs
