@@ -31,7 +31,7 @@ class Operators(TorchDispatchMode):
 def batch_of(config):
     """Two documents of text."""
     documents = [tiny.document(config, (length,), seed=length) for length in (7, 5)]
-    return tiny.pack(documents, {"siglip": torch.empty(0)}, config)
+    return tiny.pack(documents, tiny.pixels(config, images=0, seed=0), config)
 
 
 @CONFIGS

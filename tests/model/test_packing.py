@@ -15,7 +15,7 @@ def packed_and_alone(config):
     images = tiny.pixels(config, images=3, seed=1)
     alone, start, image = [], 0, 0
     for text, tokens in zip(TEXTS, documents, strict=True):
-        mine = {name: value[image : image + len(text) - 1] for name, value in images.items()}
+        mine = images[image : image + len(text) - 1]
         alone.append((slice(start, start + len(tokens)), tiny.pack([tokens], mine, config)))
         start, image = start + len(tokens), image + len(text) - 1
     return tiny.pack(documents, images, config), alone
