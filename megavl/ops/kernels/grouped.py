@@ -1,0 +1,388 @@
+"""Triton kernels for `megavl.ops.grouped` and `megavl.ops.expert_mlp`, in bf16 with fp32 sums.
+
+Where each expert's rows end is read on the device, so the host does not wait for it: grids have room for the largest
+possible number of tiles, and programs past the last tile return at once. The order of each sum is fixed.
+
+The shapes of tiles are fixed, not tuned at run time, so that runs and ranks agree to the last bit. For Ampere: 128 x 128
+results, 128 registers of each thread at 4 warps, of which each has 64 x 64, so that operands are read from shared memory
+least often. A depth of 32 in 4 stages takes 64 KiB, so two programs share an A100's multiprocessor (164 KiB), and the
+kernels fit GPUs with 100 KiB too.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd import Function
+
+from megavl.ops.activation import swiglu
+from megavl.ops.expert_mlp import composed_expert_mlp
+from megavl.ops.grouped import Groups, reference_grouped_linear
+
+_ROWS = 128
+_COLUMNS = 128
+_DEPTH = 32
+_PIPELINE = {"num_warps": 4, "num_stages": 4}
+
+
+@triton.jit
+def find_tile(ends, tile, experts, ROWS: tl.constexpr, EXPERTS: tl.constexpr):
+    """Each expert has its own tiles of `ROWS` rows.
+
+    Returns:
+        The expert of a tile (`EXPERTS` past the last tile), the tile's first row, and where the expert's rows end.
+    """
+    expert = tl.arange(0, EXPERTS)
+    inside = expert < experts
+    end = tl.load(ends + expert, mask=inside, other=0)
+    begin = tl.load(ends + expert - 1, mask=inside & (expert > 0), other=0)
+    tiles = tl.cdiv(end - begin, ROWS)
+    last = tl.cumsum(tiles, 0)  # [EXPERTS], where the tiles of each expert end
+    found = tl.sum((last <= tile).to(tl.int32), 0)
+    first_row = tl.sum(tl.where(expert == found, begin + (tile - last + tiles) * ROWS, 0), 0)
+    end_row = tl.sum(tl.where(expert == found, end, 0), 0)
+    return found, first_row, end_row
+
+
+@triton.jit
+def load_depth(pointers, mask, start, depth, BLOCK: tl.constexpr, AXIS: tl.constexpr, EVEN: tl.constexpr):
+    """A block of an operand: zeros where `mask`, which spans the other axis, is false or the depth is exceeded."""
+    if not EVEN:
+        mask = mask & tl.expand_dims(start + tl.arange(0, BLOCK) < depth, 1 - AXIS)
+    return tl.load(pointers, mask=mask, other=0.0)
+
+
+@triton.jit
+def product_kernel(
+    x,
+    weight,
+    second_weight,
+    y,
+    ends,
+    rows,
+    columns,
+    depth,
+    experts,
+    column_stride,
+    depth_stride,
+    PAIR: tl.constexpr,
+    EVEN: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    EXPERTS: tl.constexpr,
+):
+    """y[n, c] = sum over d of x[n, d] * weight[expert of n, c, d], the strides of c and d as given.
+
+    PAIR: x is [2, rows, depth], and the product of its second half with `second_weight` is added.
+    EVEN: depth is divisible by DEPTH.
+    """
+    program = tl.program_id(0)
+    column_tiles = tl.cdiv(columns, COLUMNS)
+    expert, first_row, end_row = find_tile(ends, program // column_tiles, experts, ROWS, EXPERTS)
+    if expert >= experts:
+        return
+    row = (first_row + tl.arange(0, ROWS)).to(tl.int64)  # N * D may exceed int32
+    column = program % column_tiles * COLUMNS + tl.arange(0, COLUMNS)
+    row_inside, column_inside = (row < end_row)[:, None], (column < columns)[None, :]
+    k = tl.arange(0, DEPTH)
+    x_offset = row[:, None] * depth + k[None, :]
+    weight_offset = expert.to(tl.int64) * columns * depth + column[None, :] * column_stride + k[:, None] * depth_stride
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    x_pointers, weight_pointers = x + x_offset, weight + weight_offset
+    for start in range(0, depth, DEPTH):
+        left = load_depth(x_pointers, row_inside, start, depth, DEPTH, 1, EVEN)
+        right = load_depth(weight_pointers, column_inside, start, depth, DEPTH, 0, EVEN)
+        total = tl.dot(left, right, total)
+        x_pointers += DEPTH
+        weight_pointers += DEPTH * depth_stride
+    if PAIR:
+        x_pointers, weight_pointers = x + rows.to(tl.int64) * depth + x_offset, second_weight + weight_offset
+        for start in range(0, depth, DEPTH):
+            left = load_depth(x_pointers, row_inside, start, depth, DEPTH, 1, EVEN)
+            right = load_depth(weight_pointers, column_inside, start, depth, DEPTH, 0, EVEN)
+            total = tl.dot(left, right, total)
+            x_pointers += DEPTH
+            weight_pointers += DEPTH * depth_stride
+    tl.store(y + row[:, None] * columns + column[None, :], total.to(tl.bfloat16), mask=row_inside & column_inside)
+
+
+@triton.jit
+def weight_gradient_kernel(
+    grad,
+    x,
+    for_weight,
+    ends,
+    rows,
+    d_out,
+    d_in,
+    experts,
+    OUT: tl.constexpr,
+    IN: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """for_weight[m, e, o, i] = sum over the rows n of expert e of grad[m, n, o] * x[n, i]; without rows, zeros."""
+    expert, matrix = tl.program_id(1), tl.program_id(2)
+    in_tiles = tl.cdiv(d_in, IN)
+    begin = tl.load(ends + expert - 1, mask=expert > 0, other=0)
+    end = tl.load(ends + expert)
+    out_column = tl.program_id(0) // in_tiles * OUT + tl.arange(0, OUT)
+    in_column = tl.program_id(0) % in_tiles * IN + tl.arange(0, IN)
+    out_inside, in_inside = (out_column < d_out)[:, None], (in_column < d_in)[None, :]
+    row = begin.to(tl.int64) + tl.arange(0, DEPTH)  # N * D may exceed int32
+    grad_pointers = grad + (matrix.to(tl.int64) * rows + row)[None, :] * d_out + out_column[:, None]
+    x_pointers = x + row[:, None] * d_in + in_column[None, :]
+    total = tl.zeros((OUT, IN), tl.float32)
+    for start in range(begin, end, DEPTH):
+        inside = start + tl.arange(0, DEPTH) < end
+        left = tl.load(grad_pointers, mask=out_inside & inside[None, :], other=0.0)
+        right = tl.load(x_pointers, mask=in_inside & inside[:, None], other=0.0)
+        total = tl.dot(left, right, total)
+        grad_pointers += DEPTH * d_out
+        x_pointers += DEPTH * d_in
+    out_row = (matrix.to(tl.int64) * experts + expert) * d_out + out_column
+    tl.store(for_weight + out_row[:, None] * d_in + in_column[None, :], total.to(tl.bfloat16), out_inside & in_inside)
+
+
+@triton.jit
+def gate_up_kernel(
+    x,
+    gate_weight,
+    up_weight,
+    gate_up,
+    hidden,
+    ends,
+    rows,
+    columns,
+    depth,
+    experts,
+    EVEN: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    EXPERTS: tl.constexpr,
+):
+    """gate_up[0] and gate_up[1] = x times both weights; hidden = silu(gate_up[0]) * gate_up[1]."""
+    program = tl.program_id(0)
+    column_tiles = tl.cdiv(columns, COLUMNS)
+    expert, first_row, end_row = find_tile(ends, program // column_tiles, experts, ROWS, EXPERTS)
+    if expert >= experts:
+        return
+    row = (first_row + tl.arange(0, ROWS)).to(tl.int64)  # N * D may exceed int32
+    column = program % column_tiles * COLUMNS + tl.arange(0, COLUMNS)
+    row_inside, column_inside = (row < end_row)[:, None], (column < columns)[None, :]
+    k = tl.arange(0, DEPTH)
+    x_pointers = x + row[:, None] * depth + k[None, :]
+    weight_offset = (expert.to(tl.int64) * columns + column)[None, :] * depth + k[:, None]
+    gate_pointers, up_pointers = gate_weight + weight_offset, up_weight + weight_offset
+    gate = tl.zeros((ROWS, COLUMNS), tl.float32)
+    up = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(0, depth, DEPTH):
+        left = load_depth(x_pointers, row_inside, start, depth, DEPTH, 1, EVEN)
+        gate = tl.dot(left, load_depth(gate_pointers, column_inside, start, depth, DEPTH, 0, EVEN), gate)
+        up = tl.dot(left, load_depth(up_pointers, column_inside, start, depth, DEPTH, 0, EVEN), up)
+        x_pointers += DEPTH
+        gate_pointers += DEPTH
+        up_pointers += DEPTH
+    offset, inside = row[:, None] * columns + column[None, :], row_inside & column_inside
+    # From the rounded values, which the backward pass has too: its hidden activations are the same bit for bit.
+    gate, up = gate.to(tl.bfloat16), up.to(tl.bfloat16)
+    tl.store(gate_up + offset, gate, mask=inside)
+    tl.store(gate_up + rows.to(tl.int64) * columns + offset, up, mask=inside)
+    gate, up = gate.to(tl.float32), up.to(tl.float32)
+    tl.store(hidden + offset, (gate * tl.sigmoid(gate) * up).to(tl.bfloat16), mask=inside)
+
+
+@triton.jit
+def hidden_gradient_kernel(
+    grad,
+    down_weight,
+    gate_up,
+    for_gate_up,
+    hidden,
+    ends,
+    rows,
+    columns,
+    depth,
+    experts,
+    EVEN: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    EXPERTS: tl.constexpr,
+):
+    """The gradients of gate and up from that of the output, and the hidden activations once more."""
+    program = tl.program_id(0)
+    column_tiles = tl.cdiv(columns, COLUMNS)
+    expert, first_row, end_row = find_tile(ends, program // column_tiles, experts, ROWS, EXPERTS)
+    if expert >= experts:
+        return
+    row = (first_row + tl.arange(0, ROWS)).to(tl.int64)  # N * D may exceed int32
+    column = program % column_tiles * COLUMNS + tl.arange(0, COLUMNS)
+    row_inside, column_inside = (row < end_row)[:, None], (column < columns)[None, :]
+    k = tl.arange(0, DEPTH)
+    grad_pointers = grad + row[:, None] * depth + k[None, :]
+    weight_pointers = down_weight + (expert.to(tl.int64) * depth + k)[:, None] * columns + column[None, :]
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(0, depth, DEPTH):
+        left = load_depth(grad_pointers, row_inside, start, depth, DEPTH, 1, EVEN)
+        right = load_depth(weight_pointers, column_inside, start, depth, DEPTH, 0, EVEN)
+        total = tl.dot(left, right, total)
+        grad_pointers += DEPTH
+        weight_pointers += DEPTH * columns
+    offset, inside = row[:, None] * columns + column[None, :], row_inside & column_inside
+    up_offset = rows.to(tl.int64) * columns + offset
+    gate = tl.load(gate_up + offset, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + up_offset, mask=inside, other=0.0).to(tl.float32)
+    sigmoid = tl.sigmoid(gate)
+    silu = gate * sigmoid
+    for_gate = total * up * (sigmoid + silu * (1 - sigmoid))
+    tl.store(for_gate_up + offset, for_gate.to(tl.bfloat16), mask=inside)
+    tl.store(for_gate_up + up_offset, (total * silu).to(tl.bfloat16), mask=inside)
+    tl.store(hidden + offset, (silu * up).to(tl.bfloat16), mask=inside)
+
+
+def _experts(experts: int) -> int:
+    return triton.next_power_of_2(max(experts, 16))
+
+
+def _grid(rows: int, columns: int, experts: int, block_columns: int) -> tuple[int]:
+    """Room for the tiles of any counts: each expert may have one that is not full."""
+    row_tiles = min(triton.cdiv(rows, _ROWS) + experts, rows)
+    return (row_tiles * triton.cdiv(columns, block_columns),)
+
+
+def _product(x: Tensor, weights: tuple[Tensor, ...], ends: Tensor, transposed: bool) -> Tensor:
+    """x [N, d] times one weight or, summed, x [2, N, d] times two. Contracts dimension 2 of the weights [E, a, b], or
+    dimension 1 if `transposed`."""
+    experts, a, b = weights[0].shape
+    columns, depth, column_stride, depth_stride = (b, a, 1, b) if transposed else (a, b, b, 1)
+    rows = x.shape[-2]
+    y = x.new_empty(rows, columns)
+    product_kernel[_grid(rows, columns, experts, _COLUMNS)](
+        x,
+        weights[0],
+        weights[-1],
+        y,
+        ends,
+        rows,
+        columns,
+        depth,
+        experts,
+        column_stride,
+        depth_stride,
+        PAIR=len(weights) == 2,
+        EVEN=depth % _DEPTH == 0,
+        ROWS=_ROWS,
+        COLUMNS=_COLUMNS,
+        DEPTH=_DEPTH,
+        EXPERTS=_experts(experts),
+        **_PIPELINE,
+    )
+    return y
+
+
+def _weight_gradient(grad: Tensor, x: Tensor, ends: Tensor) -> Tensor:
+    """grad [matrices, N, d_out] and x [N, d_in] -> [matrices, E, d_out, d_in]"""
+    matrices, rows, d_out = grad.shape
+    d_in, experts = x.shape[1], len(ends)
+    result = x.new_empty(matrices, experts, d_out, d_in)
+    tiles = triton.cdiv(d_out, _COLUMNS) * triton.cdiv(d_in, _COLUMNS)
+    weight_gradient_kernel[(tiles, experts, matrices)](
+        grad, x, result, ends, rows, d_out, d_in, experts, OUT=_COLUMNS, IN=_COLUMNS, DEPTH=_DEPTH, **_PIPELINE
+    )
+    return result
+
+
+class _GroupedLinear(Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, ends)
+        return _product(x, (weight,), ends, transposed=False)  # [N, d_out]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, weight, ends = ctx.saved_tensors
+        grad = grad.contiguous()
+        for_x = for_weight = None
+        if ctx.needs_input_grad[0]:
+            for_x = _product(grad, (weight,), ends, transposed=True)  # [N, d_in]
+        if ctx.needs_input_grad[1]:  # experts may be frozen
+            for_weight = _weight_gradient(grad[None], x, ends)[0]  # [E, d_out, d_in]
+        return for_x, for_weight, None
+
+
+def grouped_linear(x: Tensor, weight: Tensor, groups: Groups) -> Tensor:
+    """A `GroupedLinear` for bf16, of any widths; the reference for other dtypes."""
+    if x.dtype != torch.bfloat16:
+        return reference_grouped_linear(x, weight, groups)
+    return _GroupedLinear.apply(x.contiguous(), weight.contiguous(), groups.ends)
+
+
+class _ExpertMlp(Function):
+    """Two launches forward and four backward. Keeps gate and up, from which backward has the hidden activations."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, gate: Tensor, up: Tensor, down: Tensor, ends: Tensor) -> Tensor:
+        (rows, depth), (experts, columns, _) = x.shape, gate.shape
+        gate_up, hidden = x.new_empty(2, rows, columns), x.new_empty(rows, columns)
+        gate_up_kernel[_grid(rows, columns, experts, _COLUMNS // 2)](
+            x,
+            gate,
+            up,
+            gate_up,
+            hidden,
+            ends,
+            rows,
+            columns,
+            depth,
+            experts,
+            EVEN=depth % _DEPTH == 0,
+            ROWS=_ROWS,
+            COLUMNS=_COLUMNS // 2,  # of two products
+            DEPTH=_DEPTH,
+            EXPERTS=_experts(experts),
+            **_PIPELINE,
+        )
+        ctx.save_for_backward(x, gate, up, down, gate_up, ends)
+        return _product(hidden, (down,), ends, transposed=False)  # [N, D]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, gate, up, down, gate_up, ends = ctx.saved_tensors
+        grad = grad.contiguous()
+        (experts, depth, columns), rows = down.shape, len(x)
+        for_gate_up, hidden = torch.empty_like(gate_up), x.new_empty(rows, columns)
+        hidden_gradient_kernel[_grid(rows, columns, experts, _COLUMNS // 2)](
+            grad,
+            down,
+            gate_up,
+            for_gate_up,
+            hidden,
+            ends,
+            rows,
+            columns,
+            depth,
+            experts,
+            EVEN=depth % _DEPTH == 0,
+            ROWS=_ROWS,
+            COLUMNS=_COLUMNS // 2,  # the epilogue has six values per result
+            DEPTH=_DEPTH,
+            EXPERTS=_experts(experts),
+            **_PIPELINE,
+        )
+        for_x = for_gate = for_up = for_down = None
+        if ctx.needs_input_grad[0]:
+            for_x = _product(for_gate_up, (gate, up), ends, transposed=True)  # [N, D]
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:  # experts may be frozen
+            for_gate, for_up = _weight_gradient(for_gate_up, x, ends).unbind()  # [E, F, D] each
+        if ctx.needs_input_grad[3]:
+            for_down = _weight_gradient(grad[None], hidden, ends)[0]  # [E, D, F]
+        return for_x, for_gate, for_up, for_down, None
+
+
+def expert_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, groups: Groups) -> Tensor:
+    """An `ExpertMlp` for bf16, of any widths; torch's, one expert at a time, for other dtypes."""
+    if x.dtype != torch.bfloat16:
+        return composed_expert_mlp(reference_grouped_linear, swiglu)(x, gate, up, down, groups)
+    return _ExpertMlp.apply(x.contiguous(), gate.contiguous(), up.contiguous(), down.contiguous(), groups.ends)
