@@ -1,7 +1,7 @@
 """Which implementation serves each op on a device, and why. Decided once, at start, and told to the user."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from megavl.ops.activation import swiglu
 from megavl.ops.attention import PackedAttention, fused_attention, reference_attention
 from megavl.ops.cross_entropy import REFERENCE_CROSS_ENTROPY, CrossEntropy
+from megavl.ops.expert_mlp import ExpertMlp, composed_expert_mlp
 from megavl.ops.grouped import GroupedLinear, grouped_gemm_linear, grouped_mm_linear, reference_grouped_linear
 from megavl.ops.norm import rms_norm
 from megavl.ops.permutation import REFERENCE_PERMUTATION, Permutation
@@ -20,6 +21,7 @@ from megavl.ops.versions import causal_varlen
 _AMPERE = (8, 0)  # compute capability; FlashAttention 2 needs it
 # Major ones for which torch has a kernel of grouped products; on others its grouped_mm is a loop too.
 _HOPPER, _BLACKWELL = 9, 10
+_AMPERE_MAJOR = 8
 _TORCH_ONLY = "torch (no other implementation)"
 
 
@@ -39,6 +41,7 @@ class Ops:
     cross_entropy: CrossEntropy
     permutation: Permutation
     grouped_linear: GroupedLinear
+    expert_mlp: ExpertMlp
     products: AbstractContextManager
     lines: tuple[str, ...]
 
@@ -47,7 +50,9 @@ def choose(device: torch.device) -> Ops:
     """The fastest implementation of each op that this installation has for `device`."""
     attention, attention_line = _attention(device)
     norm, norm_line = _rms_norm(device)
+    permutation, permutation_line = _permutation(device)
     grouped, grouped_line = _grouped_linear(device)
+    expert_mlp, expert_mlp_line = _expert_mlp(device, grouped)
     product_context, products_line = products(device)
     return Ops(
         attention=attention,
@@ -56,8 +61,9 @@ def choose(device: torch.device) -> Ops:
         rotate_halves=rotate_halves,
         rotate_pairs=rotate_pairs,
         cross_entropy=REFERENCE_CROSS_ENTROPY,
-        permutation=REFERENCE_PERMUTATION,
+        permutation=permutation,
         grouped_linear=grouped,
+        expert_mlp=expert_mlp,
         products=product_context,
         lines=(
             f"attention: {attention_line}",
@@ -65,7 +71,8 @@ def choose(device: torch.device) -> Ops:
             f"swiglu: {_TORCH_ONLY}",
             f"rotary positions: {_TORCH_ONLY}",
             f"cross entropy: {_TORCH_ONLY}",
-            f"permutation of experts' rows: {_TORCH_ONLY}",
+            f"permutation of experts' rows: {permutation_line}",
+            f"SwiGLU of experts: {expert_mlp_line}",
             f"products of experts: {grouped_line}",
             f"matrix products: {products_line}",
         ),
@@ -112,10 +119,25 @@ def _rms_norm(device: torch.device) -> tuple[Callable[[Tensor, Tensor, float], T
     return fused, "apex FusedRMSNorm"
 
 
+def _permutation(device: torch.device) -> tuple[Permutation, str]:
+    if device.type != "cuda":
+        return REFERENCE_PERMUTATION, f"torch (Triton kernels need CUDA, the device is {device})"
+    try:
+        from megavl.ops.kernels.permutation import TRITON_PERMUTATION
+    except ImportError as error:
+        return REFERENCE_PERMUTATION, f"torch (triton does not import: {error})"
+    return TRITON_PERMUTATION, "Triton kernels, torch for fp64"
+
+
 def _grouped_linear(device: torch.device) -> tuple[GroupedLinear, str]:
     if device.type != "cuda":
         return reference_grouped_linear, f"torch, one expert at a time (grouped_mm needs CUDA, the device is {device})"
     major, _ = torch.cuda.get_device_capability(device)
+    if major == _AMPERE_MAJOR:
+        with suppress(ImportError):
+            from megavl.ops.kernels.grouped import grouped_linear
+
+            return grouped_linear, "Triton kernels for bf16, one expert at a time for others"
     if major not in (_HOPPER, _BLACKWELL):
         name = torch.cuda.get_device_name(device)
         try:
@@ -130,3 +152,14 @@ def _grouped_linear(device: torch.device) -> tuple[GroupedLinear, str]:
         grouped_mm_linear(clears_empty=major == _BLACKWELL),
         "torch grouped_mm for bf16 and widths that are multiples of 8, one expert at a time for others",
     )
+
+
+def _expert_mlp(device: torch.device, grouped_linear: GroupedLinear) -> tuple[ExpertMlp, str]:
+    composed = composed_expert_mlp(grouped_linear, swiglu)
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == _AMPERE_MAJOR:
+        try:
+            from megavl.ops.kernels.grouped import expert_mlp
+        except ImportError as error:
+            return composed, f"three products of experts (triton does not import: {error})"
+        return expert_mlp, "Triton kernels for bf16, torch for others"
+    return composed, "three products of experts (fused Triton kernels are for Ampere)"

@@ -12,6 +12,7 @@ from megavl.ops.attention import reference_attention
 from megavl.ops.dispatch import choose
 from megavl.ops.grouped import Groups, reference_grouped_linear
 from megavl.ops.norm import rms_norm
+from megavl.ops.permutation import REFERENCE_PERMUTATION
 from tests.ops.hopper import hopper
 
 CUDA = torch.device("cuda")
@@ -49,6 +50,7 @@ def test_cpu_is_served_by_torch():
         "rotary positions",
         "cross entropy",
         "permutation of experts' rows",
+        "SwiGLU of experts",
         "products of experts",
         "matrix products",
     ]
@@ -133,6 +135,25 @@ def test_grouped_products_are_torchs_where_it_has_a_kernel(bare_gpu, monkeypatch
     x, weight, groups = torch.randn(3, 8).bfloat16(), torch.randn(2, 16, 8).bfloat16(), Groups(torch.tensor([3, 0]))
     assert torch.equal(ops.grouped_linear(x, weight, groups), reference_grouped_linear(x, weight, groups))
     assert calls == ([] if capability == (8, 0) else [[3, 3]])
+
+
+@pytest.mark.parametrize(("capability", "fused"), [((8, 0), True), ((9, 0), False), ((10, 0), False)])
+def test_triton_serves_experts_on_ampere_and_permutations_everywhere(bare_gpu, monkeypatch, capability, fused):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    permutation, grouped_linear, expert_mlp = object(), object(), object()
+    stand_in(monkeypatch, "megavl.ops.kernels.permutation", TRITON_PERMUTATION=permutation)
+    stand_in(monkeypatch, "megavl.ops.kernels.grouped", grouped_linear=grouped_linear, expert_mlp=expert_mlp)
+    ops = choose(CUDA)
+    assert ops.permutation is permutation
+    assert (ops.grouped_linear is grouped_linear) == (ops.expert_mlp is expert_mlp) == fused
+    assert sum("Triton kernels for bf16" in line for line in ops.lines) == 2 * fused
+    assert choose(torch.device("cpu")).permutation is REFERENCE_PERMUTATION
+
+
+def test_torch_serves_permutations_without_triton(bare_gpu):
+    ops = choose(CUDA)
+    assert ops.permutation is REFERENCE_PERMUTATION
+    assert any("triton does not import" in line for line in ops.lines)
 
 
 def test_grouped_gemm_serves_the_gpus_that_torch_does_not(bare_gpu, monkeypatch):

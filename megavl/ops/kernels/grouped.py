@@ -3,10 +3,12 @@
 Where each expert's rows end is read on the device, so the host does not wait for it: grids have room for the largest
 possible number of tiles, and programs past the last tile return at once. The order of each sum is fixed.
 
-The shapes of tiles are fixed, not tuned at run time, so that runs and ranks agree to the last bit. For Ampere: 128 x 128
-results, 128 registers of each thread at 4 warps, of which each has 64 x 64, so that operands are read from shared memory
-least often. A depth of 32 in 4 stages takes 64 KiB, so two programs share an A100's multiprocessor (164 KiB), and the
-kernels fit GPUs with 100 KiB too.
+Tile shapes are fixed, not tuned at run time, so that runs and ranks agree bit for bit. They are chosen for Ampere:
+- A result of 128 x 128 at 4 warps is 64 x 64 per warp and 128 registers per thread. Smaller shares per warp need more
+  reads of shared memory than tensor cores can wait for.
+- A depth of 32 in 4 stages takes 48 KiB of shared memory and at most 255 registers, so two programs share an A100's
+  multiprocessor. GPUs with 100 KiB (compute capability 8.6, 8.9) hold one or two as well.
+- The kernels with SwiGLU have 128 x 64 results: two products at once, or an epilogue with more values per result.
 """
 
 import torch
@@ -21,6 +23,7 @@ from megavl.ops.grouped import Groups, reference_grouped_linear
 
 _ROWS = 128
 _COLUMNS = 128
+_SWIGLU_COLUMNS = 64
 _DEPTH = 32
 _PIPELINE = {"num_warps": 4, "num_stages": 4}
 
@@ -45,11 +48,43 @@ def find_tile(ends, tile, experts, ROWS: tl.constexpr, EXPERTS: tl.constexpr):
 
 
 @triton.jit
-def load_depth(pointers, mask, start, depth, BLOCK: tl.constexpr, AXIS: tl.constexpr, EVEN: tl.constexpr):
+def load_block(pointers, mask, start, depth, BLOCK: tl.constexpr, AXIS: tl.constexpr, EVEN: tl.constexpr):
     """A block of an operand: zeros where `mask`, which spans the other axis, is false or the depth is exceeded."""
     if not EVEN:
         mask = mask & tl.expand_dims(start + tl.arange(0, BLOCK) < depth, 1 - AXIS)
     return tl.load(pointers, mask=mask, other=0.0)
+
+
+@triton.jit
+def add_product(
+    total,
+    x,
+    weight,
+    row_inside,
+    column,
+    columns,
+    depth,
+    column_stride,
+    depth_stride,
+    EVEN: tl.constexpr,
+    ROWS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """total + the product of a tile of rows with columns of one expert's weight.
+
+    Offsets within a tile of rows or one expert's weight fit int32. In 64 bits they would take too many registers.
+    """
+    k = tl.arange(0, DEPTH)
+    x_offset = tl.arange(0, ROWS)[:, None] * depth + k[None, :]
+    weight_offset = column[None, :] * column_stride + k[:, None] * depth_stride
+    column_inside = (column < columns)[None, :]
+    for start in range(0, depth, DEPTH):
+        left = load_block(x + x_offset, row_inside, start, depth, DEPTH, 1, EVEN)
+        right = load_block(weight + weight_offset, column_inside, start, depth, DEPTH, 0, EVEN)
+        total = tl.dot(left, right, total)
+        x += DEPTH
+        weight += DEPTH * depth_stride
+    return total
 
 
 @triton.jit
@@ -82,29 +117,44 @@ def product_kernel(
     expert, first_row, end_row = find_tile(ends, program // column_tiles, experts, ROWS, EXPERTS)
     if expert >= experts:
         return
-    row = (first_row + tl.arange(0, ROWS)).to(tl.int64)  # N * D may exceed int32
     column = program % column_tiles * COLUMNS + tl.arange(0, COLUMNS)
-    row_inside, column_inside = (row < end_row)[:, None], (column < columns)[None, :]
-    k = tl.arange(0, DEPTH)
-    x_offset = row[:, None] * depth + k[None, :]
-    weight_offset = expert.to(tl.int64) * columns * depth + column[None, :] * column_stride + k[:, None] * depth_stride
+    row_inside = (tl.arange(0, ROWS) < end_row - first_row)[:, None]
+    first_row = first_row.to(tl.int64)  # N * D may exceed int32, and so may E * D * F
+    x += first_row * depth
+    matrix = expert.to(tl.int64) * columns * depth
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    x_pointers, weight_pointers = x + x_offset, weight + weight_offset
-    for start in range(0, depth, DEPTH):
-        left = load_depth(x_pointers, row_inside, start, depth, DEPTH, 1, EVEN)
-        right = load_depth(weight_pointers, column_inside, start, depth, DEPTH, 0, EVEN)
-        total = tl.dot(left, right, total)
-        x_pointers += DEPTH
-        weight_pointers += DEPTH * depth_stride
+    total = add_product(
+        total,
+        x,
+        weight + matrix,
+        row_inside,
+        column,
+        columns,
+        depth,
+        column_stride,
+        depth_stride,
+        EVEN,
+        ROWS,
+        DEPTH,
+    )
     if PAIR:
-        x_pointers, weight_pointers = x + rows.to(tl.int64) * depth + x_offset, second_weight + weight_offset
-        for start in range(0, depth, DEPTH):
-            left = load_depth(x_pointers, row_inside, start, depth, DEPTH, 1, EVEN)
-            right = load_depth(weight_pointers, column_inside, start, depth, DEPTH, 0, EVEN)
-            total = tl.dot(left, right, total)
-            x_pointers += DEPTH
-            weight_pointers += DEPTH * depth_stride
-    tl.store(y + row[:, None] * columns + column[None, :], total.to(tl.bfloat16), mask=row_inside & column_inside)
+        total = add_product(
+            total,
+            x + rows.to(tl.int64) * depth,
+            second_weight + matrix,
+            row_inside,
+            column,
+            columns,
+            depth,
+            column_stride,
+            depth_stride,
+            EVEN,
+            ROWS,
+            DEPTH,
+        )
+    offset = tl.arange(0, ROWS)[:, None] * columns + column[None, :]
+    inside = row_inside & (column < columns)[None, :]
+    tl.store(y + first_row * columns + offset, total.to(tl.bfloat16), mask=inside)
 
 
 @triton.jit
@@ -122,26 +172,29 @@ def weight_gradient_kernel(
     DEPTH: tl.constexpr,
 ):
     """for_weight[m, e, o, i] = sum over the rows n of expert e of grad[m, n, o] * x[n, i]; without rows, zeros."""
-    expert, matrix = tl.program_id(1), tl.program_id(2)
+    expert, matrix = tl.program_id(1), tl.program_id(2).to(tl.int64)
     in_tiles = tl.cdiv(d_in, IN)
     begin = tl.load(ends + expert - 1, mask=expert > 0, other=0)
     end = tl.load(ends + expert)
     out_column = tl.program_id(0) // in_tiles * OUT + tl.arange(0, OUT)
     in_column = tl.program_id(0) % in_tiles * IN + tl.arange(0, IN)
     out_inside, in_inside = (out_column < d_out)[:, None], (in_column < d_in)[None, :]
-    row = begin.to(tl.int64) + tl.arange(0, DEPTH)  # N * D may exceed int32
-    grad_pointers = grad + (matrix.to(tl.int64) * rows + row)[None, :] * d_out + out_column[:, None]
-    x_pointers = x + row[:, None] * d_in + in_column[None, :]
+    row = tl.arange(0, DEPTH)
+    grad += (matrix * rows + begin) * d_out
+    x += begin.to(tl.int64) * d_in
+    grad_offset = row[None, :] * d_out + out_column[:, None]
+    x_offset = row[:, None] * d_in + in_column[None, :]
     total = tl.zeros((OUT, IN), tl.float32)
     for start in range(begin, end, DEPTH):
-        inside = start + tl.arange(0, DEPTH) < end
-        left = tl.load(grad_pointers, mask=out_inside & inside[None, :], other=0.0)
-        right = tl.load(x_pointers, mask=in_inside & inside[:, None], other=0.0)
+        row_inside = row < end - start
+        left = tl.load(grad + grad_offset, mask=out_inside & row_inside[None, :], other=0.0)
+        right = tl.load(x + x_offset, mask=in_inside & row_inside[:, None], other=0.0)
         total = tl.dot(left, right, total)
-        grad_pointers += DEPTH * d_out
-        x_pointers += DEPTH * d_in
-    out_row = (matrix.to(tl.int64) * experts + expert) * d_out + out_column
-    tl.store(for_weight + out_row[:, None] * d_in + in_column[None, :], total.to(tl.bfloat16), out_inside & in_inside)
+        grad += DEPTH * d_out
+        x += DEPTH * d_in
+    for_weight += (matrix * experts + expert) * d_out * d_in
+    offset = out_column[:, None] * d_in + in_column[None, :]
+    tl.store(for_weight + offset, total.to(tl.bfloat16), mask=out_inside & in_inside)
 
 
 @triton.jit
@@ -168,29 +221,34 @@ def gate_up_kernel(
     expert, first_row, end_row = find_tile(ends, program // column_tiles, experts, ROWS, EXPERTS)
     if expert >= experts:
         return
-    row = (first_row + tl.arange(0, ROWS)).to(tl.int64)  # N * D may exceed int32
     column = program % column_tiles * COLUMNS + tl.arange(0, COLUMNS)
-    row_inside, column_inside = (row < end_row)[:, None], (column < columns)[None, :]
+    row_inside = (tl.arange(0, ROWS) < end_row - first_row)[:, None]
+    column_inside = (column < columns)[None, :]
+    first_row = first_row.to(tl.int64)  # N * D may exceed int32, and so may E * D * F
+    x += first_row * depth
+    matrix = expert.to(tl.int64) * columns * depth
+    gate_weight += matrix
+    up_weight += matrix
     k = tl.arange(0, DEPTH)
-    x_pointers = x + row[:, None] * depth + k[None, :]
-    weight_offset = (expert.to(tl.int64) * columns + column)[None, :] * depth + k[:, None]
-    gate_pointers, up_pointers = gate_weight + weight_offset, up_weight + weight_offset
+    x_offset = tl.arange(0, ROWS)[:, None] * depth + k[None, :]
+    weight_offset = column[None, :] * depth + k[:, None]
     gate = tl.zeros((ROWS, COLUMNS), tl.float32)
     up = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, depth, DEPTH):
-        left = load_depth(x_pointers, row_inside, start, depth, DEPTH, 1, EVEN)
-        gate = tl.dot(left, load_depth(gate_pointers, column_inside, start, depth, DEPTH, 0, EVEN), gate)
-        up = tl.dot(left, load_depth(up_pointers, column_inside, start, depth, DEPTH, 0, EVEN), up)
-        x_pointers += DEPTH
-        gate_pointers += DEPTH
-        up_pointers += DEPTH
-    offset, inside = row[:, None] * columns + column[None, :], row_inside & column_inside
+        left = load_block(x + x_offset, row_inside, start, depth, DEPTH, 1, EVEN)
+        gate = tl.dot(left, load_block(gate_weight + weight_offset, column_inside, start, depth, DEPTH, 0, EVEN), gate)
+        up = tl.dot(left, load_block(up_weight + weight_offset, column_inside, start, depth, DEPTH, 0, EVEN), up)
+        x += DEPTH
+        gate_weight += DEPTH
+        up_weight += DEPTH
+    offset, inside = tl.arange(0, ROWS)[:, None] * columns + column[None, :], row_inside & column_inside
     # From the rounded values, which the backward pass has too: its hidden activations are the same bit for bit.
     gate, up = gate.to(tl.bfloat16), up.to(tl.bfloat16)
+    gate_up += first_row * columns
     tl.store(gate_up + offset, gate, mask=inside)
     tl.store(gate_up + rows.to(tl.int64) * columns + offset, up, mask=inside)
     gate, up = gate.to(tl.float32), up.to(tl.float32)
-    tl.store(hidden + offset, (gate * tl.sigmoid(gate) * up).to(tl.bfloat16), mask=inside)
+    tl.store(hidden + first_row * columns + offset, (gate * tl.sigmoid(gate) * up).to(tl.bfloat16), mask=inside)
 
 
 @triton.jit
@@ -217,29 +275,44 @@ def hidden_gradient_kernel(
     expert, first_row, end_row = find_tile(ends, program // column_tiles, experts, ROWS, EXPERTS)
     if expert >= experts:
         return
-    row = (first_row + tl.arange(0, ROWS)).to(tl.int64)  # N * D may exceed int32
     column = program % column_tiles * COLUMNS + tl.arange(0, COLUMNS)
-    row_inside, column_inside = (row < end_row)[:, None], (column < columns)[None, :]
-    k = tl.arange(0, DEPTH)
-    grad_pointers = grad + row[:, None] * depth + k[None, :]
-    weight_pointers = down_weight + (expert.to(tl.int64) * depth + k)[:, None] * columns + column[None, :]
-    total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for start in range(0, depth, DEPTH):
-        left = load_depth(grad_pointers, row_inside, start, depth, DEPTH, 1, EVEN)
-        right = load_depth(weight_pointers, column_inside, start, depth, DEPTH, 0, EVEN)
-        total = tl.dot(left, right, total)
-        grad_pointers += DEPTH
-        weight_pointers += DEPTH * columns
-    offset, inside = row[:, None] * columns + column[None, :], row_inside & column_inside
-    up_offset = rows.to(tl.int64) * columns + offset
-    gate = tl.load(gate_up + offset, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(gate_up + up_offset, mask=inside, other=0.0).to(tl.float32)
-    sigmoid = tl.sigmoid(gate)
-    silu = gate * sigmoid
-    for_gate = total * up * (sigmoid + silu * (1 - sigmoid))
-    tl.store(for_gate_up + offset, for_gate.to(tl.bfloat16), mask=inside)
-    tl.store(for_gate_up + up_offset, (total * silu).to(tl.bfloat16), mask=inside)
-    tl.store(hidden + offset, (silu * up).to(tl.bfloat16), mask=inside)
+    row_inside = (tl.arange(0, ROWS) < end_row - first_row)[:, None]
+    first_row = first_row.to(tl.int64)  # N * D may exceed int32, and so may E * D * F
+    down_weight += expert.to(tl.int64) * columns * depth
+    for_hidden = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for_hidden = add_product(
+        for_hidden,
+        grad + first_row * depth,
+        down_weight,
+        row_inside,
+        column,
+        columns,
+        depth,
+        1,
+        columns,
+        EVEN,
+        ROWS,
+        DEPTH,
+    )
+    gate_up += first_row * columns
+    for_gate_up += first_row * columns
+    hidden += first_row * columns
+    up_offset = rows.to(tl.int64) * columns
+    # The columns in two halves: the whole epilogue at once spills registers.
+    halves = for_hidden.to(tl.bfloat16).reshape(ROWS, 2, COLUMNS // 2).permute(0, 2, 1).split()
+    for half in tl.static_range(2):
+        column = program % column_tiles * COLUMNS + half * (COLUMNS // 2) + tl.arange(0, COLUMNS // 2)
+        offset = tl.arange(0, ROWS)[:, None] * columns + column[None, :]
+        inside = row_inside & (column < columns)[None, :]
+        gate = tl.load(gate_up + offset, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(gate_up + up_offset + offset, mask=inside, other=0.0).to(tl.float32)
+        part = halves[half].to(tl.float32)
+        sigmoid = tl.sigmoid(gate)
+        silu = gate * sigmoid
+        tl.store(hidden + offset, (silu * up).to(tl.bfloat16), mask=inside)
+        tl.store(for_gate_up + up_offset + offset, (part * silu).to(tl.bfloat16), mask=inside)
+        slope = sigmoid + silu * (1 - sigmoid)
+        tl.store(for_gate_up + offset, (part * up * slope).to(tl.bfloat16), mask=inside)
 
 
 def _experts(experts: int) -> int:
@@ -326,7 +399,7 @@ class _ExpertMlp(Function):
     def forward(ctx, x: Tensor, gate: Tensor, up: Tensor, down: Tensor, ends: Tensor) -> Tensor:
         (rows, depth), (experts, columns, _) = x.shape, gate.shape
         gate_up, hidden = x.new_empty(2, rows, columns), x.new_empty(rows, columns)
-        gate_up_kernel[_grid(rows, columns, experts, _COLUMNS // 2)](
+        gate_up_kernel[_grid(rows, columns, experts, _SWIGLU_COLUMNS)](
             x,
             gate,
             up,
@@ -339,7 +412,7 @@ class _ExpertMlp(Function):
             experts,
             EVEN=depth % _DEPTH == 0,
             ROWS=_ROWS,
-            COLUMNS=_COLUMNS // 2,  # of two products
+            COLUMNS=_SWIGLU_COLUMNS,
             DEPTH=_DEPTH,
             EXPERTS=_experts(experts),
             **_PIPELINE,
@@ -353,7 +426,7 @@ class _ExpertMlp(Function):
         grad = grad.contiguous()
         (experts, depth, columns), rows = down.shape, len(x)
         for_gate_up, hidden = torch.empty_like(gate_up), x.new_empty(rows, columns)
-        hidden_gradient_kernel[_grid(rows, columns, experts, _COLUMNS // 2)](
+        hidden_gradient_kernel[_grid(rows, columns, experts, _SWIGLU_COLUMNS)](
             grad,
             down,
             gate_up,
@@ -366,7 +439,7 @@ class _ExpertMlp(Function):
             experts,
             EVEN=depth % _DEPTH == 0,
             ROWS=_ROWS,
-            COLUMNS=_COLUMNS // 2,  # the epilogue has six values per result
+            COLUMNS=_SWIGLU_COLUMNS,
             DEPTH=_DEPTH,
             EXPERTS=_experts(experts),
             **_PIPELINE,
