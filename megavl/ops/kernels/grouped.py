@@ -87,7 +87,7 @@ def add_product(
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])  # it differs from step to step
 def product_kernel(
     x,
     weight,
@@ -120,12 +120,11 @@ def product_kernel(
     column = program % column_tiles * COLUMNS + tl.arange(0, COLUMNS)
     row_inside = (tl.arange(0, ROWS) < end_row - first_row)[:, None]
     first_row = first_row.to(tl.int64)  # N * D may exceed int32, and so may E * D * F
-    x += first_row * depth
     matrix = expert.to(tl.int64) * columns * depth
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     total = add_product(
         total,
-        x,
+        x + first_row * depth,
         weight + matrix,
         row_inside,
         column,
@@ -140,7 +139,7 @@ def product_kernel(
     if PAIR:
         total = add_product(
             total,
-            x + rows.to(tl.int64) * depth,
+            x + (first_row + rows) * depth,
             second_weight + matrix,
             row_inside,
             column,
@@ -157,7 +156,7 @@ def product_kernel(
     tl.store(y + first_row * columns + offset, total.to(tl.bfloat16), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])  # it differs from step to step
 def weight_gradient_kernel(
     grad,
     x,
@@ -197,7 +196,7 @@ def weight_gradient_kernel(
     tl.store(for_weight + offset, total.to(tl.bfloat16), mask=out_inside & in_inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])  # it differs from step to step
 def gate_up_kernel(
     x,
     gate_weight,
@@ -244,14 +243,13 @@ def gate_up_kernel(
     offset, inside = tl.arange(0, ROWS)[:, None] * columns + column[None, :], row_inside & column_inside
     # From the rounded values, which the backward pass has too: its hidden activations are the same bit for bit.
     gate, up = gate.to(tl.bfloat16), up.to(tl.bfloat16)
-    gate_up += first_row * columns
-    tl.store(gate_up + offset, gate, mask=inside)
-    tl.store(gate_up + rows.to(tl.int64) * columns + offset, up, mask=inside)
+    tl.store(gate_up + first_row * columns + offset, gate, mask=inside)
+    tl.store(gate_up + (first_row + rows) * columns + offset, up, mask=inside)
     gate, up = gate.to(tl.float32), up.to(tl.float32)
     tl.store(hidden + first_row * columns + offset, (gate * tl.sigmoid(gate) * up).to(tl.bfloat16), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])  # it differs from step to step
 def hidden_gradient_kernel(
     grad,
     down_weight,
@@ -294,25 +292,22 @@ def hidden_gradient_kernel(
         ROWS,
         DEPTH,
     )
-    gate_up += first_row * columns
-    for_gate_up += first_row * columns
-    hidden += first_row * columns
-    up_offset = rows.to(tl.int64) * columns
+    of_gate, of_up = first_row * columns, (first_row + rows) * columns
     # The columns in two halves: the whole epilogue at once spills registers.
     halves = for_hidden.to(tl.bfloat16).reshape(ROWS, 2, COLUMNS // 2).permute(0, 2, 1).split()
     for half in tl.static_range(2):
         column = program % column_tiles * COLUMNS + half * (COLUMNS // 2) + tl.arange(0, COLUMNS // 2)
         offset = tl.arange(0, ROWS)[:, None] * columns + column[None, :]
         inside = row_inside & (column < columns)[None, :]
-        gate = tl.load(gate_up + offset, mask=inside, other=0.0).to(tl.float32)
-        up = tl.load(gate_up + up_offset + offset, mask=inside, other=0.0).to(tl.float32)
+        gate = tl.load(gate_up + of_gate + offset, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(gate_up + of_up + offset, mask=inside, other=0.0).to(tl.float32)
         part = halves[half].to(tl.float32)
         sigmoid = tl.sigmoid(gate)
         silu = gate * sigmoid
-        tl.store(hidden + offset, (silu * up).to(tl.bfloat16), mask=inside)
-        tl.store(for_gate_up + up_offset + offset, (part * silu).to(tl.bfloat16), mask=inside)
+        tl.store(hidden + of_gate + offset, (silu * up).to(tl.bfloat16), mask=inside)
+        tl.store(for_gate_up + of_up + offset, (part * silu).to(tl.bfloat16), mask=inside)
         slope = sigmoid + silu * (1 - sigmoid)
-        tl.store(for_gate_up + offset, (part * up * slope).to(tl.bfloat16), mask=inside)
+        tl.store(for_gate_up + of_gate + offset, (part * up * slope).to(tl.bfloat16), mask=inside)
 
 
 def _experts(experts: int) -> int:

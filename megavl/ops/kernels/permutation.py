@@ -87,7 +87,7 @@ def gather_kernel(rows, order, result, width, BLOCK: tl.constexpr):
     tl.store(result + row * width + column, value, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size", "blocks"])  # they differ from step to step
 def count_kernel(keys, counts, size, blocks, BLOCK: tl.constexpr, EXPERTS: tl.constexpr):
     """counts[p, e]: how many of the keys of program p are e. A program has `blocks` neighbouring blocks of keys."""
     program = tl.program_id(0)
@@ -100,7 +100,7 @@ def count_kernel(keys, counts, size, blocks, BLOCK: tl.constexpr, EXPERTS: tl.co
     tl.store(counts + program * EXPERTS + expert, count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size", "blocks", "programs"])
 def place_kernel(
     keys,
     program_counts,

@@ -59,12 +59,16 @@ def _interpret() -> None:
 
 @dataclass(frozen=True)
 class Compiled:
-    """Resources of a kernel: shared memory of a program in bytes, registers of a thread, and the stack of a thread in
-    bytes, which is where registers are spilled."""
+    """Code and resources of a kernel: shared memory of a program in bytes, registers of a thread, and the stack of a
+    thread in bytes, which is where registers are spilled."""
 
+    ptx: str
     shared_bytes: int
     registers: int
     stack_bytes: int
+
+    def __repr__(self) -> str:
+        return f"{self.shared_bytes} bytes shared, {self.registers} registers, {self.stack_bytes} bytes of stack"
 
 
 def compiled(
@@ -100,4 +104,4 @@ def compiled(
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
         usage = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
     registers, stack_bytes = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
-    return Compiled(result.metadata.shared, int(registers), int(stack_bytes))
+    return Compiled(result.asm["ptx"], result.metadata.shared, int(registers), int(stack_bytes))

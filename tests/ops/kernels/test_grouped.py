@@ -1,5 +1,6 @@
 """Triton kernels of the experts' products: interpreted on the CPU against fp64, and compiled for GPUs."""
 
+import re
 from collections.abc import Callable
 
 import pytest
@@ -245,7 +246,11 @@ def test_products_compile(name, capability):
         "DEPTH": module._DEPTH,
         "EXPERTS": 64,
     }
-    compiles(getattr(module, kernel), capability, constants, module._PIPELINE)
+    kernel = getattr(module, kernel)
+    compiles(kernel, capability, constants, module._PIPELINE)
+    # A launch makes arguments of 1 constants, which the interpreter does not.
+    ones = dict.fromkeys(("rows", "experts"), 1)
+    compiled(kernel, capability, types_of(kernel, constants | ones), constants | ones)
 
 
 @pytest.mark.parametrize("capability", [80, 90])
@@ -255,9 +260,17 @@ def test_the_gradient_of_weights_compiles(capability):
     compiles(module.weight_gradient_kernel, capability, constants, module._PIPELINE)
 
 
+def types_of(kernel, constants: dict) -> dict[str, str]:
+    return {name: TYPES[name] for name in kernel.arg_names if name not in constants}
+
+
 def compiles(kernel, capability: int, constants: dict, options: dict) -> None:
-    types = {name: TYPES[name] for name in kernel.arg_names if name not in constants}
-    found = compiled(kernel, capability, types, constants, odd=("rows", "experts"), **options)
+    found = compiled(kernel, capability, types_of(kernel, constants), constants, odd=("rows", "experts"), **options)
     # Two programs on a multiprocessor, and one on Ampere's smaller GPUs: measured 48 KiB, on Hopper 64 KiB.
     assert found.shared_bytes <= min(SHARED_BYTES[capability] // 2, SHARED_BYTES[86])
     assert found.stack_bytes == 0, found
+    assert ("wgmma.mma_async" if capability == 90 else "mma.sync.aligned.m16n8k16") in found.ptx
+    # 16 bytes per copy to shared memory, and per access to the results.
+    copies = re.findall(r"cp\.async\.c[ag]\.shared\.global [^;]*, 0x(\w+),", found.ptx)
+    assert copies and set(copies) == {"10"}
+    assert set(re.findall(r"st\.global\.(\S+)", found.ptx)) == {"v4.b32"}
