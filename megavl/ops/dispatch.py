@@ -123,6 +123,8 @@ def _permutation(device: torch.device) -> tuple[Permutation, str]:
     if device.type != "cuda":
         return REFERENCE_PERMUTATION, f"torch (Triton kernels need CUDA, the device is {device})"
     try:
+        import triton  # noqa: F401
+
         from megavl.ops.kernels.permutation import TRITON_PERMUTATION
     except ImportError as error:
         return REFERENCE_PERMUTATION, f"torch (triton does not import: {error})"
@@ -135,6 +137,8 @@ def _grouped_linear(device: torch.device) -> tuple[GroupedLinear, str]:
     major, _ = torch.cuda.get_device_capability(device)
     if major == _AMPERE_MAJOR:
         with suppress(ImportError):
+            import triton  # noqa: F401
+
             from megavl.ops.kernels.grouped import grouped_linear
 
             return grouped_linear, "Triton kernels for bf16, one expert at a time for others"
@@ -158,6 +162,8 @@ def _expert_mlp(device: torch.device, grouped_linear: GroupedLinear) -> tuple[Ex
     composed = composed_expert_mlp(grouped_linear, swiglu)
     if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == _AMPERE_MAJOR:
         try:
+            import triton  # noqa: F401
+
             from megavl.ops.kernels.grouped import expert_mlp
         except ImportError as error:
             return composed, f"three products of experts (triton does not import: {error})"

@@ -7,9 +7,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-LIBRARIES = ("flash_attn", "fused_layer_norm_cuda", "grouped_gemm")
-# These import triton, where it is installed.
-LIBRARIES += ("megavl.ops.kernels.permutation", "megavl.ops.kernels.grouped")
+LIBRARIES = ("flash_attn", "fused_layer_norm_cuda", "grouped_gemm", "triton")
 
 
 @contextmanager

@@ -141,6 +141,7 @@ def test_grouped_products_are_torchs_where_it_has_a_kernel(bare_gpu, monkeypatch
 def test_triton_serves_experts_on_ampere_and_permutations_everywhere(bare_gpu, monkeypatch, capability, fused):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     permutation, grouped_linear, expert_mlp = object(), object(), object()
+    stand_in(monkeypatch, "triton")
     stand_in(monkeypatch, "megavl.ops.kernels.permutation", TRITON_PERMUTATION=permutation)
     stand_in(monkeypatch, "megavl.ops.kernels.grouped", grouped_linear=grouped_linear, expert_mlp=expert_mlp)
     ops = choose(CUDA)

@@ -10,7 +10,7 @@ from torch import Tensor
 from megavl.ops.activation import swiglu
 from megavl.ops.expert_mlp import ExpertMlp, composed_expert_mlp
 from megavl.ops.grouped import GroupedLinear, Groups, reference_grouped_linear
-from tests.ops.kernels.interpreter import SHARED_BYTES, compiled
+from tests.ops.kernels.binaries import SHARED_BYTES, compiled
 
 COUNTS = {
     "some": [3, 0, 7, 1, 0],

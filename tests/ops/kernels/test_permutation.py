@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megavl.ops.permutation import REFERENCE_PERMUTATION
-from tests.ops.kernels.interpreter import SHARED_BYTES, compiled
+from tests.ops.kernels.binaries import SHARED_BYTES, compiled
 
 # Tokens, choices per token, width: widths beside powers of two, one token, one choice; D = 1280 and 2560 are VL2's.
 SHAPES = [(5, 6, 33), (1, 8, 24), (7, 1, 5), (3, 6, 1280), (2, 8, 2560)]

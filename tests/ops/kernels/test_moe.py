@@ -1,8 +1,6 @@
 """The layer of experts in bf16 with Triton kernels, interpreted on the CPU, against the same layer with torch."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -12,7 +10,6 @@ from megavl.config.model import MoeConfig
 from megavl.model.moe import Moe
 from megavl.ops.dispatch import Ops, choose
 from megavl.parallel.groups import ExpertAxis, TensorAxis
-from tests.ops.kernels.interpreter import interpreter
 
 T, D, PACKS = 32, 24, 2
 CONFIGS = {
@@ -21,12 +18,6 @@ CONFIGS = {
         experts=72, per_token=2, shared=1, width=16, router="sigmoid", normalise=True, scale=2.0
     ),
 }
-
-
-@pytest.fixture(scope="module")
-def interpreted() -> Iterator[Callable[..., Any]]:
-    with interpreter() as call:
-        yield call
 
 
 def results(config: MoeConfig, ops: Ops) -> dict[str, Tensor]:
