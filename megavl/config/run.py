@@ -203,8 +203,9 @@ class OpsConfig(Section):
     swiglu: Literal["auto", "torch", "triton"] = "auto"
     rotary: Literal["auto", "torch", "triton"] = "auto"
     cross_entropy: Literal["auto", "torch", "triton"] = "auto"
-    permutation: Literal["auto", "torch"] = "auto"
-    grouped_linear: Literal["auto", "torch", "grouped_mm", "grouped_gemm"] = "auto"
+    permutation: Literal["auto", "torch", "triton"] = "auto"
+    grouped_linear: Literal["auto", "torch", "grouped_mm", "triton", "grouped_gemm"] = "auto"
+    expert_mlp: Literal["auto", "torch", "triton"] = Field("auto", description="SwiGLU layers of the routed experts")
 
 
 class CheckpointConfig(Section):

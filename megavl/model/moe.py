@@ -143,8 +143,7 @@ class Experts(nn.Module):
         gate, up, down = weights if self.ep.cut_width else (copy(weight, self.tp) for weight in weights)
         if not len(rows):
             return with_zero_gradients(rows, gate, up, down)
-        product, groups = self.ops.grouped_linear, Groups(counts)
-        return product(self.ops.swiglu(product(rows, gate, groups), product(rows, up, groups)), down, groups)  # [N, D]
+        return self.ops.expert_mlp(rows, gate, up, down, Groups(counts))  # [N, D]
 
 
 class Moe(nn.Module):

@@ -13,9 +13,10 @@ from torch import Tensor
 from megavl.ops.activation import swiglu
 from megavl.ops.attention import PackedAttention, fused_attention, reference_attention
 from megavl.ops.cross_entropy import REFERENCE_CROSS_ENTROPY, CrossEntropy
+from megavl.ops.expert_mlp import ExpertMlp, composed_expert_mlp
 from megavl.ops.grouped import GroupedLinear, grouped_gemm_linear, grouped_mm_linear, reference_grouped_linear
 from megavl.ops.norm import REFERENCE_NORMS, Norms
-from megavl.ops.permutation import REFERENCE_PERMUTATION
+from megavl.ops.permutation import REFERENCE_PERMUTATION, Permutation
 from megavl.ops.rope import REFERENCE_ROTARY, Rotary
 from megavl.ops.versions import causal_varlen
 
@@ -154,6 +155,30 @@ def _grouped_gemm(device: torch.device) -> GroupedLinear:
     return grouped_gemm_linear(gmm)
 
 
+def _triton_permutation(device: torch.device) -> Permutation:
+    _needs_triton(device)
+    from megavl.ops.kernels.permutation import TRITON_PERMUTATION
+
+    return TRITON_PERMUTATION
+
+
+def _triton_grouped(device: torch.device) -> GroupedLinear:
+    _needs_triton(device)
+    from megavl.ops.kernels.grouped import grouped_linear
+
+    return grouped_linear
+
+
+def _triton_expert_mlp(device: torch.device) -> Callable[[GroupedLinear, Callable], ExpertMlp]:
+    _needs_triton(device)
+    major, _ = torch.cuda.get_device_capability(device)
+    if major in (_HOPPER, _BLACKWELL):
+        raise Unavailable(f"is for Ampere; torch's grouped_mm serves {torch.cuda.get_device_name(device)}")
+    from megavl.ops.kernels.grouped import expert_mlp
+
+    return lambda grouped_linear, swiglu: expert_mlp
+
+
 def _reference(words: str, implementation: Any) -> Candidate:
     return Candidate(REFERENCE, words, lambda device: implementation)
 
@@ -181,18 +206,26 @@ CANDIDATES: Mapping[str, tuple[Candidate, ...]] = {
         Candidate("triton", "Triton kernels", _triton_cross_entropy),
         _reference("torch", REFERENCE_CROSS_ENTROPY),
     ),
-    "permutation": (_reference("torch", REFERENCE_PERMUTATION),),
+    "permutation": (
+        Candidate("triton", "Triton kernels, torch for fp64", _triton_permutation),
+        _reference("torch", REFERENCE_PERMUTATION),
+    ),
     "grouped_linear": (
         Candidate(
             "grouped_mm",
             "torch grouped_mm for bf16 and widths that are multiples of 8, one expert at a time for others",
             _grouped_mm,
         ),
+        Candidate("triton", "Triton kernels for bf16, one expert at a time for others", _triton_grouped),
         Candidate(
             "grouped_gemm",
             "grouped_gemm for bf16 and widths that are multiples of 8, one expert at a time for others",
             _grouped_gemm,
         ),
         _reference("torch, one expert at a time", reference_grouped_linear),
+    ),
+    "expert_mlp": (
+        Candidate("triton", "Triton kernels for bf16, torch for others", _triton_expert_mlp),
+        _reference("three grouped products", composed_expert_mlp),
     ),
 }

@@ -11,6 +11,7 @@ from torch import Tensor
 from megavl.ops.attention import PackedAttention
 from megavl.ops.candidates import CANDIDATES, REFERENCE, Unavailable
 from megavl.ops.cross_entropy import CrossEntropy
+from megavl.ops.expert_mlp import ExpertMlp
 from megavl.ops.grouped import GroupedLinear
 from megavl.ops.permutation import Permutation
 from megavl.ops.products import products
@@ -41,6 +42,7 @@ class Ops:
     cross_entropy: CrossEntropy
     permutation: Permutation
     grouped_linear: GroupedLinear
+    expert_mlp: ExpertMlp
     products: AbstractContextManager
     lines: tuple[str, ...]
 
@@ -101,6 +103,7 @@ def choose(
         cross_entropy=chosen["cross_entropy"],
         permutation=chosen["permutation"],
         grouped_linear=chosen["grouped_linear"],
+        expert_mlp=chosen["expert_mlp"](chosen["grouped_linear"], chosen["swiglu"]),
         products=product_context,
         lines=(
             *(_line(op, name, why) for op, (name, why) in choices.items()),

@@ -76,13 +76,34 @@ def permute(rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
     return _Permute.apply(rows, order, inverse)
 
 
+def sort_by_expert(experts: Tensor, total: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Stable sort of rows by expert.
+
+    Args:
+        experts: int64 [N], the expert of each row, in [0, total)
+        total: number of experts
+
+    Returns:
+        order: int64 [N], the row at each place, rows of one expert as they are in `experts`
+        inverse: int64 [N], the place of each row
+        counts: int64 [total], rows of each expert
+    """
+    order = experts.argsort(stable=True)
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(len(order), device=order.device)
+    counts = torch.zeros(total, dtype=torch.int64, device=experts.device)
+    counts.scatter_add_(0, experts, torch.ones_like(experts))
+    return order, inverse, counts
+
+
 @dataclass(frozen=True)
 class Permutation:
-    """One implementation of the three operations, each with its derivative."""
+    """One implementation of the operations; the first three have a derivative."""
 
     spread: Callable[[Tensor, Tensor, Tensor], Tensor]
     combine: Callable[[Tensor, Tensor, Tensor], Tensor]
     permute: Callable[[Tensor, Tensor, Tensor], Tensor]
+    sort_by_expert: Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor]]
 
 
-REFERENCE_PERMUTATION = Permutation(spread, combine, permute)
+REFERENCE_PERMUTATION = Permutation(spread, combine, permute, sort_by_expert)

@@ -72,7 +72,7 @@ def _finish_rows(x: Tensor, there: _Transfer, back: _Transfer) -> Tensor:
 
 
 class Permutation(Protocol):
-    """Gathers and sums of rows; `megavl.ops.permutation` defines them."""
+    """Gathers, sums and the order of rows; `megavl.ops.permutation` defines them."""
 
     def spread(self, x: Tensor, tokens: Tensor, places: Tensor) -> Tensor: ...
 
@@ -80,13 +80,7 @@ class Permutation(Protocol):
 
     def permute(self, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor: ...
 
-
-def _sorting(keys: Tensor) -> tuple[Tensor, Tensor]:
-    """The order that sorts keys int64 [N], equal ones as they are, and the order that undoes it, both int64 [N]."""
-    order = keys.argsort(stable=True)
-    back = torch.empty_like(order)
-    back[order] = torch.arange(len(order), device=order.device)
-    return order, back
+    def sort_by_expert(self, experts: Tensor, total: int) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
 class Dispatch:
@@ -103,12 +97,9 @@ class Dispatch:
 
     def __init__(self, experts: Tensor, total: int, ep: Axis, permutation: Permutation):
         self._ep, self._permutation = ep, permutation
-        chosen = experts.flatten()  # [T * k]
-        order, places = _sorting(chosen)
+        order, places, self.counts = permutation.sort_by_expert(experts.flatten(), total)  # of [T * k]
         self._tokens = order // experts.shape[1]  # [T * k], the token that a row is of
         self._places = places.view_as(experts)  # [T, k], the row that a choice has
-        self.counts = torch.zeros(total, dtype=torch.int64, device=experts.device)
-        self.counts.scatter_add_(0, chosen, torch.ones_like(chosen))
         if ep.size > 1:
             self._exchange_counts()
 
@@ -117,16 +108,16 @@ class Dispatch:
         sent = self.counts.view(self._ep.size, -1)  # [ep, total / ep]
         received = torch.empty_like(sent)
         dist.all_to_all_single(received, sent, group=self._ep.group)
-        self.counts = received.sum(0)  # [total / ep]
         # The only device-to-host sync of a layer: all_to_all_single needs its split sizes on the host.
         to_ranks, from_ranks = torch.stack((sent.sum(1), received.sum(1))).tolist()
         self._there = _Transfer(to_ranks, from_ranks, self._ep)
         self._there_dual = self._there.dual()
         if not sum(from_ranks):
+            self.counts = received.sum(0)  # [total / ep], zeros
             return  # nothing to permute, and kernels may refuse empty tensors
-        expert = torch.arange(len(self.counts), device=received.device).repeat(self._ep.size)  # [total]
+        expert = torch.arange(received.shape[1], device=received.device).repeat(self._ep.size)  # [total]
         rows = expert.repeat_interleave(received.flatten(), output_size=sum(from_ranks))  # [N]
-        self._by_expert, self._by_rank = _sorting(rows)
+        self._by_expert, self._by_rank, self.counts = self._permutation.sort_by_expert(rows, received.shape[1])
 
     def start(self, x: Tensor) -> Tensor:
         """Start the all-to-all of the tokens [T, D]. Pass the result to `finish` unchanged."""

@@ -16,6 +16,7 @@ from megavl.ops.candidates import CANDIDATES, REFERENCE
 from megavl.ops.dispatch import AUTO, OpsError, choose
 from megavl.ops.grouped import Groups, reference_grouped_linear
 from megavl.ops.norm import add_rms_norm, rms_norm
+from megavl.ops.permutation import REFERENCE_PERMUTATION
 from megavl.ops.trial import Result
 from tests.ops.hopper import hopper
 
@@ -55,6 +56,7 @@ def test_cpu_is_served_by_torch():
         "cross_entropy",
         "permutation",
         "grouped_linear",
+        "expert_mlp",
         "matrix products",
     ]
     assert "cpu" in ops.lines[0]
@@ -141,6 +143,12 @@ def test_grouped_products_are_torchs_where_it_has_a_kernel(bare_gpu, monkeypatch
     assert calls == ([] if capability == (8, 0) else [[3, 3]])
 
 
+def test_torch_serves_permutations_without_triton(bare_gpu):
+    ops = choose(CUDA)
+    assert ops.permutation is REFERENCE_PERMUTATION
+    assert any(line.startswith("permutation: torch (triton: does not import") for line in ops.lines)
+
+
 def test_grouped_gemm_serves_the_gpus_that_torch_does_not(bare_gpu, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     calls = []
@@ -169,8 +177,10 @@ def triton_gpu(bare_gpu, monkeypatch):
         ("activation", "fused_swiglu"),
         ("rope", "TRITON_ROTARY"),
         ("cross_entropy", "TRITON_CROSS_ENTROPY"),
+        ("permutation", "TRITON_PERMUTATION"),
     ):
         stand_in(monkeypatch, f"megavl.ops.kernels.{file}", **{name: StandIn()})
+    stand_in(monkeypatch, "megavl.ops.kernels.grouped", grouped_linear=StandIn(), expert_mlp=StandIn())
 
 
 class StandIn:
@@ -182,9 +192,18 @@ class StandIn:
 
 def test_triton_serves_where_it_imports(triton_gpu):
     ops = choose(CUDA)
-    for field in ("rms_norm", "add_rms_norm", "swiglu", "rotate_halves", "rotate_pairs", "cross_entropy"):
+    fields = ("rms_norm", "add_rms_norm", "swiglu", "rotate_halves", "rotate_pairs", "cross_entropy", "permutation")
+    for field in fields:
         assert isinstance(getattr(ops, field), StandIn), field
     assert "rms_norm: Triton kernels, with the residual addition" in ops.lines
+
+
+@pytest.mark.parametrize(("capability", "fused"), [((8, 0), True), ((9, 0), False), ((10, 0), False)])
+def test_triton_serves_experts_on_ampere(triton_gpu, monkeypatch, capability, fused):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    ops = choose(CUDA)
+    assert isinstance(ops.grouped_linear, StandIn) == isinstance(ops.expert_mlp, StandIn) == fused
+    assert sum("Triton kernels for bf16" in line for line in ops.lines) == 2 * fused
 
 
 def test_triton_needs_ampere(triton_gpu, monkeypatch):
@@ -232,7 +251,7 @@ def test_the_trial_chooses(triton_gpu):
         return results
 
     ops = choose(CUDA, {"swiglu": "torch", "rotary": "auto"}.items(), trial)
-    assert "swiglu" not in asked and asked["rms_norm"] == ["triton", "torch"] and asked["permutation"] == ["torch"]
+    assert "swiglu" not in asked and asked["rms_norm"] == ["triton", "torch"] and asked["permutation"] == ["triton", "torch"]
     assert ops.lines[1] == (
         "rms_norm: Triton kernels, with the residual addition (triton: 0.2 ms forward and backward; torch: 1 ms "
         "forward and backward; apex: does not import: import of fused_layer_norm_cuda halted; None in sys.modules)"

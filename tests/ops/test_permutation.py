@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megavl.ops.permutation import combine, permute, spread
+from megavl.ops.permutation import combine, permute, sort_by_expert, spread
 
 T, K, D = 7, 3, 4
 
@@ -40,6 +40,13 @@ def test_a_permutation_is_undone_by_its_inverse():
     assert torch.equal(permute(rows, order, inverse), rows[order])
     assert torch.equal(permute(permute(rows, order, inverse), inverse, order), rows)
     assert torch.autograd.gradcheck(lambda rows: permute(rows, order, inverse), rows)
+
+
+def test_rows_are_sorted_by_expert():
+    order, inverse, counts = sort_by_expert(torch.tensor([4, 0, 4, 2, 0]), 6)
+    assert order.tolist() == [1, 4, 3, 0, 2]
+    assert inverse.tolist() == [3, 0, 4, 2, 1]
+    assert counts.tolist() == [2, 0, 1, 0, 2, 0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -13,7 +13,9 @@ from megavl.batch import Batch
 from megavl.config.model import ModelConfig
 from megavl.config.tiles import Grid
 from megavl.model.vlm import VLM
+from megavl.ops.activation import swiglu
 from megavl.ops.dispatch import Ops, choose
+from megavl.ops.expert_mlp import composed_expert_mlp
 from megavl.ops.grouped import reference_grouped_linear
 from megavl.parallel.groups import TensorAxis
 from megavl.runtime.feed import Feed
@@ -60,8 +62,9 @@ def test_a_micro_batch_reads_nothing(ops, model, images):
 
 
 def test_a_read_would_be_noticed(ops):
+    loop = composed_expert_mlp(reference_grouped_linear, swiglu)
     with pytest.raises(DataDependentOutputException):
-        step(ALIGNED["small"], dataclasses.replace(ops, grouped_linear=reference_grouped_linear), images=0)
+        step(ALIGNED["small"], dataclasses.replace(ops, expert_mlp=loop), images=0)
 
 
 @pytest.mark.gpu
