@@ -3,7 +3,15 @@
 import torch
 
 from megavl.config.run import RunConfig
-from megavl.ops.cases import cross_entropy_case, norm_case, rotary_case, swiglu_case
+from megavl.ops.cases import (
+    cross_entropy_case,
+    expert_mlp_case,
+    grouped_linear_case,
+    norm_case,
+    permutation_case,
+    rotary_case,
+    swiglu_case,
+)
 from megavl.ops.trial import Case
 
 
@@ -15,12 +23,18 @@ def cases_of(config: RunConfig) -> dict[str, Case]:
     stream_tokens = tokens // tp if parallel.sequence else tokens
     heads, kv_heads = decoder.heads // tp, decoder.kv_heads // tp
     rotary = (heads, kv_heads, decoder.head_width) if decoder.mla is None else (heads, 1, decoder.mla.rope_width)
-    rows, hidden = tokens, decoder.mlp_width // tp
+    rows, hidden, experts = tokens, decoder.mlp_width // tp, {}
     if decoder.moe is not None:
+        moe, cut = decoder.moe, parallel.expert_width == "cut"
         # Rows of all experts together, if they are chosen equally often. Tensor ranks share the rows or the channels.
-        hidden = decoder.moe.width // (tp if parallel.expert_width == "cut" else 1)
-        rows = tokens * decoder.moe.per_token // (1 if parallel.expert_width == "cut" else tp)
-    return {
+        hidden, sent = moe.width // (tp if cut else 1), tokens // (1 if cut else tp)
+        rows, here = sent * moe.per_token, moe.experts // parallel.expert
+        experts = {
+            "permutation": permutation_case(sent, moe.per_token, moe.experts, decoder.width, dtype),
+            "grouped_linear": grouped_linear_case(rows, here, decoder.width, hidden, dtype),
+            "expert_mlp": expert_mlp_case(rows, here, decoder.width, hidden, dtype),
+        }
+    return experts | {
         "rms_norm": norm_case(stream_tokens, decoder.width, decoder.norm_eps, dtype),
         "swiglu": swiglu_case(rows, hidden, dtype),
         "rotary": rotary_case(tokens, *rotary, pairs=decoder.mla is not None, dtype=dtype),

@@ -6,8 +6,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from megavl.ops.activation import swiglu
 from megavl.ops.cross_entropy import CrossEntropy
+from megavl.ops.expert_mlp import ExpertMlp
+from megavl.ops.grouped import GroupedLinear, Groups, reference_grouped_linear
 from megavl.ops.norm import Norms
+from megavl.ops.permutation import Permutation
 from megavl.ops.rope import Rotary, rotary_tables
 from megavl.ops.trial import Case
 
@@ -91,3 +95,66 @@ def cross_entropy_case(tokens: int, vocab: int, dtype: torch.dtype) -> Case:
         return [*statistics, logits]
 
     return Case(_words(dtype, tokens, vocab), make, run)
+
+
+def permutation_case(tokens: int, per_token: int, experts: int, width: int, dtype: torch.dtype) -> Case:
+    """Rows of [tokens, width] to `per_token` of `experts` experts and back."""
+
+    def make(device: torch.device) -> list[Tensor]:
+        generator = torch.Generator(device).manual_seed(1)
+        scores = torch.rand(tokens, experts, generator=generator, device=device)
+        x, moved_upstream, upstream = _normal(
+            device, dtype, [tokens, width], [tokens * per_token, width], [tokens, width]
+        )
+        weights, chosen = scores.topk(per_token, dim=1)  # [tokens, per_token] each
+        return [x, weights, moved_upstream, upstream.float(), chosen]
+
+    def run(permutation: Permutation, operands: list[Tensor]) -> list[Tensor]:
+        x, weights, *upstream, chosen = operands
+        order, inverse, counts = permutation.sort_by_expert(chosen.flatten(), experts)
+        rows, places = order // per_token, inverse.view_as(chosen)
+
+        def there_and_back(x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+            moved = permutation.permute(permutation.spread(x, rows, places), inverse, order)
+            return moved, permutation.combine(permutation.permute(moved, order, inverse), weights, places)
+
+        return [*_passes(there_and_back, (x, weights), upstream), order.float(), counts.float()]
+
+    return Case(f"{_words(dtype, tokens, width)}, {per_token} of {experts} experts", make, run)
+
+
+def _expert_rows(rows: int, experts: int, device: torch.device) -> Groups:
+    """As many rows for each expert as for the others, but for the first, which has those of the second as well."""
+    counts = torch.full((experts,), rows // experts, device=device)
+    counts[-1] += rows % experts
+    if experts > 1:
+        counts[0], counts[1] = counts[0] + counts[1], 0
+    return Groups(counts)
+
+
+def grouped_linear_case(rows: int, experts: int, d_in: int, d_out: int, dtype: torch.dtype) -> Case:
+    """Rows [rows, d_in] with the matrices [experts, d_out, d_in] of their experts, one of which has no row."""
+
+    def run(grouped_linear: GroupedLinear, operands: list[Tensor]) -> list[Tensor]:
+        x, weight, upstream = operands
+        groups = _expert_rows(rows, experts, x.device)
+        return _passes(lambda x, weight: grouped_linear(x, weight, groups), (x, weight), [upstream])
+
+    shapes = ([rows, d_in], [experts, d_out, d_in], [rows, d_out])
+    return Case(_words(dtype, rows, experts, d_in, d_out), lambda device: _normal(device, dtype, *shapes), run)
+
+
+def expert_mlp_case(rows: int, experts: int, width: int, hidden: int, dtype: torch.dtype) -> Case:
+    """Rows [rows, width] through the SwiGLU layers of their experts, of `hidden` channels each."""
+
+    def run(make_layer: Callable[..., ExpertMlp], operands: list[Tensor]) -> list[Tensor]:
+        *leaves, upstream = operands
+        groups, layer = _expert_rows(rows, experts, upstream.device), make_layer(reference_grouped_linear, swiglu)
+        return _passes(lambda x, gate, up, down: layer(x, gate, up, down, groups), leaves, [upstream])
+
+    def make(device: torch.device) -> list[Tensor]:
+        matrices = [experts, hidden, width], [experts, hidden, width], [experts, width, hidden]
+        x, *weights, upstream = _normal(device, dtype, [rows, width], *matrices, [rows, width])
+        return [x, *(weight / weight.shape[2] ** 0.5 for weight in weights), upstream]
+
+    return Case(_words(dtype, rows, experts, width, hidden), make, run)

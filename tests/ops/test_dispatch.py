@@ -251,7 +251,11 @@ def test_the_trial_chooses(triton_gpu):
         return results
 
     ops = choose(CUDA, {"swiglu": "torch", "rotary": "auto"}.items(), trial)
-    assert "swiglu" not in asked and asked["rms_norm"] == ["triton", "torch"] and asked["permutation"] == ["triton", "torch"]
+    assert (
+        "swiglu" not in asked
+        and asked["rms_norm"] == ["triton", "torch"]
+        and asked["permutation"] == ["triton", "torch"]
+    )
     assert ops.lines[1] == (
         "rms_norm: Triton kernels, with the residual addition (triton: 0.2 ms forward and backward; torch: 1 ms "
         "forward and backward; apex: does not import: import of fused_layer_norm_cuda halted; None in sys.modules)"

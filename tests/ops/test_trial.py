@@ -10,9 +10,20 @@ import torch.nn.functional as F
 
 from megavl.ops.activation import swiglu
 from megavl.ops.candidates import REFERENCE
-from megavl.ops.cases import cross_entropy_case, norm_case, rotary_case, swiglu_case
+from megavl.ops.cases import (
+    cross_entropy_case,
+    expert_mlp_case,
+    grouped_linear_case,
+    norm_case,
+    permutation_case,
+    rotary_case,
+    swiglu_case,
+)
 from megavl.ops.cross_entropy import REFERENCE_CROSS_ENTROPY, CrossEntropy
+from megavl.ops.expert_mlp import composed_expert_mlp
+from megavl.ops.grouped import reference_grouped_linear
 from megavl.ops.norm import REFERENCE_NORMS, Norms, add_rms_norm, rms_norm
+from megavl.ops.permutation import REFERENCE_PERMUTATION, combine, permute, sort_by_expert
 from megavl.ops.rope import REFERENCE_ROTARY, Rotary, rotate_halves, rotate_pairs
 from megavl.ops.trial import Result, Trial, compare
 
@@ -55,12 +66,35 @@ def detached_norm(h, delta, weight, eps):
     return total.detach() + 0 * h, normed
 
 
+def wide_grouped_linear(x, weight, groups):
+    """Rounds once, as a fused kernel does."""
+    return reference_grouped_linear(x.float(), weight.float(), groups).to(x.dtype)
+
+
+def one_expert(x, weight, groups):
+    """All rows with the first matrix."""
+    return F.linear(x, weight[0]) + 0 * weight.sum()
+
+
+def without_weight_gradient(x, weight, groups):
+    return wide_grouped_linear(x, weight.detach(), groups) + 0 * weight.sum()
+
+
+def unstable_sort(experts, total):
+    """Equal experts in the opposite order."""
+    order, inverse, counts = sort_by_expert(experts.flip(0), total)
+    return len(experts) - 1 - order, inverse.flip(0), counts
+
+
 CASES = {
     "rms_norm": (norm_case, (40, 48, 1e-6), REFERENCE_NORMS, Norms(wide_norm, wide_add_norm)),
     "swiglu": (swiglu_case, (40, 48), swiglu, wide_swiglu),
     "halves": (rotary_case, (40, 4, 2, 16, False), REFERENCE_ROTARY, Rotary(rotate_halves, rotate_pairs)),
     "pairs": (rotary_case, (40, 4, 1, 16, True), REFERENCE_ROTARY, Rotary(rotate_halves, rotate_pairs)),
     "cross_entropy": (cross_entropy_case, (40, 300), REFERENCE_CROSS_ENTROPY, REFERENCE_CROSS_ENTROPY),
+    "permutation": (permutation_case, (40, 3, 8, 16), REFERENCE_PERMUTATION, REFERENCE_PERMUTATION),
+    "grouped_linear": (grouped_linear_case, (50, 4, 16, 24), reference_grouped_linear, wide_grouped_linear),
+    "expert_mlp": (expert_mlp_case, (50, 4, 16, 24), composed_expert_mlp, composed_expert_mlp),
 }
 WRONG = {
     "rms_norm": [
@@ -80,6 +114,18 @@ WRONG = {
         CrossEntropy(REFERENCE_CROSS_ENTROPY.statistics, lambda *_: None),
         CrossEntropy(REFERENCE_CROSS_ENTROPY.statistics, stale_gradient),
     ],
+    "permutation": [
+        dataclasses.replace(
+            REFERENCE_PERMUTATION, combine=lambda rows, weights, *places: combine(rows, 2 * weights, *places)
+        ),
+        dataclasses.replace(REFERENCE_PERMUTATION, permute=lambda rows, order, inverse: permute(rows, inverse, order)),
+        dataclasses.replace(REFERENCE_PERMUTATION, sort_by_expert=unstable_sort),
+    ],
+    "grouped_linear": [
+        one_expert,
+        lambda x, weight, groups: wide_grouped_linear(x, weight.detach(), groups) + 0 * weight.sum(),
+    ],
+    "expert_mlp": [lambda grouped, swiglu: composed_expert_mlp(grouped, lambda gate, up: F.gelu(gate) * up)],
 }
 
 
