@@ -129,21 +129,28 @@ def _pack(step: int, number: int, model: ModelConfig) -> tuple[Tensor, Tensor, l
     return tokens, labels, lengths
 
 
+def _tile(size: int, seed: int) -> Tensor:
+    """Squares of 2 x 2 pixels of one random colour, uint8 [3, size, size]: SigLIP's image of the hybrid encoder, which
+    is half as wide, keeps their contrast."""
+    generator, half = torch.Generator().manual_seed(seed), -(-size // 2)
+    squares = torch.randint(256, (3, half, half), generator=generator, dtype=torch.uint8)
+    return squares.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)[:, :size, :size]
+
+
 def _micro_batch(step: int, numbers: list[int], model: ModelConfig, mesh: Mesh) -> Batch:
     packs = [_pack(step, number, model) for number in numbers]
     lengths = [length for pack in packs for length in pack[2]]
     grids = [grid for number in numbers for grid in _grids(step, number, model)]
-    shape = (3, *[model.pixel_tower.image_size] * 2)
+    size = model.pixel_tower.image_size
     pixels = [
-        torch.randint(256, shape, generator=torch.Generator().manual_seed(seed + tile), dtype=torch.uint8)
+        _tile(size, seed=7 * step + 100 * number + tile)
         for number in numbers
-        for seed in [7 * step + 100 * number]
         for tile in range(sum(grid.tiles for grid in _grids(step, number, model)))
     ]
     if mesh.tp.shares_images:
         mine = tile_share(len(pixels), mesh.tp.rank, mesh.tp.size)
         pixels = pixels[mine.start : mine.stop]
-    without_tiles = torch.zeros(0 if step % 2 else 1, *shape, dtype=torch.uint8)
+    without_tiles = torch.zeros(0 if step % 2 else 1, 3, size, size, dtype=torch.uint8)
     stacked = torch.stack(pixels) if pixels else without_tiles  # [tiles, 3, S, S]
     return Batch.of(
         Tiling(model),
