@@ -14,6 +14,8 @@ from megavl.ops.cases import (
 )
 from megavl.ops.trial import Case
 
+_MOST_ROWS_OF_LOGITS = 4096
+
 
 def cases_of(config: RunConfig) -> dict[str, Case]:
     """By op, the shapes of its costliest use in the decoder on one rank; all ranks have the same."""
@@ -34,9 +36,11 @@ def cases_of(config: RunConfig) -> dict[str, Case]:
             "grouped_linear": grouped_linear_case(rows, here, decoder.width, hidden, dtype),
             "expert_mlp": expert_mlp_case(rows, here, decoder.width, hidden, dtype),
         }
+    # The reference of the cross entropy in fp32 takes 20 bytes for each logit; its rows do not depend on one another.
+    supervised_tokens = min(tokens, _MOST_ROWS_OF_LOGITS)
     return experts | {
         "rms_norm": norm_case(stream_tokens, decoder.width, decoder.norm_eps, dtype),
         "swiglu": swiglu_case(rows, hidden, dtype),
         "rotary": rotary_case(tokens, *rotary, pairs=decoder.mla is not None, dtype=dtype),
-        "cross_entropy": cross_entropy_case(tokens, decoder.vocab_size // tp, dtype),
+        "cross_entropy": cross_entropy_case(supervised_tokens, decoder.vocab_size // tp, dtype),
     }

@@ -161,6 +161,8 @@ class Trial:
         mine = None
         if self.measures:
             mine = {op: self._results(op, those) for op, those in implementations.items() if op in self.cases}
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()  # the model gets the memory that the operands took
         return self.share(mine)
 
     def _results(self, op: str, implementations: Mapping[str, Any]) -> list[Result]:

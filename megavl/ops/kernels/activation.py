@@ -12,7 +12,8 @@ from megavl.ops.kernels.layout import with_unit_stride
 BLOCK = 1024
 
 
-@triton.jit
+# An expert's rows are another number in every step, which must not compile a kernel again.
+@triton.jit(do_not_specialize=["blocks"])
 def forward_kernel(
     gate,  # [T, D], rows `gate_stride` apart
     up,  # [T, D], rows `up_stride` apart
@@ -34,7 +35,7 @@ def forward_kernel(
     tl.store(out + row * width + column, (silu * by_up).to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def backward_kernel(
     gate,  # [T, D], rows `gate_stride` apart
     up,  # [T, D], rows `up_stride` apart

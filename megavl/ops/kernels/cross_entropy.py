@@ -46,7 +46,7 @@ def statistics_kernel(
     tl.store(label_logit + row, tl.load(logits + label, mask=label >= 0, other=0.0).to(tl.float32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def gradient_kernel(
     logits,  # [T, V], rows `stride` apart; overwritten
     columns,  # int64 [T]

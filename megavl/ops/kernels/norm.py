@@ -59,7 +59,7 @@ def forward_kernel(
     tl.store(normed + row * width + column, by_weight.to(normed.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "rows_per_program"])
 def backward_kernel(
     x,  # [T, D], what was normalised, rows `x_stride` apart
     weight,  # [D]
@@ -101,7 +101,7 @@ def backward_kernel(
         tl.store(parts + program * width + column, part, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def sum_kernel(
     parts,  # float32 [N, D]
     total,  # [D]

@@ -35,8 +35,12 @@ class Launch:
         types = dict(zip(names, (f"*{pointer}" for pointer in pointers), strict=False))
         types |= {name: "fp32" if name == "eps" else "i32" for name in names[len(pointers) :]}
         types |= dict.fromkeys(self.constants, "constexpr")
-        # Allocations are aligned, and so are the strides and widths of the models.
-        aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types[name][0] in "*i"}
+        # Allocations are aligned, and so are the strides and widths of the models; of counts nothing is assumed.
+        aligned = {
+            (i,): [["tt.divisibility", 16]]
+            for i, parameter in enumerate(self.kernel.params)
+            if types[parameter.name][0] in "*i" and not parameter.do_not_specialize
+        }
         source = ASTSource(self.kernel, types, constexprs=dict(self.constants), attrs=aligned)
         return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": self.warps})
 
@@ -62,15 +66,11 @@ LAUNCHES = {
     "norm backward, 4096, add": _norm(norm.backward_kernel, _BACKWARD.format("bf16"), 4096, ADD=True, WEIGHT=True),
     "norm backward, 8192, add": _norm(norm.backward_kernel, _BACKWARD.format("fp32"), 8192, ADD=True, WEIGHT=True),
     "norm backward, frozen": _norm(norm.backward_kernel, _BACKWARD.format("bf16"), 4096, ADD=True, WEIGHT=False),
-    "norm backward, one row": _norm(
-        norm.backward_kernel, _BACKWARD.format("bf16"), 1024, ADD=True, WEIGHT=True, rows=1, rows_per_program=1
-    ),
     "sum": Launch(norm.sum_kernel, "fp32 bf16", {"ROWS": norm.SUM_ROWS, "COLUMNS": norm.SUM_COLUMNS}),
     "halves of VL-7B": _rotation(32, 32, 64, pairs=False, back=False),
     "pairs of VL2-Small": _rotation(16, 1, 32, pairs=True, back=True),
     "pairs, one head": _rotation(1, 1, 32, pairs=True, back=False),
     "halves, one head": _rotation(1, 1, 64, pairs=False, back=True),
-    "swiglu, one block": Launch(activation.forward_kernel, "bf16 bf16 bf16", {"BLOCK": activation.BLOCK, "blocks": 1}),
     "swiglu": Launch(activation.forward_kernel, "bf16 bf16 bf16", {"BLOCK": activation.BLOCK}),
     "swiglu backward": Launch(activation.backward_kernel, "bf16 bf16 bf16 bf16 bf16", {"BLOCK": activation.BLOCK}),
     "statistics": Launch(
