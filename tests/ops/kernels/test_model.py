@@ -82,7 +82,6 @@ def norm_calls(config: ModelConfig) -> dict[str, int]:
     return calls
 
 
-def test_every_residual_addition_is_in_a_norm(interpreted):
-    """Two in each block, the last of which is in the next block's norm or in the head's."""
-    layers = tiny.HYBRID.decoder.layers
-    assert interpreted(norm_calls, tiny.HYBRID) == {"rms_norm": 1, "add_rms_norm": 2 * layers}
+def test_the_residual_addition_after_attention_is_in_a_norm(interpreted):
+    layers = HYBRID.decoder.layers
+    assert interpreted(norm_calls, HYBRID) == {"rms_norm": layers + 1, "add_rms_norm": layers}
