@@ -21,6 +21,7 @@ import sys
 from pathlib import Path
 
 SUBJECTS = ("text", "images", "loader", "packed")
+KINDS = ("text", "multimodal")
 EXPERTS = ("vl2_tiny", "vl2_small", "vl2_base")
 
 
@@ -33,6 +34,27 @@ def step_parser() -> argparse.ArgumentParser:
     parser.add_argument("--grid", metavar="ROWSxCOLUMNS", help="local tiles of each image (default: the fewest)")
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each kind (default 5)")
     parser.add_argument("--warmup", type=int, default=2, help="steps of each kind before them (default 2)")
+    parser.add_argument(
+        "--vs", action="append", default=[], metavar="'OVERRIDE OVERRIDE ...'", help="another setting (repeatable)"
+    )
+    parser.add_argument("--kind", action="append", choices=KINDS, help="kind of steps (repeatable; default: both)")
+    parser.add_argument("--skew", action="store_true", help="choose routed experts unevenly")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result as one JSON object")
+    return parser
+
+
+def peer_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="benchmark.py peer", description="tokens/s beside transformers, one process")
+    parser.add_argument("--config", required=True, metavar="RECIPE.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value")
+    parser.add_argument(
+        "--dataset", metavar="PREFIX", help="text documents (default: a corpus of tools/make_corpus.py)"
+    )
+    parser.add_argument("--vocab", type=int, default=2048, help="pieces of that corpus's tokenizer (default 2048)")
+    parser.add_argument("--images", type=int, default=0, help="also compare steps with so many images a pack (0: no)")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps of each kind of batches (default 5)")
+    parser.add_argument("--warmup", type=int, default=1, help="steps before them, after the compared one (default 1)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result as one JSON object")
     return parser
 
 
@@ -64,6 +86,10 @@ def main() -> None:
             from benchmarks import step
 
             step.run(step_parser().parse_intermixed_args(words))
+        case ["peer", *words]:
+            from benchmarks import peer
+
+            peer.run(peer_parser().parse_intermixed_args(words))
         case ["data", *words]:
             from benchmarks import data
 

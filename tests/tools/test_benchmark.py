@@ -56,7 +56,7 @@ def test_a_step_of_each_kind_is_timed():
 @pytest.mark.parametrize(("preset", "grid", "tiles"), [("vl_debug", None, 3), ("vl2_debug", "2x2", 15)])
 def test_images_of_a_made_up_pack_have_their_places(preset, grid, tiles, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "tools")
-    from benchmarks.step import grid_of, made_up_pack
+    from benchmarks.packs import grid_of, made_up_pack
 
     config = make_run(model=PRESETS[preset], data={"seq_len": 500})
     grid, tiling = grid_of(config, grid), Tiling(config.model)
