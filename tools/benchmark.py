@@ -22,6 +22,7 @@ from pathlib import Path
 
 SUBJECTS = ("text", "images", "loader", "packed")
 KINDS = ("text", "multimodal")
+BLOCKS = ("vl_7b", "vl2_small")
 EXPERTS = ("vl2_tiny", "vl2_small", "vl2_base")
 
 
@@ -58,6 +59,17 @@ def peer_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def kernels_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="benchmark.py kernels", description="launches and bytes of a decoder block")
+    parser.add_argument(
+        "--presets", nargs="+", default=BLOCKS, help="models whose blocks to count (default: VL-7B, VL2-Small)"
+    )
+    parser.add_argument("--tokens", type=int, default=4096, help="of a micro-batch (default 4096)")
+    parser.add_argument("--documents", type=int, default=4, help="documents that they are in (default 4)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result as one JSON object")
+    return parser
+
+
 def data_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="benchmark.py data", description="the data path, each part beside its bound")
     parser.add_argument("--subjects", nargs="+", choices=SUBJECTS, default=SUBJECTS, help="what to measure (all)")
@@ -90,6 +102,10 @@ def main() -> None:
             from benchmarks import peer
 
             peer.run(peer_parser().parse_intermixed_args(words))
+        case ["kernels", *words]:
+            from benchmarks import kernels
+
+            kernels.run(kernels_parser().parse_args(words))
         case ["data", *words]:
             from benchmarks import data
 

@@ -101,11 +101,13 @@ def benchmark(config: RunConfig, env: Env, args: argparse.Namespace, directory: 
         "precision": config.train.precision,
         "seq_len": config.data.seq_len,
         "micro_batches": config.train.micro_batches(dp=1),
+        "loss_differences": {},
         "rows": [],
     }
     for name, feeds in _kinds(config, env, args, data, rounds):
         sides, found["parameters"] = build_trainers(config, env)
-        turns = compare(sides, feeds, config.train.precision, clock_of(env.device))
+        turns, differences = compare(sides, feeds, config.train.precision, clock_of(env.device))
+        found["loss_differences"][name] = differences
         found["rows"] += rows(name, feeds[-args.steps :], {side: each[-args.steps :] for side, each in turns.items()})
         del sides
         gc.collect()
@@ -161,19 +163,25 @@ def build_trainers(config: RunConfig, env: Env) -> tuple[dict[str, Trainer], int
     return sides, sum(parameter.numel() for _, parameter in named)
 
 
-def compare(sides: dict[str, Trainer], feeds: Sequence[Feed], precision: str, read: Read) -> dict[str, list[Turn]]:
-    """All steps of all trainers, in turn; the first step is compared before the others are taken.
+def compare(
+    sides: dict[str, Trainer], feeds: Sequence[Feed], precision: str, read: Read
+) -> tuple[dict[str, list[Turn]], list[float]]:
+    """Take all steps of all trainers in turn, and compare the losses of each step before the next.
+
+    Returns:
+        Turns of each trainer, and the largest relative difference of the losses of each step.
 
     Raises:
-        Disagreement: the losses of a step differ.
+        Disagreement: the losses of a step differ by more than rounding.
     """
     turns: dict[str, list[Turn]] = {name: [] for name in sides}
+    differences = []
     for number, feed in enumerate(feeds):
         found = take_turns(1, {name: _turn(trainer, feed, read) for name, trainer in sides.items()})
-        check_losses(number, {name: turn.loss for name, (turn,) in found.items()}, precision)
+        differences.append(check_losses(number, {name: turn.loss for name, (turn,) in found.items()}, precision))
         for name, (turn,) in found.items():
             turns[name].append(turn)
-    return turns
+    return turns, differences
 
 
 def _turn(trainer: Trainer, feed: Feed, read: Read) -> Callable[[int], Turn]:
@@ -227,6 +235,11 @@ def page(found: dict[str, Any]) -> list[str]:
         f"{found['model']}, {found['parameters'] / 1e6:.4g} M parameters, {found['precision']}, "
         f"{found['micro_batches']} micro-batches of {found['seq_len']} tokens. Tokens are those of the documents, "
         "without padding; ratios are ours over theirs, above 1 where megavl is faster: median (lowest to highest)",
+        *(
+            f"{batches}: losses differ by at most {differences[0]:.1e} in the first step, from equal weights, and by "
+            f"{max(differences):.1e} in any of {len(differences)} (relative)"
+            for batches, differences in found["loss_differences"].items()
+        ),
         "",
         "| batches | trainer | padding | tokens/s | wall, s | CPU, s | ours / theirs, wall | by CPU | last loss |",
         "|---|---|---|---|---|---|---|---|---|",
