@@ -1,9 +1,20 @@
-"""Measure: the steps of a recipe, the data path, or the products of routed experts.
+"""Measure: the steps of a recipe, alone or beside transformers, a block's launches, the data path, experts' products.
 
     python tools/benchmark.py step --config launch/recipes/vl_7b_stage2.yaml model.decoder.layers=4 \\
-        parallel.tensor=1 parallel.pipeline=1 train.global_batch=4 train.micro_batch=1
+        parallel.tensor=1 parallel.pipeline=1 train.global_batch=4 train.micro_batch=1 [--vs "train.recompute=full"]
 
-times training steps on made-up packs, under the same launchers as launch/pretrain.py.
+times training steps on made-up packs, under the same launchers as launch/pretrain.py. The settings that --vs adds take
+turns with the first in the same processes, and the ratios of their speeds are those of each round.
+
+    python tools/benchmark.py peer --config launch/recipes/vl_debug.yaml [--dataset PREFIX data.tokenizer=FILE]
+
+times steps in one process beside transformers' model under DeepSpeed and under plain torch, with the same weights on the
+same documents. There is no ratio if the losses differ.
+
+    python tools/benchmark.py kernels [--presets vl_7b vl2_small] [--tokens 4096]
+
+counts launches and bytes of a decoder block with the operators of a GPU, beside the least that they could be. It needs
+no GPU.
 
     python tools/benchmark.py data [--subjects text images loader packed] [--megatron PATH]
 
@@ -12,7 +23,7 @@ measures each part of the data path against the least that its work can cost.
     python tools/benchmark.py grouped [--presets vl2_tiny vl2_small vl2_base] [--tokens 4096]
 
 times the products of routed experts by each implementation that the machine has, beside one product of all rows. The
-results are tables in Markdown, for docs/benchmarks/.
+results are tables in Markdown, for docs/benchmarks/; `--json FILE` writes those of the first three as one object.
 """
 
 import argparse
