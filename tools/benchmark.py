@@ -8,8 +8,8 @@ turns with the first in the same processes, and the ratios of their speeds are t
 
     python tools/benchmark.py peer --config launch/recipes/vl_debug.yaml [--dataset PREFIX data.tokenizer=FILE]
 
-times steps in one process beside transformers' model under DeepSpeed and under plain torch, with the same weights on the
-same documents. There is no ratio if the losses differ.
+times steps in one process beside transformers' model under DeepSpeed and under plain torch, with the same weights on
+the same documents. There is no ratio if the losses differ.
 
     python tools/benchmark.py kernels [--presets vl_7b vl2_small] [--tokens 4096]
 
