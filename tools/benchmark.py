@@ -6,7 +6,7 @@
 times training steps on made-up packs, under the same launchers as launch/pretrain.py. The settings that --vs adds take
 turns with the first in the same processes, and the ratios of their speeds are those of each round.
 
-    python tools/benchmark.py peer --config launch/recipes/vl_debug.yaml [--dataset PREFIX data.tokenizer=FILE]
+    python tools/benchmark.py peer --config launch/recipes/vl_debug.yaml [data.tokenizer=FILE --dataset PREFIX]
 
 times steps in one process beside transformers' model under DeepSpeed and under plain torch, with the same weights on
 the same documents. There is no ratio if the losses differ.
@@ -32,6 +32,7 @@ import sys
 from pathlib import Path
 
 SUBJECTS = ("text", "images", "loader", "packed")
+BATCHES = ("equal", "random", "sorted")
 KINDS = ("text", "multimodal")
 BLOCKS = ("vl_7b", "vl2_small")
 EXPERTS = ("vl2_tiny", "vl2_small", "vl2_base")
@@ -63,6 +64,7 @@ def peer_parser() -> argparse.ArgumentParser:
         "--dataset", metavar="PREFIX", help="text documents (default: a corpus of tools/make_corpus.py)"
     )
     parser.add_argument("--vocab", type=int, default=2048, help="pieces of that corpus's tokenizer (default 2048)")
+    parser.add_argument("--batches", nargs="+", choices=BATCHES, default=BATCHES, help="kinds of batches (all)")
     parser.add_argument("--images", type=int, default=0, help="also compare steps with so many images a pack (0: no)")
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each kind of batches (default 5)")
     parser.add_argument("--warmup", type=int, default=1, help="steps before them, after the compared one (default 1)")

@@ -29,17 +29,21 @@ def text_data(prefix: str, tokenizer: str, seq_len: int) -> DataConfig:
 
 
 def made_corpus(directory: Path, seq_len: int, vocab_size: int) -> DataConfig:
-    """A dataset of tools/make_corpus.py in `directory`, with a tokenizer of `vocab_size` pieces that learned from it.
+    """A dataset of tools/make_corpus.py in `directory`, with a tokenizer of `vocab_size` pieces that learned from it;
+    made once in each directory.
 
     Raises:
         ValueError: the corpus is too small for such a vocabulary.
     """
+    corpus, tokenizer, prefix = directory / "text.jsonl", directory / "tokenizer.model", directory / "text"
+    data = text_data(str(prefix), str(tokenizer), seq_len)
+    if tokenizer.exists():
+        return data
     command = [sys.executable, str(_MAKE_CORPUS), "--output", str(directory), "--size", "tiny"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    corpus, tokenizer = directory / "text.jsonl", directory / "tokenizer.model"
     train([str(corpus)], tokenizer, vocab_size, "vl")
-    preprocess(corpus, directory / "text", tokenizer, 1)
-    return text_data(str(directory / "text"), str(tokenizer), seq_len)
+    preprocess(corpus, prefix, tokenizer, 1)
+    return data
 
 
 def mixed_steps(config: RunConfig, data: DataConfig, steps: int) -> Iterator[StepBatch]:

@@ -5,7 +5,7 @@ import gc
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -33,12 +33,13 @@ from megavl.runtime.env import Env, process_group, read_env
 from megavl.runtime.mesh import mesh_of
 from megavl.runtime.replica import build_replica
 
-EQUAL, RANDOM, SORTED, IMAGES = (
-    "equal full batches",
-    "mixed documents, random order",
-    "mixed documents, sorted by length",
-    "equal full batches with images",
-)
+# Kinds of batches by the word of the command line, as the table names them.
+_NAMES = {
+    "equal": "equal full batches",
+    "random": "mixed documents, random order",
+    "sorted": "mixed documents, sorted by length",
+    "images": "equal full batches with images",
+}
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,6 @@ def benchmark(config: RunConfig, env: Env, args: argparse.Namespace, directory: 
         Disagreement: the losses differ.
     """
     rounds = 1 + args.warmup + args.steps
-    data = _data(config, args, directory)
     found = {
         **circumstances(env.device),
         "model": config.model.name,
@@ -104,7 +104,8 @@ def benchmark(config: RunConfig, env: Env, args: argparse.Namespace, directory: 
         "loss_differences": {},
         "rows": [],
     }
-    for name, feeds in _kinds(config, env, args, data, rounds):
+    for kind in [*args.batches, *(["images"] if args.images else [])]:
+        name, feeds = _NAMES[kind], feeds_of(kind, config, env, args, rounds, directory)
         sides, found["parameters"] = build_trainers(config, env)
         turns, differences = compare(sides, feeds, config.train.precision, clock_of(env.device))
         found["loss_differences"][name] = differences
@@ -114,22 +115,20 @@ def benchmark(config: RunConfig, env: Env, args: argparse.Namespace, directory: 
     return found
 
 
+def feeds_of(
+    kind: str, config: RunConfig, env: Env, args: argparse.Namespace, rounds: int, directory: Path
+) -> list[Feed]:
+    """The steps of one kind of batches, in memory."""
+    if kind in ("equal", "images"):
+        return equal_feeds(config, env, rounds, args.images if kind == "images" else 0)
+    steps = mixed_steps(config, _data(config, args, directory), rounds)
+    return [mixed_feed(step, by_length=kind == "sorted") for step in steps]
+
+
 def _data(config: RunConfig, args: argparse.Namespace, directory: Path) -> DataConfig:
     if args.dataset:
         return text_data(args.dataset, config.data.tokenizer, config.data.seq_len)
     return made_corpus(directory, config.data.seq_len, args.vocab)
-
-
-def _kinds(
-    config: RunConfig, env: Env, args: argparse.Namespace, data: DataConfig, rounds: int
-) -> Iterator[tuple[str, list[Feed]]]:
-    """The steps of each kind of batches, in memory."""
-    yield EQUAL, equal_feeds(config, env, rounds, 0)
-    steps = list(mixed_steps(config, data, rounds))
-    for name, by_length in ((RANDOM, False), (SORTED, True)):
-        yield name, [mixed_feed(step, by_length) for step in steps]
-    if args.images:
-        yield IMAGES, equal_feeds(config, env, rounds, args.images)
 
 
 def equal_feeds(config: RunConfig, env: Env, rounds: int, images: int) -> list[Feed]:
