@@ -7,13 +7,15 @@ mean loss over the supervised tokens of the step.
 from collections.abc import Sequence
 from typing import Protocol
 
-import deepspeed
 import torch
 from benchmarks.transformers_model import optimizer_groups
 from torch import Tensor, nn
 
 from megavl.batch import StepBatch
 from megavl.config.run import RunConfig
+
+# The plain library, by the one package that imports it.
+from megavl.runtime.deepspeed.engine import deepspeed
 from megavl.runtime.replica import Replica
 
 MEGAVL, DEEPSPEED, TORCH = "megavl", "transformers + DeepSpeed", "transformers + torch"
