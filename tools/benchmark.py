@@ -1,9 +1,20 @@
-"""Measure: the steps of a recipe, the data path, or the products of routed experts.
+"""Measure: the steps of a recipe, alone or beside transformers, a block's launches, the data path, experts' products.
 
     python tools/benchmark.py step --config launch/recipes/vl_7b_stage2.yaml model.decoder.layers=4 \\
-        parallel.tensor=1 parallel.pipeline=1 train.global_batch=4 train.micro_batch=1
+        parallel.tensor=1 parallel.pipeline=1 train.global_batch=4 train.micro_batch=1 [--vs "train.recompute=full"]
 
-times training steps on made-up packs, under the same launchers as launch/pretrain.py.
+times training steps on made-up packs, under the same launchers as launch/pretrain.py. The settings that --vs adds take
+turns with the first in the same processes, and the ratios of their speeds are those of each round.
+
+    python tools/benchmark.py peer --config launch/recipes/vl_debug.yaml [data.tokenizer=FILE --dataset PREFIX]
+
+times steps in one process beside transformers' model under DeepSpeed and under plain torch, with the same weights on
+the same documents. There is no ratio if the losses differ.
+
+    python tools/benchmark.py kernels [--presets vl_7b vl2_small] [--tokens 4096]
+
+counts launches and bytes of a decoder block with the operators of a GPU, beside the least that they could be. It needs
+no GPU.
 
     python tools/benchmark.py data [--subjects text images loader packed] [--megatron PATH]
 
@@ -12,7 +23,7 @@ measures each part of the data path against the least that its work can cost.
     python tools/benchmark.py grouped [--presets vl2_tiny vl2_small vl2_base] [--tokens 4096]
 
 times the products of routed experts by each implementation that the machine has, beside one product of all rows. The
-results are tables in Markdown, for docs/benchmarks/.
+results are tables in Markdown, for docs/benchmarks/; `--json FILE` writes those of the first three as one object.
 """
 
 import argparse
@@ -21,6 +32,9 @@ import sys
 from pathlib import Path
 
 SUBJECTS = ("text", "images", "loader", "packed")
+BATCHES = ("equal", "random", "sorted")
+KINDS = ("text", "multimodal")
+BLOCKS = ("vl_7b", "vl2_small")
 EXPERTS = ("vl2_tiny", "vl2_small", "vl2_base")
 
 
@@ -33,6 +47,39 @@ def step_parser() -> argparse.ArgumentParser:
     parser.add_argument("--grid", metavar="ROWSxCOLUMNS", help="local tiles of each image (default: the fewest)")
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each kind (default 5)")
     parser.add_argument("--warmup", type=int, default=2, help="steps of each kind before them (default 2)")
+    parser.add_argument(
+        "--vs", action="append", default=[], metavar="'OVERRIDE OVERRIDE ...'", help="another setting (repeatable)"
+    )
+    parser.add_argument("--kind", action="append", choices=KINDS, help="kind of steps (repeatable; default: both)")
+    parser.add_argument("--skew", action="store_true", help="choose routed experts unevenly")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result as one JSON object")
+    return parser
+
+
+def peer_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="benchmark.py peer", description="tokens/s beside transformers, one process")
+    parser.add_argument("--config", required=True, metavar="RECIPE.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value")
+    parser.add_argument(
+        "--dataset", metavar="PREFIX", help="text documents (default: a corpus of tools/make_corpus.py)"
+    )
+    parser.add_argument("--vocab", type=int, default=2048, help="pieces of that corpus's tokenizer (default 2048)")
+    parser.add_argument("--batches", nargs="+", choices=BATCHES, default=BATCHES, help="kinds of batches (all)")
+    parser.add_argument("--images", type=int, default=0, help="also compare steps with so many images a pack (0: no)")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps of each kind of batches (default 5)")
+    parser.add_argument("--warmup", type=int, default=1, help="steps before them, after the compared one (default 1)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result as one JSON object")
+    return parser
+
+
+def kernels_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="benchmark.py kernels", description="launches and bytes of a decoder block")
+    parser.add_argument(
+        "--presets", nargs="+", default=BLOCKS, help="models whose blocks to count (default: VL-7B, VL2-Small)"
+    )
+    parser.add_argument("--tokens", type=int, default=4096, help="of a micro-batch (default 4096)")
+    parser.add_argument("--documents", type=int, default=4, help="documents that they are in (default 4)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result as one JSON object")
     return parser
 
 
@@ -64,6 +111,14 @@ def main() -> None:
             from benchmarks import step
 
             step.run(step_parser().parse_intermixed_args(words))
+        case ["peer", *words]:
+            from benchmarks import peer
+
+            peer.run(peer_parser().parse_intermixed_args(words))
+        case ["kernels", *words]:
+            from benchmarks import kernels
+
+            kernels.run(kernels_parser().parse_args(words))
         case ["data", *words]:
             from benchmarks import data
 

@@ -1,14 +1,21 @@
-"""tools/benchmark.py: the tables have a row for each kind of step, for each part of the data path, and for each
-implementation of experts' products."""
+"""tools/benchmark.py: the tables have a row for each kind of step and setting, for each trainer, for each operator of a
+block, for each part of the data path, and for each implementation of experts' products; and each number is what it says
+it is."""
 
+import json
+import math
 import os
 import re
 import subprocess
 import sys
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+from megavl.batch import Batch
 from megavl.config.error import ConfigError
 from megavl.config.presets import PRESETS
 from megavl.config.tiles import Tiling
@@ -18,12 +25,38 @@ from tests.config.runs import make_run
 from tests.pool import free_port
 
 ROOT = Path(__file__).parents[2]
+TINY = ["model.decoder.layers=2", "model.decoder.width=48", "train.precision=fp32", "train.global_batch=2"]
 TEXT_ROWS = [
     "preprocess_data without gigatoken",
     "preprocess_data with gigatoken",
     "preprocess_data with gigatoken",
     "gigatoken in a loop",
 ]
+
+
+@pytest.fixture
+def tools(monkeypatch):
+    """`benchmarks` can be imported."""
+    monkeypatch.syspath_prepend(ROOT / "tools")
+
+
+def benchmark(*options: str, code: int = 0) -> subprocess.CompletedProcess:
+    done = subprocess.run(
+        [sys.executable, "tools/benchmark.py", *options],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+def cells(page: str, *first: str) -> list[list[str]]:
+    """Cells of the table rows that begin with one of these cells."""
+    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in page.splitlines() if line[:1] == "|"]
+    return [row for row in rows if row[0] in first]
 
 
 def test_a_step_of_each_kind_is_timed():
@@ -56,7 +89,7 @@ def test_a_step_of_each_kind_is_timed():
 @pytest.mark.parametrize(("preset", "grid", "tiles"), [("vl_debug", None, 3), ("vl2_debug", "2x2", 15)])
 def test_images_of_a_made_up_pack_have_their_places(preset, grid, tiles, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "tools")
-    from benchmarks.step import grid_of, made_up_pack
+    from benchmarks.packs import grid_of, made_up_pack
 
     config = make_run(model=PRESETS[preset], data={"seq_len": 500})
     grid, tiling = grid_of(config, grid), Tiling(config.model)
@@ -96,6 +129,266 @@ def test_each_part_of_the_data_path_is_measured(tmp_path):
         "resume at step 150",
         "resume at step 150",
     ], done.stdout
+
+
+def test_settings_take_turns(tmp_path):
+    file = tmp_path / "step.json"
+    options = ["--config", "launch/recipes/vl2_debug.yaml", "--kind", "text", "--steps", "2", "--warmup", "1"]
+    sizes = ["parallel.pipeline=1", "parallel.expert=1", "model.decoder.layers=2", "train.global_batch=2"]
+    sizes.append("data.seq_len=256")
+    vs = ["--vs", "train.recompute=full", "--vs", "data.seq_len=128 train.precision=fp32"]
+    page = benchmark("step", *options, *sizes, *vs, "--skew", "--documents", "2", "--json", str(file)).stdout
+    found = json.loads(file.read_text())
+    assert [each["overrides"] for each in found["settings"]] == [
+        [],
+        ["train.recompute=full"],
+        ["data.seq_len=128", "train.precision=fp32"],
+    ]
+    rows, names = found["steps"], ["text A", "text B", "text C"]
+    assert [f"{row['step']} {row['setting']}" for row in rows] == names
+    assert rows[2]["tokens"] * 2 == rows[0]["tokens"] and all(len(row["rounds"]) == 2 for row in rows)
+    speeds, parts = cells(page, *names)[:3], cells(page, *names)[3:]
+    for row, speed, part in zip(rows, speeds, parts, strict=True):
+        assert speed[3] == f"{row['tokens_per_s']:,.0f}" and speed[4].startswith(f"{row['wall_s']['median']:.3f} (")
+        assert part[1] == f"{row['wall_s']['median']:.3f} / {row['cpu_s']:.3f}"
+        for cell, name in zip(part[2:5], ("forward_backward", "engine_step", "waiting"), strict=True):
+            assert cell == f"{row[name]['wall_s']:.3f} / {row[name]['cpu_s']:.3f}"
+        for cell, clock in zip(part[5:], ("wall_s", "cpu_s"), strict=True):
+            assert cell.startswith(f"{row['times_as_fast'][clock]['median']:.2f} (")
+        # Three of 8 experts by a Zipf distribution: the first would have 2.3 times the mean.
+        assert 1.8 < row["busiest_expert"] < 8 / 3
+        assert f"busiest expert has {row['busiest_expert']:.1f} times" in page
+    assert rows[0]["times_as_fast"]["wall_s"] == {"median": 1.0, "lowest": 1.0, "highest": 1.0}
+    assert {"command", "date", "commit", "versions"} <= found.keys() and found["command"] in page
+
+
+def test_skewed_routing_needs_experts(tools):
+    from benchmark import step_parser
+    from benchmarks.step import read_settings
+
+    args = step_parser().parse_args(["--config", "launch/recipes/vl_debug.yaml", "--skew", "parallel.tensor=1"])
+    with pytest.raises(ConfigError, match="--skew: vl_debug has no routed experts"):
+        read_settings(args, world=1)
+
+
+def test_experts_are_chosen_unevenly(tools):
+    from benchmarks.skew import preferences
+
+    config = PRESETS["vl2_small"].decoder.moe
+    chosen = preferences(config, 4000, seed=1).topk(config.per_token).indices
+    load = chosen.flatten().bincount(minlength=config.experts).double()
+    assert load.max() / load.mean() > 5 and load[:8].sum() > load[-32:].sum()
+    assert torch.equal(chosen, preferences(config, 4000, seed=1).topk(config.per_token).indices)
+
+
+def test_parts_of_a_step_are_its_calls(tools):
+    """A clock that moves by powers of two: each part is the sum of the readings between."""
+    from benchmarks.clock import Spent
+    from benchmarks.step_time import over_ranks, timed_step
+
+    now = count()
+    passed = []
+
+    def read():
+        number = next(now)
+        return Spent(2.0**number, 3.0**number)
+
+    replica = SimpleNamespace(
+        pipeline=SimpleNamespace(train=lambda batch: passed.append(batch)),
+        engine=SimpleNamespace(step=lambda: passed.append("update")),
+        config=SimpleNamespace(optim=SimpleNamespace(lr=0.5)),
+    )
+    replica.step = lambda batch, lr: (replica.pipeline.train(batch), replica.engine.step(), passed.append(lr))
+    time = timed_step(replica, "pack", read, lambda: passed.append("barrier"))
+    assert passed == ["barrier", "pack", "update", 0.5, "barrier"]
+    # Readings: 0 start, 1 and 2 around train, 3 and 4 around the update, 5 done, 6 after the barrier.
+    assert time.whole == Spent(2**6 - 1, 3**6 - 1) and time.forward_backward == Spent(2**2 - 2**1, 3**2 - 3**1)
+    assert time.engine_step == Spent(2**4 - 2**3, 3**4 - 3**3) and time.waiting == Spent(2**6 - 2**5, 3**6 - 3**5)
+    both = over_ranks([time, timed_step(replica, "pack", read, lambda: None)])
+    assert both.whole.wall_s == 2**13 - 2**7 and both.whole.cpu_s == 3**13 - 3**7 + 3**6 - 1
+    assert both.engine_step.wall_s == (2**4 - 2**3 + 2**11 - 2**10) / 2
+    replica.pipeline.train("another")
+    assert next(now) == 14  # the methods are no longer timed
+
+
+def test_ratios_are_those_of_each_round(tools):
+    from benchmarks.clock import Spent
+    from benchmarks.paired import Ratio, paired_ratio, take_turns
+    from benchmarks.step import speed_ratios
+    from benchmarks.step_time import StepTime
+
+    order = []
+    take_turns(2, {"A": lambda number: order.append(("A", number)), "B": lambda number: order.append(("B", number))})
+    assert order == [("A", 0), ("B", 0), ("A", 1), ("B", 1)]
+    # The second round takes three times as long for both; no ratio sees that.
+    ratio = paired_ratio([2.0, 9.0, 4.0], [1.0, 3.0, 1.0])
+    assert ratio == Ratio(3.0, 2.0, 4.0) and str(ratio) == "3.00 (2.00 to 4.00)"
+    assert paired_ratio([1.0], [0.0]) is None
+
+    def times(*seconds: float) -> list[StepTime]:
+        return [StepTime(Spent(each, 2 * each), Spent(), Spent(), Spent()) for each in seconds]
+
+    batches = {"A": SimpleNamespace(tokens=100), "B": SimpleNamespace(tokens=50)}
+    found = speed_ratios(batches, {"A": times(1.0, 3.0), "B": times(0.25, 1.5)}, "B", "A")
+    assert found["wall_s"] == found["cpu_s"] == {"median": 1.5, "lowest": 1.0, "highest": 2.0}
+
+
+def test_transformers_on_the_same_documents(corpus, tmp_path):
+    file = tmp_path / "peer.json"
+    data = [f"data.tokenizer={corpus.tokenizer}", "data.seq_len=96", "--dataset", corpus.prefix("text")]
+    counts = ["--steps", "2", "--warmup", "0", "--images", "1"]
+    overrides = [*TINY, "model.sam=null"]
+    page = benchmark(
+        "peer", "--config", "launch/recipes/vl_debug.yaml", *overrides, *data, *counts, "--json", str(file)
+    ).stdout
+    found = json.loads(file.read_text())
+    kinds = ["equal full batches", "mixed documents, random order", "mixed documents, sorted by length"]
+    kinds.append("equal full batches with images")
+    sides = ["megavl", "transformers + DeepSpeed", "transformers + torch"]
+    assert [(row["batches"], row["trainer"]) for row in found["rows"]] == [
+        (kind, each) for kind in kinds for each in sides
+    ]
+    for row, shown in zip(found["rows"], cells(page, *kinds), strict=True):
+        assert shown[2] == f"{row['padding']:.1%}" and shown[3] == f"{row['tokens_per_s']:,.0f}"
+        assert shown[6].startswith(f"{row['ours_over_theirs']['wall_s']['median']:.2f} (")
+        assert shown[7].startswith(f"{row['ours_over_theirs']['cpu_s']['median']:.2f} (")
+    padding = {(row["batches"], row["trainer"]): row["padding"] for row in found["rows"]}
+    assert padding[kinds[0], sides[1]] == padding[kinds[0], sides[0]] == padding[kinds[3], sides[2]] == 0
+    assert padding[kinds[1], sides[1]] > padding[kinds[2], sides[1]] > 0
+    assert all(differences[0] < 1e-6 for differences in found["loss_differences"].values())  # measured 1.2e-7
+
+
+def _compared(overrides: list[str]) -> list[str]:
+    """Messages of two comparisons: of equal weights, and of one weight that differs."""
+    sys.path.insert(0, str(ROOT / "tools"))
+    from benchmarks import peer
+    from benchmarks.agreement import Disagreement
+    from benchmarks.clock import clock_of
+    from benchmarks.one_process import load_one_process
+
+    from megavl.runtime.deepspeed.start import start_deepspeed
+    from megavl.runtime.env import Env
+
+    start_deepspeed("gloo")
+    config, env = load_one_process("launch/recipes/vl_debug.yaml", *overrides, "data.seq_len=64"), Env(0, 0, 1)
+    feeds, messages = peer.equal_feeds(config, env, 2, 0), []
+    for factor in (1.0, 1.5):
+        sides, _ = peer.build_trainers(config, env)
+        with torch.no_grad():
+            sides["transformers + torch"]._model.model.language_model.layers[0].mlp.up_proj.weight.mul_(factor)
+        try:
+            peer.compare(sides, feeds, "fp32", clock_of(env.device))
+            messages.append("")
+        except Disagreement as error:
+            messages.append(str(error))
+    return messages
+
+
+def test_other_weights_are_no_comparison(pool):
+    ((equal, other),) = pool.run(1, _compared, TINY)
+    assert equal == ""
+    assert other.startswith("step 1: the loss of transformers + torch is ") and "no ratio is printed" in other
+
+
+@pytest.mark.parametrize("loss", [1.0 + 3e-5, math.nan, math.inf])
+def test_losses_that_differ_are_refused(tools, loss):
+    from benchmarks.agreement import Disagreement, check_losses
+
+    assert check_losses(0, {"ours": 1.0, "theirs": 1.0 + 5e-6}, "fp32") == pytest.approx(5e-6)
+    with pytest.raises(Disagreement, match="step 1: the loss of theirs"):
+        check_losses(0, {"ours": 1.0, "theirs": loss}, "fp32")
+
+
+def test_documents_are_the_same_padded(tools):
+    from benchmarks.padded import documents_of, padded_batches, padding_share
+
+    config = make_run(model=PRESETS["vl_debug"])
+    lengths, labels = (3, 5, 2), torch.tensor([1, 2, -100, 4, 5, 6, 7, -100, -100, -100])
+    pack = Batch.of(Tiling(config.model), torch.arange(10), labels, lengths, packs=1)
+    documents = documents_of(SimpleNamespace(micro_batches=(pack,)))
+    assert [each.tolist() for each in documents] == [[0, 1, 2], [3, 4, 5, 6, 7]]  # the last one is padding
+    (batch,) = padded_batches(documents, 1, by_length=True, seed=0)
+    assert batch["input_ids"].tolist() == [[0, 1, 2, 0, 0], [3, 4, 5, 6, 7]]
+    assert batch["labels"].tolist() == [[0, 1, 2, -100, -100], [3, 4, 5, 6, 7]]
+    assert padding_share([batch]) == pytest.approx(0.2)
+    several = [torch.arange(length) for length in (9, 1, 8, 2, 7, 3)]
+    for by_length in (True, False):
+        found = padded_batches(several, 3, by_length, seed=3)
+        assert sorted(int(row) for each in found for row in each["attention_mask"].sum(1)) == [1, 2, 3, 7, 8, 9]
+        assert [len(each["input_ids"]) for each in found] == [2, 2, 2]
+
+
+def test_vl2_has_no_peer(tools):
+    from benchmark import peer_parser
+    from benchmarks.peer import run
+
+    with pytest.raises(SystemExit, match="transformers has no model of the family of vl2_debug"):
+        run(peer_parser().parse_args(["--config", "launch/recipes/vl2_debug.yaml"]))
+
+
+def test_launches_of_a_block(tmp_path):
+    file = tmp_path / "kernels.json"
+    page = benchmark("kernels", "--presets", "vl_1b", "vl2_tiny", "--tokens", "512", "--json", str(file)).stdout
+    found = json.loads(file.read_text())
+    assert [(block["model"], block["kind"]) for block in found["blocks"]] == [
+        ("vl_1b", "dense"),
+        ("vl2_tiny", "dense"),
+        ("vl2_tiny", "experts"),
+    ]
+    totals = cells(page, "**block**")
+    for block, shown in zip(found["blocks"], totals, strict=True):
+        measured, least = block["total"]["measured"], block["total"]["least"]
+        assert shown[1:3] == [str(measured["launches"]), str(least["launches"])]
+        assert shown[5] == f"{measured['bytes'] / least['bytes']:.2f}"
+        for total, kind in ((measured, "measured"), (least, "least")):
+            for what in ("launches", "bytes"):
+                each = [row[pass_][kind][what] for row in block["operators"] for pass_ in ("forward", "backward")]
+                assert sum(each) == total[what]
+        assert f"| {block['operators'][0]['operator']} |" in page
+    products = {row["operator"]: row for row in found["blocks"][0]["operators"]}
+    width, tokens = 2048, 512
+    # x [T, D], W [D, D] and y [T, D] in bf16, each once.
+    exact = {"launches": 1, "bytes": 2 * (2 * tokens * width + width * width)}
+    assert products["attn.o_proj"]["forward"] == {"measured": exact, "least": exact}
+    assert products["attn.o_proj"]["backward"]["measured"]["launches"] == 2
+    assert products["attention"]["forward"]["measured"]["launches"] == 1
+
+
+def test_labels_add_no_launches(tools):
+    """What a block launches in all is what it launches without labels."""
+    from benchmarks.attribution import Attribution
+    from benchmarks.hopper import hopper_ops
+    from benchmarks.kernels import Tally, count_block
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from megavl.model.block import Block
+    from megavl.model.layout import PackLayout
+    from megavl.parallel.groups import ExpertAxis
+
+    decoder, ops = PRESETS["vl2_tiny"].decoder, hopper_ops()
+    measured, _ = count_block(decoder, 1, 64, 2, ops)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with FakeTensorMode():
+            block = Block(decoder, 1, TensorAxis(), ExpertAxis(), ops)
+            tables = [torch.empty(64, 1, decoder.head_width // 2, dtype=torch.float32) for _ in range(2)]
+            layout = PackLayout(torch.arange(3, dtype=torch.int32), (32, 32), 1, *tables)
+            hidden = torch.empty(64, decoder.width, requires_grad=True)
+            with Tally(Attribution()) as tally:
+                out = block(hidden, layout)
+                out.backward(torch.empty_like(out))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert sum(work.launches for work in measured.values()) == sum(work.launches for work in tally.work.values()) > 100
+    assert sum(work.bytes for work in measured.values()) == sum(work.bytes for work in tally.work.values())
+
+
+def test_an_unknown_preset_is_refused(tools):
+    from benchmark import kernels_parser
+    from benchmarks.kernels import run
+
+    with pytest.raises(SystemExit, match="no preset vl_8b: choose from"):
+        run(kernels_parser().parse_args(["--presets", "vl_8b"]))
 
 
 def test_products_of_experts_are_measured():

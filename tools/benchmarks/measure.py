@@ -2,6 +2,7 @@
 
 import multiprocessing
 import platform
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -133,7 +134,7 @@ def _racer(barrier: Barrier, prepare: Callable[..., Callable[[], object]], share
 
 def command_line() -> str:
     """The command as it was typed, without what the deepspeed launcher adds."""
-    return " ".join(["python", *(word for word in sys.argv if not word.startswith("--local_rank"))])
+    return shlex.join(["python", *(word for word in sys.argv if not word.startswith("--local_rank"))])
 
 
 def processor() -> str:

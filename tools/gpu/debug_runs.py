@@ -109,10 +109,11 @@ def judge(rows: list[dict], leg: Leg, resumed: bool, must_fall: bool) -> Finding
 
 def _made_up(family: str, steps: int, setting: Setting, missing: str) -> Finding:
     """The same model without launch/pretrain.py: trained on one pack, its loss must fall."""
-    from gpu.run import build, load, packs, start
+    from benchmarks.one_process import load_one_process
+    from gpu.run import build, packs, start
 
     env = start()
-    run = build(load(_RECIPES[family], *_OVERRIDES), env)
+    run = build(load_one_process(_RECIPES[family], *_OVERRIDES), env)
     batch = packs(run.config, env, run.replica.mesh, "multimodal")
     losses = []
     for _ in range(steps):

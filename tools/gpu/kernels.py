@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
+from benchmarks.traffic import distinct_bytes, launches
 from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
@@ -14,8 +15,6 @@ from torch.utils._pytree import tree_leaves
 # Matrix products by the name that the profiler has for them.
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm")
 _DEAREST = 10
-# These allocate, or return another view, and launch nothing.
-_WITHOUT_KERNEL = ("empty", "_unsafe_view", "detach", "alias", "lift_fresh")
 
 Shapes = tuple[tuple[int, ...], ...]
 
@@ -116,10 +115,10 @@ class Traffic(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
         name = function._schema.name.partition("::")[2]
-        if not _is_view(function) and not name.startswith(_WITHOUT_KERNEL):
+        if launches(function):
             tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, Tensor)]
             self.operations += 1
-            self.bytes += sum(map(_distinct_bytes, tensors))
+            self.bytes += sum(map(distinct_bytes, tensors))
             if name in PRODUCTS:
                 self._count_product(name, [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)])
         return out
@@ -131,17 +130,3 @@ class Traffic(TorchDispatchMode):
         for tensor in factors:
             address = tensor.data_ptr() | 128
             self.alignments[key] = min(self.alignments.get(key, 128), address & -address)
-
-
-def _is_view(function) -> bool:
-    """Whether it returns another view of its input and writes nothing."""
-    returned = [each.alias_info for each in function._schema.returns]
-    return any(alias is not None and not alias.is_write for alias in returned)
-
-
-def _distinct_bytes(tensor: Tensor) -> int:
-    """Bytes of memory that a tensor spans; a dim that it is expanded over counts once."""
-    elements = 1
-    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
-        elements *= size if stride or size == 0 else 1
-    return elements * tensor.element_size()

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import torch
+from benchmarks import transformers_model
 from gpu.files import results_path
 from gpu.results import Finding, Results, Setting, Skipped, read_results
 from gpu.run import full_width, mesh_of_one, packs, start, tiny
@@ -17,10 +18,7 @@ from gpu.slices import KINDS, one_document
 from torch import nn
 
 from megavl.batch import Kind, StepBatch
-from megavl.config.model import ModelConfig
 from megavl.config.run import RunConfig
-from megavl.config.tokens import IGNORE_INDEX
-from megavl.model.pixels import tower_inputs
 from megavl.plan.cost import step_flops
 from megavl.plan.hardware import peak_flops
 
@@ -28,8 +26,6 @@ from megavl.plan.hardware import peak_flops
 LEAST_RATIO, _BLOCKS = 0.85, 6
 _HOPPER = 9
 _WARMUP, _STEPS = 2, 3
-# Of the vision modules only the adaptor's convolutions are trained, as in the recipe of stage 2.
-_TRAINED = ("neck", "high_res_vision_proj", "alpha")
 
 
 def run(setting: Setting, results: Results, subject: str) -> None:
@@ -74,75 +70,22 @@ def ratio(ours: dict[str, dict], theirs: dict, kind: Kind, judged: bool) -> Find
 
 
 def build(config: RunConfig, device: torch.device) -> tuple[nn.Module, Finding]:
-    """transformers' model of the same shapes, initialised on the device."""
+    """transformers' model of the same shapes, initialised on the device, with the recipe's frozen parameters."""
     try:
         import transformers
-        from transformers import DeepseekVLHybridConfig, DeepseekVLHybridForConditionalGeneration
+
+        torch.manual_seed(0)
+        model = transformers_model.build(config.model, torch.bfloat16, device)
     except ImportError as error:
         raise Skipped(f"transformers has no DeepseekVLHybrid here: {error}") from error
-    theirs = DeepseekVLHybridConfig(**shapes(config.model))
-    torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with device:
-            model = DeepseekVLHybridForConditionalGeneration(theirs)
-            model.set_attn_implementation("sdpa")
-    finally:
-        torch.set_default_dtype(before)
-    for name, parameter in model.named_parameters():
-        is_tower = "vision_model" in name or "high_res" in name
-        parameter.requires_grad_(not is_tower or any(part in name for part in _TRAINED))
+    transformers_model.optimizer_groups(model, config.model, config.optim)
     count = sum(parameter.numel() for parameter in model.parameters())
     dtypes = {str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()}
-    return model.train(), Finding(
+    return model, Finding(
         f"transformers {transformers.__version__}, DeepseekVLHybrid, {config.model.decoder.layers} blocks, "
         f"{count / 1e9:.3g} B parameters in {', '.join(sorted(dtypes))}, {model.config._attn_implementation} attention",
         {"parameters": count, "version": transformers.__version__},
     )
-
-
-def shapes(config: ModelConfig) -> dict:
-    """The configuration of DeepseekVLHybrid with the shapes of a model."""
-    decoder, siglip, sam = config.decoder, config.siglip, config.sam
-    return {
-        "text_config": {
-            "model_type": "llama",
-            "hidden_size": decoder.width,
-            "intermediate_size": decoder.mlp_width,
-            "num_hidden_layers": decoder.layers,
-            "num_attention_heads": decoder.heads,
-            "num_key_value_heads": decoder.kv_heads,
-            "vocab_size": decoder.vocab_size,
-            "max_position_embeddings": decoder.max_positions,
-            "tie_word_embeddings": False,
-        },
-        "vision_config": {
-            "model_type": "siglip_vision_model",
-            "hidden_size": siglip.width,
-            "intermediate_size": siglip.mlp_width,
-            "num_hidden_layers": siglip.layers,
-            "num_attention_heads": siglip.heads,
-            "image_size": siglip.image_size,
-            "patch_size": siglip.patch_size,
-            "hidden_act": "gelu",
-            "vision_use_head": False,
-        },
-        "high_res_vision_config": {
-            "model_type": "sam_vision_model",
-            "hidden_size": sam.width,
-            "mlp_dim": sam.mlp_width,
-            "num_hidden_layers": sam.layers,
-            "num_attention_heads": sam.heads,
-            "image_size": sam.image_size,
-            "patch_size": sam.patch_size,
-            "window_size": sam.window,
-            "global_attn_indexes": list(sam.global_layers),
-            "output_channels": sam.neck_width,
-        },
-        "image_token_id": config.image_token_id,
-        "tie_word_embeddings": False,
-    }
 
 
 def timed(
@@ -156,7 +99,7 @@ def timed(
     """Time whole steps of as many micro-batches as the slice has: tokens/s, MFU, memory."""
     warmup, steps = (1, 1) if setting.rehearse else (_WARMUP, _STEPS)
     on_cuda = device.type == "cuda"
-    inputs = inputs_of(batch, config.model, device)
+    inputs = transformers_model.inputs_of(batch.micro_batches[0].to(device), config.model, torch.bfloat16)
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     times, loss = [], None
     if on_cuda:
@@ -189,19 +132,3 @@ def timed(
     of_peak = f", MFU {values['mfu']:.1%}" if peak else ""
     used = f", {memory / 2**30:.1f} GiB" if memory else ""
     return Finding(f"{batch.tokens / step_s:,.0f} tokens/s{of_peak}, step {step_s * 1e3:,.0f} ms{used}", values)
-
-
-def inputs_of(batch: StepBatch, config: ModelConfig, device: torch.device) -> dict[str, torch.Tensor]:
-    """The first micro-batch as transformers takes it."""
-    pack = batch.micro_batches[0].to(device)
-    ids = pack.tokens.unsqueeze(0)  # [1, T]
-    inputs = {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "labels": ids.masked_fill(ids == config.image_token_id, IGNORE_INDEX),  # shifted by the model itself
-    }
-    if pack.tiles:
-        images = tower_inputs(pack.pixels, config)
-        inputs["pixel_values"] = images["siglip"].bfloat16()
-        inputs["high_res_pixel_values"] = images["sam"].bfloat16()
-    return inputs

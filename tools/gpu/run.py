@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
-from benchmarks.step import grid_of, made_up_step
+from benchmarks.one_process import load_one_process
+from benchmarks.packs import grid_of, made_up_step
 from torch import nn
 
 from megavl.batch import Kind, StepBatch
-from megavl.config.load import load_run
 from megavl.config.model import ModelConfig
-from megavl.config.rules import check
 from megavl.config.run import RunConfig
 from megavl.ops.dispatch import Ops, choose
 from megavl.parallel.groups import Mesh
@@ -32,31 +31,19 @@ _RECIPES: Mapping[str, tuple[str, str]] = {
     "vl2_tiny": ("launch/recipes/vl2_tiny_stage2.yaml", "vl2_debug_mha"),
 }
 MODELS = tuple(_RECIPES)
-# One process, without recomputation: what every topology is compared with.
-_ONE_PROCESS = (
-    *("parallel.tensor=1", "parallel.sequence=false", "parallel.pipeline=1", "parallel.stages=null"),
-    *("parallel.expert=1", "train.recompute=off", "train.micro_batch=1"),
-)
 
 
 def full_width(model: str, *overrides: str) -> RunConfig:
     """The recipe of a model in one process: 8 micro-batches of 4096 tokens."""
     recipe, _ = _RECIPES[model]
-    return load(recipe, "train.global_batch=8", *overrides)
+    return load_one_process(recipe, "train.global_batch=8", *overrides)
 
 
 def tiny(model: str, *overrides: str) -> RunConfig:
     """The same recipe with a tiny model: 2 micro-batches of 256 tokens, 3 blocks."""
     recipe, preset = _RECIPES[model]
     sizes = (f"model={preset}", "model.decoder.layers=3", "data.seq_len=256", "train.global_batch=2")
-    return load(recipe, *sizes, *overrides)
-
-
-def load(recipe: str, *overrides: str) -> RunConfig:
-    """A recipe in one process, without recomputation."""
-    config = load_run(recipe, [*_ONE_PROCESS, *overrides])
-    check(config, world=1)
-    return config
+    return load_one_process(recipe, *sizes, *overrides)
 
 
 def start() -> Env:

@@ -1,0 +1,57 @@
+"""Least launches and bytes of an operator: every input read once and every output written once, by one kernel.
+
+In the backward pass the gradients of the outputs and the inputs are read, and the gradients of the inputs are written.
+A product has one kernel for each gradient.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from benchmarks.attribution import Call
+from benchmarks.traffic import distinct_bytes
+from torch import Tensor
+
+# Operators whose gradient does not depend on the differentiated inputs, and those whose gradient needs the outputs.
+_LINEAR = frozenset({"rotate_halves", "rotate_pairs", "permutation.spread", "permutation.permute"})
+_OUTPUTS_READ = frozenset({"attention"})
+
+
+@dataclass(frozen=True)
+class Work:
+    """Launches of kernels, and bytes that they read and write."""
+
+    launches: int = 0
+    bytes: int = 0
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.launches + other.launches, self.bytes + other.bytes)
+
+
+def forward_bound(call: Call) -> Work:
+    """Of the forward pass of one call."""
+    return Work(1, _bytes(call.inputs) + _bytes(call.outputs))
+
+
+def backward_bound(call: Call) -> Work:
+    """Of the backward pass of one call."""
+    differentiated = [tensor for tensor in call.inputs if tensor.requires_grad]
+    others = [tensor for tensor in call.inputs if not tensor.requires_grad]
+    read = _bytes(output for output in call.outputs if output.requires_grad) + _bytes(others)
+    if call.operator not in _LINEAR:
+        read += _bytes(differentiated)
+    if call.operator in _OUTPUTS_READ:
+        read += _bytes(call.outputs)
+    return Work(len(differentiated) if _is_product(call) else 1, read + _bytes(differentiated))
+
+
+def residual_bound(hidden: Tensor, additions: int) -> Work:
+    """Of `additions` sums of two tensors like `hidden`."""
+    return Work(additions, additions * 3 * distinct_bytes(hidden))
+
+
+def _is_product(call: Call) -> bool:
+    return call.operator.endswith(("proj", "grouped_linear", "product"))
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(distinct_bytes(tensor) for tensor in {id(tensor): tensor for tensor in tensors}.values())

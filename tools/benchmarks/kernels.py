@@ -1,0 +1,187 @@
+"""Launches and bytes of a decoder block with the operators of a GPU, beside the least that its operators need.
+
+The tensors are fake: shapes and dtypes without memory, so every preset runs at full width and nothing is computed.
+Collectives, the sums of gradients in DeepSpeed's engine, and the optimizer are not part of a block.
+"""
+
+import argparse
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from benchmarks.attribution import REST, Attribution, Products
+from benchmarks.bound import Work, backward_bound, forward_bound, residual_bound
+from benchmarks.hopper import hopper_ops
+from benchmarks.record import circumstances, heading, write_json
+from benchmarks.traffic import distinct_bytes, launches
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from megavl.config.model import DecoderConfig, ModelConfig
+from megavl.config.presets import PRESETS
+from megavl.model.block import Block
+from megavl.model.layout import PackLayout
+from megavl.ops.dispatch import Ops
+from megavl.ops.rope import rotary_tables
+from megavl.parallel.groups import ExpertAxis, TensorAxis
+
+FORWARD, BACKWARD = "forward", "backward"
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print the tables that the command line asks for."""
+    if unknown := set(args.presets) - set(PRESETS):
+        sys.exit(f"error: no preset {', '.join(sorted(unknown))}: choose from {', '.join(PRESETS)}")
+    if args.tokens % args.documents:
+        sys.exit(f"error: --tokens {args.tokens} is not divisible by --documents {args.documents}")
+    ops = hopper_ops()
+    found = {
+        **circumstances(torch.device("cpu")),
+        "tokens": args.tokens,
+        "documents": args.documents,
+        "implementations": list(ops.lines),
+        "blocks": [
+            block_row(PRESETS[preset], layer, args.tokens, args.documents, ops)
+            for preset in args.presets
+            for layer in kinds_of_blocks(PRESETS[preset].decoder)
+        ],
+    }
+    print("\n".join(page(found)))
+    if args.json:
+        write_json(args.json, found)
+
+
+def kinds_of_blocks(decoder: DecoderConfig) -> list[int]:
+    """The index of the first block with a dense feed-forward layer and of the first with experts."""
+    first = {decoder.has_experts(layer): layer for layer in reversed(range(decoder.layers))}
+    return sorted(first.values())
+
+
+@dataclass(eq=False)
+class Tally(TorchDispatchMode):
+    """Launches and bytes of each operator and pass, while entered.
+
+    pass_: FORWARD or BACKWARD, set from outside
+    """
+
+    attribution: Attribution
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        self.pass_ = FORWARD
+        self.work: dict[tuple[str, str], Work] = defaultdict(Work)
+
+    def __torch_dispatch__(self, operation: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        out = operation(*args, **(kwargs or {}))
+        if launches(operation):
+            tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, Tensor)]
+            self.work[self.attribution.current, self.pass_] += Work(1, sum(map(distinct_bytes, tensors)))
+        return out
+
+
+def count_block(
+    decoder: DecoderConfig, layer: int, tokens: int, documents: int, ops: Ops
+) -> tuple[dict[tuple[str, str], Work], dict[tuple[str, str], Work]]:
+    """What block `layer` launches for one micro-batch in bf16, and the least that it could.
+
+    Returns:
+        Work by (operator, pass), measured and least.
+    """
+    attribution = Attribution()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with FakeTensorMode(), ops.products:
+            block = Block(decoder, layer, TensorAxis(), ExpertAxis(), attribution.label_ops(ops))
+            if decoder.has_experts(layer):
+                router = block.mlp.router
+                router.forward = attribution.label("router", router.forward, router.parameters())
+            hidden = torch.empty(tokens, decoder.width, requires_grad=True)
+            layout = _layout(decoder, tokens, documents)
+            names = {id(weight): name.removesuffix(".weight") for name, weight in block.named_parameters()}
+            tally = Tally(attribution)
+            with tally:
+                with Products(attribution, names):
+                    out = block(hidden.view_as(hidden), layout)
+                tally.pass_ = BACKWARD
+                out.backward(torch.empty_like(out))
+    finally:
+        torch.set_default_dtype(before)
+    return dict(tally.work), _least(attribution, hidden, additions=3 if decoder.has_experts(layer) else 2)
+
+
+def _layout(decoder: DecoderConfig, tokens: int, documents: int) -> PackLayout:
+    lengths = (tokens // documents,) * documents
+    width = decoder.head_width if decoder.mla is None else decoder.mla.rope_width
+    cos, sin = rotary_tables(torch.arange(tokens), width, decoder.rope_theta)
+    return PackLayout(torch.arange(documents + 1, dtype=torch.int32), lengths, 1, cos, sin)
+
+
+def _least(attribution: Attribution, hidden: Tensor, additions: int) -> dict[tuple[str, str], Work]:
+    """The least work of all calls. Of what no operator encloses, the residual additions (with experts also the sum of
+    shared and routed ones) and as many sums of gradients are needed."""
+    least: dict[tuple[str, str], Work] = defaultdict(Work)
+    for call in attribution.calls:
+        least[call.operator, FORWARD] += forward_bound(call)
+        least[call.operator, BACKWARD] += backward_bound(call)
+    for pass_ in (FORWARD, BACKWARD):
+        least[REST, pass_] += residual_bound(hidden, additions)
+    return dict(least)
+
+
+def block_row(model: ModelConfig, layer: int, tokens: int, documents: int, ops: Ops) -> dict[str, Any]:
+    """A block's counts in JSON types; the operators are in the order of their calls."""
+    measured, least = count_block(model.decoder, layer, tokens, documents, ops)
+    operators = [
+        {
+            "operator": operator,
+            **{
+                pass_: {"measured": asdict(measured.get((operator, pass_), Work())), "least": asdict(bound)}
+                for pass_ in (FORWARD, BACKWARD)
+                for bound in [least[operator, pass_]]
+            },
+        }
+        for operator in dict.fromkeys(operator for operator, _ in least)
+    ]
+    total = {name: asdict(sum(work.values(), Work())) for name, work in (("measured", measured), ("least", least))}
+    return {
+        "model": model.name,
+        "layer": layer,
+        "kind": "experts" if model.decoder.has_experts(layer) else "dense",
+        "width": model.decoder.width,
+        "tensors": "fake",
+        "total": total,
+        "operators": operators,
+    }
+
+
+def page(found: dict[str, Any]) -> Iterator[str]:
+    """The result in Markdown."""
+    yield heading(found)
+    yield f"{found['tokens']} tokens in {found['documents']} documents, bf16, fake tensors: shapes without values"
+    yield from found["implementations"]
+    for block in found["blocks"]:
+        yield from ("", f"### {block['model']}, block {block['layer']} ({block['kind']}), width {block['width']}", "")
+        yield "| operator | launches forward + backward | least | MB forward + backward | least | bytes over least |"
+        yield "|---|---|---|---|---|---|"
+        for row in block["operators"]:
+            measured, least = ([row[pass_][kind] for pass_ in (FORWARD, BACKWARD)] for kind in ("measured", "least"))
+            yield (
+                f"| {row['operator']} | {_sum(measured, 'launches')} | {_sum(least, 'launches')} | "
+                f"{_sum(measured, 'bytes', 1e6)} | {_sum(least, 'bytes', 1e6)} | "
+                f"{sum(work['bytes'] for work in measured) / sum(work['bytes'] for work in least):.2f} |"
+            )
+        measured, least = block["total"]["measured"], block["total"]["least"]
+        yield (
+            f"| **block** | {measured['launches']} | {least['launches']} | {measured['bytes'] / 1e6:,.0f} | "
+            f"{least['bytes'] / 1e6:,.0f} | {measured['bytes'] / least['bytes']:.2f} |"
+        )
+
+
+def _sum(works: list[dict[str, int]], what: str, unit: float = 1.0) -> str:
+    return " + ".join(f"{work[what] / unit:,.0f}" for work in works)

@@ -1,0 +1,83 @@
+"""Made-up packs: random tokens in documents of equal length, and images at the beginning of the first ones."""
+
+import sys
+
+import torch
+
+from megavl.batch import Batch, Kind, StepBatch, tile_share
+from megavl.config.error import ConfigError
+from megavl.config.run import RunConfig
+from megavl.config.tiles import Grid, Tiling
+from megavl.config.tokens import IGNORE_INDEX
+from megavl.parallel.groups import Mesh
+from megavl.plan.schedule import rank_of
+
+DOCUMENTS = 4
+
+
+def made_up_pack(config: RunConfig, images: int, grid: Grid, mesh: Mesh, documents: int = DOCUMENTS) -> Batch:
+    """Random tokens in documents of equal length; the images begin the first documents, as many as each can hold."""
+    model, seq_len = config.model, config.data.seq_len
+    tiling = Tiling(model)
+    placeholders = int(tiling.tokens[tiling.grids.index(grid)])
+    length = seq_len // documents
+    lengths = [length] * (documents - 1) + [seq_len - (documents - 1) * length]
+    in_each = length // placeholders
+    if images > in_each * documents:
+        sys.exit(
+            f"error: {images} images of {placeholders} tokens do not fit {documents} documents of {length}; take fewer "
+            "--images, a smaller --grid or a longer data.seq_len"
+        )
+    tokens = torch.randint(0, min(model.image_token_id, model.decoder.vocab_size), (seq_len,))
+    for image in range(images):
+        start = image // in_each * length + image % in_each * placeholders
+        tokens[start : start + placeholders] = model.image_token_id
+    labels = tokens.roll(-1)
+    labels[labels == model.image_token_id] = IGNORE_INDEX
+    labels[torch.tensor(lengths).cumsum(0) - 1] = IGNORE_INDEX
+    tiles = images * grid.tiles
+    mine = len(tile_share(tiles, mesh.tp.rank, mesh.tp.size)) if mesh.tp.shares_images else tiles
+    size = model.pixel_tower.image_size
+    pixels = torch.randint(256, (max(1, mine) if images else 0, 3, size, size), dtype=torch.uint8)
+    return Batch.of(
+        tiling,
+        tokens=tokens,
+        labels=labels,
+        lengths=lengths,
+        packs=1,
+        grids=(grid,) * images,
+        pixels=pixels if mesh.pp.rank == rank_of(0, config.parallel) else None,
+    )
+
+
+def made_up_step(
+    config: RunConfig, mesh: Mesh, kind: Kind, images: int, grid: Grid, documents: int = DOCUMENTS
+) -> StepBatch:
+    """A step whose micro-batches are one pack each, all alike."""
+    images = images if kind == "multimodal" else 0
+    torch.manual_seed(0)
+    pack = made_up_pack(config, images, grid, mesh, documents)
+    packs = config.train.global_batch
+    return StepBatch(
+        step=0,
+        kind=kind,
+        micro_batches=(pack,) * (packs // mesh.dp.size),
+        supervised_tokens=packs * int((pack.labels != IGNORE_INDEX).sum()),
+        tokens=packs * config.data.seq_len,
+        images=packs * images,
+        tiles=packs * pack.tiles,
+        squared_tokens=packs * sum(length**2 for length in pack.lengths),
+    )
+
+
+def grid_of(config: RunConfig, asked: str | None) -> Grid:
+    """The grid of local tiles that the command line asks for as ROWSxCOLUMNS, or the smallest that the model has.
+
+    Raises ConfigError for one that its images cannot have.
+    """
+    grids = {f"{grid.rows}x{grid.columns}": grid for grid in Tiling(config.model).grids}
+    if asked is None:
+        return next(iter(grids.values()))
+    if asked not in grids:
+        raise ConfigError("this benchmark", [f"--grid {asked} is none of {config.model.name}'s: {', '.join(grids)}"])
+    return grids[asked]
