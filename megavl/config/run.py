@@ -238,3 +238,12 @@ class RunConfig(Section):
     ops: OpsConfig = OpsConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+
+    def zero_stage(self, dp: int) -> int:
+        """The ZeRO stage that DeepSpeed is told on `dp` data-parallel ranks.
+
+        Over one rank ZeRO-1 partitions nothing, but in fp32 DeepSpeed would keep a second copy of parameters and
+        gradients. In bf16 it has the fp32 masters and gradients.
+        """
+        alone = self.parallel.zero == 1 and dp == 1 and self.train.precision == "fp32"
+        return 0 if alone else self.parallel.zero

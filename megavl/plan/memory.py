@@ -31,7 +31,7 @@ def state_bytes(config: RunConfig, parameters: Count, dp: int) -> StateBytes:
     `dp` data-parallel ranks, ZeRO-2 the gradients too, ZeRO-3 also the weights. Of a routed expert there are fewer
     replicas, dp / `parallel.expert`, over which its state is partitioned.
     """
-    zero, replicas = config.parallel.zero, dp // config.parallel.expert
+    zero, replicas = config.zero_stage(dp), dp // config.parallel.expert
     weight_bytes = 2 if config.train.precision == "bf16" else 4
     optimizer_bytes = 8 if zero == 0 else 12
 

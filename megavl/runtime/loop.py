@@ -3,6 +3,7 @@
 import itertools
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -65,12 +66,18 @@ def train(config: RunConfig, env: Env) -> None:
             done = replica.step(batch, lr)
             metrics.record(batch, done.loss, done.grad_norm, lr, time.perf_counter() - started, done.load)
             if (step + 1) % config.checkpoint.every == 0 or step + 1 == config.train.steps:
-                progress = {"data": sampler.position(step + 1), "bad_images": bad_images.count}
+                position = on_every_rank(partial(sampler.position, step + 1), mesh.control)
+                progress = {"data": position, "bad_images": bad_images.count}
                 saved = replica.save(checkpoints, step + 1, progress)
                 on_first_rank(partial(_report_saved, saved, sampler, step + 1, config.output_dir), mesh.control)
+        on_first_rank(metrics.close, mesh.control)
+    except BaseException:
+        # Files that cannot be written must not hide what ended the run.
+        with suppress(Exception):
+            metrics.close()
+        raise
     finally:
         loader.close()
-        metrics.close()
 
 
 def _report_saved(path: Path, sampler: Sampler, done: int, output_dir: str) -> None:

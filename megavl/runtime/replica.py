@@ -107,7 +107,7 @@ class Replica:
             if origin.weights is not None:
                 load_weights(origin.weights, held, model, control)
             return {"step": 0}
-        state = on_every_rank(lambda: read_state(origin.checkpoint), control, CheckpointError)
+        state = on_every_rank(lambda: _state_of_a_run(origin.checkpoint), control, CheckpointError)
         load(origin.checkpoint, held, model, control)
         set_step(self.engine.basic_optimizer, state["optimizer_step"])
         return state | {"path": origin.checkpoint}
@@ -136,6 +136,17 @@ def build_replica(config: RunConfig, mesh: Mesh, env: Env, initialise: Initialis
     ops = choose_ops(config, mesh, env)
     stages = on_every_rank(lambda: build_stages(config, mesh, ops, env.device, initialise), mesh.control)
     return Replica(config, mesh, ops, stages)
+
+
+def _state_of_a_run(checkpoint: Path) -> dict:
+    """Raises CheckpointError for a checkpoint that no run has written, such as a converted one."""
+    state = read_state(checkpoint)
+    if "optimizer_step" not in state:
+        raise CheckpointError(
+            f"{checkpoint} has no optimizer_step, so no run can go on from it; give it as checkpoint.init_from to "
+            "start a run from its weights, or remove it"
+        )
+    return state
 
 
 def _refuse_infinite(what: str, value: float, step: int) -> None:

@@ -23,6 +23,12 @@ def test_stages(zero, precision, expected):
     assert state.total == sum(expected)
 
 
+@pytest.mark.parametrize(("precision", "optimizer"), [("fp32", 8), ("bf16", 12)])
+def test_one_rank_in_fp32_keeps_no_masters_under_zero_1(precision, optimizer):
+    config = make_run(parallel={"zero": 1}, train={"precision": precision})
+    assert state_bytes(config, Count(trainable=1000, frozen=0, experts=0), dp=1).optimizer == optimizer * 1000
+
+
 def test_experts_have_fewer_replicas():
     """Of 1000 parameters 600 are of experts, which 2 of the 8 data-parallel ranks hold; the other 400 are on all."""
     config = make_run(parallel={"zero": 1, "expert": 4}, train={"precision": "bf16"})

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,11 +11,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megavl.batch import StepBatch
 from megavl.config.presets import PRESETS
+from megavl.config.run import RunConfig
 from megavl.parallel.agree import RunError
 from megavl.runtime.balance import Load
+from megavl.runtime.deepspeed.start import start_deepspeed
 from megavl.runtime.env import Env
+from megavl.runtime.loop import train
 from megavl.runtime.metrics import Metrics
 from tests.config.runs import make_run
+from tests.runtime.test_killed import config as run_of
 
 # Block 1 is balanced, block 2 uses three experts of eight alone.
 LOAD = Load(
@@ -89,3 +94,22 @@ def test_a_folder_that_cannot_be_written_ends_all_ranks(pool, tmp_path):
     (tmp_path / "file").write_text("")
     first, second = pool.run(2, write_nowhere, str(tmp_path / "file"))
     assert first == second and "File exists" in first
+
+
+def fail_to_write(config: RunConfig) -> str:
+    """A run whose metrics cannot be written: what it ends with on this rank."""
+    start_deepspeed("gloo")
+    try:
+        train(config, Env(dist.get_rank(), dist.get_rank(), dist.get_world_size()))
+    except RunError as error:
+        return str(error)
+    return "trained"
+
+
+def test_a_full_disk_ends_all_ranks_with_its_message(pool, corpus, tmp_path):
+    """Closing the files fails as well, which must not hide the message."""
+    config = run_of(corpus, tmp_path / "run", workers=0, micro_batch=2)
+    Path(config.output_dir).mkdir()
+    Path(config.output_dir, "metrics.jsonl").symlink_to("/dev/full")
+    first, second = pool.run(2, fail_to_write, config)
+    assert first == second and "No space left on device" in first

@@ -26,16 +26,6 @@ from megavl.runtime.optim import groups_of, parameter_groups
 Engine = deepspeed.DeepSpeedEngine
 
 
-def zero_stage(config: RunConfig, dp_size: int) -> int:
-    """The stage that DeepSpeed is told.
-
-    Over one data-parallel rank ZeRO-1 partitions nothing, but in fp32 DeepSpeed would keep a second copy of parameters
-    and gradients. In bf16 it has the fp32 masters and gradients.
-    """
-    alone = config.parallel.zero == 1 and dp_size == 1 and config.train.precision == "fp32"
-    return 0 if alone else config.parallel.zero
-
-
 def deepspeed_config(config: RunConfig, stage: int) -> dict:
     """DeepSpeed's own configuration of a run under ZeRO stage `stage`."""
     bf16 = config.train.precision == "bf16"
@@ -74,7 +64,7 @@ def build_engine(stages: nn.ModuleList, config: RunConfig, mesh: Mesh, adamw: Ad
         parameter.model_parallel = True  # DeepSpeed's mark: counted in the norm on every tensor rank
     named_parameters = itertools.chain.from_iterable(stage.vlm.named_parameters() for stage in stages)
     groups = parameter_groups(named_parameters, anchors, config.optim)
-    stage = zero_stage(config, mesh.dp.size)
+    stage = config.zero_stage(mesh.dp.size)
     if stage:
         registered = set(stages.parameters())
         for group in groups:
