@@ -242,7 +242,9 @@ def test_transformers_loads_the_language_part_of_vl2(tmp_path, model):
     ours.load_state_dict(weights(model, torch.float32))
     tokens = torch.randint(600, (40,), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        mine = ours.logits(Batch.of(Tiling(model), tokens, labels=tokens, lengths=[40], packs=1))
+        no_tiles = torch.zeros(0, 3, model.pixel_tower.image_size, model.pixel_tower.image_size, dtype=torch.uint8)
+        batch = Batch.of(Tiling(model), tokens, labels=tokens, lengths=[40], packs=1, pixels=no_tiles)
+        mine = ours.logits(batch)
         theirs = loaded(tokens[None], use_cache=False).logits[0]
     assert (mine - theirs).abs().max() < 5e-6  # measured 1.0e-6, of logits up to 2.3
 
