@@ -65,7 +65,7 @@ def peer_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--vocab", type=int, default=2048, help="pieces of that corpus's tokenizer (default 2048)")
     parser.add_argument("--batches", nargs="+", choices=BATCHES, default=BATCHES, help="kinds of batches (all)")
-    parser.add_argument("--images", type=int, default=0, help="also compare steps with so many images a pack (0: no)")
+    parser.add_argument("--images", type=int, default=0, help="also compare steps with N images in each pack (0: no)")
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each kind of batches (default 5)")
     parser.add_argument("--warmup", type=int, default=1, help="steps before them, after the compared one (default 1)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result as one JSON object")

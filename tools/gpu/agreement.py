@@ -16,6 +16,7 @@ from megavl.batch import Kind, StepBatch
 from megavl.config.run import RunConfig
 from megavl.ops.dispatch import choose
 from megavl.runtime.env import Env
+from megavl.runtime.operators import choose_ops
 
 _SIGMOID = ("model=vl2_debug", "model.decoder.layers=3", "balance.auxiliary_weight=0", "balance.bias_step=0.001")
 # Heads of 16 channels, which the fused kernels of bf16 serve; the presets' own have 4.
@@ -52,7 +53,7 @@ def compare(config: RunConfig, env: Env, kind: Kind, dtype: torch.dtype) -> Find
     mesh = mesh_of_one(config, env)
     exact = quick_stages(config, mesh, choose(torch.device("cpu")), torch.device("cpu"))
     _fill_parameters(exact)
-    ops = choose(env.device)
+    ops = choose_ops(config, mesh, env)
     ours = quick_stages(config, mesh, ops, env.device)
     ours.load_state_dict(exact.state_dict())
     ours.to(dtype)

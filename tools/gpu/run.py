@@ -13,11 +13,12 @@ from torch import nn
 from megavl.batch import Kind, StepBatch
 from megavl.config.model import ModelConfig
 from megavl.config.run import RunConfig
-from megavl.ops.dispatch import Ops, choose
+from megavl.ops.dispatch import Ops
 from megavl.parallel.groups import Mesh
 from megavl.runtime.env import Env, read_env, start_process_group
 from megavl.runtime.feed import Feed
 from megavl.runtime.mesh import mesh_of
+from megavl.runtime.operators import choose_ops
 from megavl.runtime.replica import Replica
 from megavl.runtime.stage import build_stages
 
@@ -114,7 +115,8 @@ def quick_stages(config: RunConfig, mesh: Mesh, ops: Ops, device: torch.device) 
 
 def build(config: RunConfig, env: Env) -> Run:
     """The run of a recipe in one process."""
-    mesh, ops = mesh_of_one(config, env), choose(env.device)
+    mesh = mesh_of_one(config, env)
+    ops = choose_ops(config, mesh, env)
     return Run(config, env, Replica(config, mesh, ops, quick_stages(config, mesh, ops, env.device)))
 
 
