@@ -52,7 +52,7 @@ HYBRID = ModelConfig(
 SIGLIP_ONLY = changed(HYBRID, name="siglip_only", sam=None)
 GROUPED = changed(SIGLIP_ONLY, name="grouped_queries", decoder={"kv_heads": 2})
 
-# Tiles of 15 pixels, of which 3 are not read, with heads of 18 channels; 3 x 3 patches are padded to become 2 x 2
+# Tiles of 15 pixels (the last 3 are not read), with heads of 18 channels; 3 x 3 patches are padded to become 2 x 2
 # features. A dense block and two with experts.
 MHA_SOFTMAX = ModelConfig(
     name="mha_softmax",

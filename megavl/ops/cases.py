@@ -133,7 +133,7 @@ def _expert_rows(rows: int, experts: int, device: torch.device) -> Groups:
 
 
 def grouped_linear_case(rows: int, experts: int, d_in: int, d_out: int, dtype: torch.dtype) -> Case:
-    """Rows [rows, d_in] with the matrices [experts, d_out, d_in] of their experts, one of which has no row."""
+    """Rows [rows, d_in] with the matrices [experts, d_out, d_in] of their experts. One expert has no row."""
 
     def run(grouped_linear: GroupedLinear, operands: list[Tensor]) -> list[Tensor]:
         x, weight, upstream = operands

@@ -100,7 +100,7 @@ def _short(error: Exception) -> str:
 
 
 def compare(case: Case, implementations: Mapping[str, Any], device: torch.device, clock: Clock) -> list[Result]:
-    """Results of the implementations, one of which is the reference.
+    """Results of the implementations; the reference must be among them.
 
     An implementation that raises is a result too: a kernel may fail to compile, and the run goes on without it.
     """

@@ -52,7 +52,7 @@ class Work:
         return self.hardware + (tensor - 1) * self.repeated
 
     def as_overhead(self) -> "Work":
-        """The same FLOPs, none of which training needs."""
+        """The same FLOPs, counted as overhead."""
         return Work(overhead=self.hardware, repeated=self.repeated)
 
     def repeated_if(self, repeated: bool) -> "Work":

@@ -37,8 +37,8 @@ def choose_ops(config: RunConfig, mesh: Mesh, env: Env) -> Ops:
 
 
 def agreed(of_nodes: list[Results]) -> Results:
-    """One result from those of all nodes, so that every rank chooses alike: tensor ranks that compute the same with
-    different kernels would drift apart.
+    """Merge the results of all nodes, so that every rank makes the same choice: replicated parameters would drift apart
+    if their ranks computed gradients with different kernels.
 
     A candidate serves if it passed on every node; its time is that of the slowest.
     """

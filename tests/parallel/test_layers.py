@@ -120,7 +120,7 @@ def products_of_one_input(sequence: bool) -> tuple[float, dict, dict]:
 
 
 def product_with_a_companion(sequence: bool) -> tuple[float, dict, dict]:
-    """The same of one product and a companion, of which each rank uses its own channels."""
+    """The same of one product and a companion; each rank uses its own channels of it."""
     tp = tensor_axis(sequence)
     x, companion = (random(name, T, D).requires_grad_() for name in ("x", "companion"))
     weight = random("up", F_WIDTH, D).requires_grad_()

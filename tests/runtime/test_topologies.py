@@ -267,7 +267,7 @@ def test_fp32_equals_one_process(trained, record_property, case):
 def test_bf16_equals_one_process_within_its_rounding(trained, record_property, case):
     loss, norm, _ = compare(trained, case, record_property)
     assert loss < 5e-4  # measured 1.0e-4
-    # Measured 8.9e-3, and 1.2e-2 with experts, of which rounding chooses others here and there.
+    # Measured 8.9e-3, and 1.2e-2 with experts, where rounding now and then changes the choice of an expert.
     assert norm < (3e-2 if case.model == "vl" else 6e-2)
 
 

@@ -11,8 +11,8 @@ from megavl.config.dataflow import Parameter
 
 Shape = tuple[int, ...]
 # A name of megavl -> its name there, or the names of its equal slices along dim 0. "#" stands for the index of a block,
-# "@" for weight or bias, "*" for an index of dim 0, of which each has a tensor there. A name that ends with a dot is a
-# prefix: names that are not listed themselves go on there as here.
+# "@" for weight or bias, "*" for an index of dim 0 (there each index has its own tensor). A name that ends with a dot
+# is a prefix: names that are not listed themselves go on there as here.
 Names = Mapping[str, str | tuple[str, ...]]
 
 

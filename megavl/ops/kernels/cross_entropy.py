@@ -1,4 +1,4 @@
-"""The two local parts of the cross entropy in Triton, in each of which the logits are read once.
+"""The two local parts of the cross entropy in Triton. Each reads the logits once.
 
 The statistics use the maximum and the sum of exponentials so far, as in online softmax (arXiv 1805.02867).
 """
