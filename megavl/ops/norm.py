@@ -5,6 +5,32 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
+
+
+class _RmsNorm(Function):
+    """Keeps x itself and the scale of each row; autograd would keep two more tensors of the size of x."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.float()
+        mean = (
+            torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+        )  # of the squares, [T, 1]
+        scale = mean.add_(eps).rsqrt_()  # [T, 1]
+        ctx.save_for_backward(x, weight, scale)
+        return weight * (wide * scale).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, weight, scale = ctx.saved_tensors
+        grad, weight_ = grad.float(), weight.float()
+        normed = x.float() * scale  # [T, D]
+        product = grad * normed  # [T, D]
+        for_weight = product.sum(0)  # [D]
+        mean = product.mul_(weight_).sum(-1, keepdim=True).div_(x.shape[-1])  # [T, 1]
+        for_x = torch.mul(grad, weight_, out=product).addcmul_(normed, mean, value=-1.0).mul_(scale)  # [T, D]
+        return for_x.to(x.dtype), for_weight.to(weight.dtype), None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -12,9 +38,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     The weight is an argument, not a module's own, so that parallel code may wrap it on the way.
     """
-    wide = x.float()
-    scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)  # [T, 1]
-    return weight * (wide * scale).to(x.dtype)
+    return _RmsNorm.apply(x, weight, eps)
 
 
 def add_rms_norm(h: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -7,11 +7,12 @@ either has one signature, `Rotate`:
     returns q and k, rotated in fp32, in their own shapes and dtypes
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 Rotate = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -42,26 +43,47 @@ def rotary_tables(positions: Tensor, width: int, theta: float) -> tuple[Tensor, 
 
 def rotate_halves(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Channel i with channel i + d / 2; see `Rotate`."""
-    return _halves(q, cos, sin), _halves(k, cos, sin)
+    return tuple(_Rotation.apply(x, cos, sin, _halves) for x in (q, k))
 
 
 def rotate_pairs(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Channel 2i with channel 2i + 1; see `Rotate`."""
-    return _pairs(q, cos, sin), _pairs(k, cos, sin)
+    return tuple(_Rotation.apply(x, cos, sin, _pairs) for x in (q, k))
 
 
-def _halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.float().chunk(2, dim=-1)  # [T, H, d / 2] each
-    return torch.cat(_rotate(first, second, cos, sin), dim=-1).to(x.dtype)  # [T, H, d]
+def _halves(x: Tensor) -> Sequence[Tensor]:
+    """Views [T, H, d / 2] of the channels that are rotated with each other."""
+    return x.chunk(2, dim=-1)
 
 
-def _pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # [T, H, d / 2] each
-    return torch.stack(_rotate(first, second, cos, sin), dim=-1).flatten(-2).to(x.dtype)  # [T, H, d]
+def _pairs(x: Tensor) -> Sequence[Tensor]:
+    """As `_halves`."""
+    return x.unflatten(-1, (-1, 2)).unbind(-1)
 
 
-def _rotate(first: Tensor, second: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    return first * cos - second * sin, second * cos + first * sin
+class _Rotation(Function):
+    """The gradient is the gradient of the result, rotated back; only the tables are kept."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor, channels: Callable[[Tensor], Sequence[Tensor]]) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.channels = channels
+        return _rotated(x, cos, sin, channels)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        cos, sin = ctx.saved_tensors
+        return _rotated(grad, cos, -sin, ctx.channels), None, None, None
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, channels: Callable[[Tensor], Sequence[Tensor]]) -> Tensor:
+    """[T, H, d] in the dtype of x."""
+    wide = x.float()
+    out = torch.empty_like(wide, memory_format=torch.contiguous_format)
+    first, second = channels(wide)  # [T, H, d / 2] each
+    for place, own, other, sign in zip(channels(out), (first, second), (second, first), (-1.0, 1.0), strict=True):
+        torch.mul(own, cos, out=place).addcmul_(other, sin, value=sign)
+    return out.to(x.dtype)
 
 
 REFERENCE_ROTARY = Rotary(rotate_halves, rotate_pairs)

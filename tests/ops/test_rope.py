@@ -21,7 +21,8 @@ def test_equals_llama():
     their_q, their_k = apply_rotary_pos_emb(q, k, their_cos[0], their_sin[0])  # [T, heads, d]: unsqueezed at dim 1
     cos, sin = rotary_tables(POSITIONS, 16, 5000.0)
     ours_q, ours_k = rotate_halves(q, k, cos, sin)
-    assert torch.equal(ours_q, their_q) and torch.equal(ours_k, their_k)
+    for our, their in ((ours_q, their_q), (ours_k, their_k)):
+        assert (our - their).abs().max() < 5e-7  # measured 2.4e-7: the sum of two products is rounded once
 
 
 def test_pairs_equal_deepseek_v2():
@@ -32,7 +33,7 @@ def test_pairs_equal_deepseek_v2():
     their_q, their_k = apply_rotary_emb(q.transpose(0, 1)[None], k.transpose(0, 1)[None], turns)  # [1, heads, T, d]
     ours = rotate_pairs(q, k, cos, sin)
     for our, their in zip(ours, (their_q, their_k), strict=True):
-        assert torch.equal(our, their[0].transpose(0, 1))
+        assert (our - their[0].transpose(0, 1)).abs().max() < 5e-7  # measured 2.4e-7, as above
     assert (rotate_halves(q, k, cos, sin)[0] - ours[0]).abs().max() > 1
 
 

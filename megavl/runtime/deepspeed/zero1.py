@@ -56,6 +56,8 @@ class Zero1:
         self._groups = [_group(optimizer, index, mesh) for index in range(len(optimizer.bf16_groups))]
         for group in self._groups:
             group.masters_part.grad = group.gradients_part
+        # (group, parameter) by index: those that have a gradient in this step. The buffers of the others are stale.
+        self._written: set[tuple[int, int]] = set()
         optimizer._update_hp_grad = self.accumulate
         optimizer.reduce_gradients = self.reduce
         optimizer.step = self.step
@@ -63,14 +65,27 @@ class Zero1:
 
     @torch.no_grad()
     def accumulate(self, parameter: nn.Parameter, group: int, index: int, clear_lp_grads: bool) -> None:
-        """Add the gradient of a parameter to its fp32 buffer. One kernel: no fp32 copy of the gradient is made."""
+        """Add the gradient of a parameter to its fp32 buffer, which the first one of a step overwrites. One kernel: no
+        fp32 copy of the gradient is made, and the buffer is not cleared before."""
+        if parameter.grad is None:
+            return
         total = self._optimizer.fp32_groups_gradients[group][index]
-        if parameter.grad is not None:
-            total.add_(parameter.grad.view(total.shape))
+        gradient = parameter.grad.view(total.shape)
+        if (group, index) in self._written:
+            total.add_(gradient)
+        else:
+            total.copy_(gradient)
+            self._written.add((group, index))
 
     @torch.no_grad()
     def reduce(self, pipeline_parallel: bool) -> None:
-        """Sum the gradients over the data axis; each rank receives its own part alone. `step` divides them."""
+        """Sum the gradients over the data axis; each rank receives its own part alone. `step` divides them. What has no
+        gradient in this step, such as the towers in a text step, gets zeros."""
+        gradients = self._optimizer.fp32_groups_gradients
+        indices = ((group, index) for group, each in enumerate(gradients) for index in range(len(each)))
+        if missing := [gradients[group][index] for group, index in indices if (group, index) not in self._written]:
+            torch._foreach_zero_(missing)
+        self._written.clear()
         for group in self._groups:
             if dist.get_world_size(group.ranks) > 1:
                 reduce_scatter_single(group.gradients_part, group.gradients, group=group.ranks)
@@ -88,10 +103,9 @@ class Zero1:
             group.parameters_part.copy_(group.masters_part)
             if dist.get_world_size(group.ranks) > 1:
                 all_gather_single(group.parameters, group.parameters_part, group=group.ranks)
-            group.gradients.zero_()
 
     def zero_grad(self) -> None:
-        """Nothing is left to clear after `step`."""
+        """The first gradients of the next step overwrite those of this one."""
 
     def _norm(self) -> Tensor:
         """Global norm of the averaged gradient, float32 []. Every element is counted on one rank of the world."""

@@ -60,7 +60,6 @@ def watched_step(config: RunConfig) -> dict:
         "messages": messages,
         "calls": watch.calls,
         "largest_fp32": watch.largest_fp32,
-        "left": max(flat.abs().max().item() for flat in optimizer.fp32_groups_gradients_flat),
     }
 
 
@@ -73,26 +72,60 @@ def test_a_step_waits_for_nothing_and_copies_no_gradient(pool, config):
         if config is DP:
             assert found["messages"]["reduce_scatter"] == found["elements"]
             assert found["messages"]["all_gather"] == found["elements"] / 2
-        assert found["left"] == 0
-        # Of each group: scaling, norm, clipping, update, copy to bf16, clearing; not a kernel for each parameter.
+        # Of each group: scaling, norm, clipping, update, copy to bf16; not a kernel for each parameter.
         assert sum(found["calls"].values()) < 40 * found["groups"]
 
 
-def watched_accumulation() -> tuple[int, Counter, int]:
-    """Of one parameter."""
+def watched_accumulation() -> list[tuple[Counter, int]]:
+    """Of one parameter, in two micro-batches of a step; the buffer holds what an earlier step has left."""
     replica = build(run_config(1, train={"precision": "bf16"}))
-    parameter = replica.engine.optimizer.bf16_groups[0][0]
-    parameter.grad = torch.ones_like(parameter)
-    with Watch() as watch:
-        replica.engine.optimizer.accumulate_hp_grads_and_remove_lp(parameter, 0, 0)
-    total = replica.engine.optimizer.fp32_groups_gradients[0][0]
-    assert parameter.grad is None and torch.equal(total, torch.ones_like(total))
-    return parameter.numel(), watch.calls, watch.largest_fp32
+    optimizer = replica.engine.optimizer
+    parameter, total = optimizer.bf16_groups[0][0], optimizer.fp32_groups_gradients[0][0]
+    total.fill_(7)
+    watches = []
+    for micro_batch in (1, 2):
+        parameter.grad = torch.ones_like(parameter)
+        with Watch() as watch:
+            optimizer.accumulate_hp_grads_and_remove_lp(parameter, 0, 0)
+        assert parameter.grad is None and torch.equal(total, torch.full_like(total, micro_batch))
+        watches.append((watch.calls, watch.largest_fp32))
+    return watches
 
 
 def test_a_gradient_is_added_without_a_copy_in_fp32(pool):
-    ((_, calls, largest_fp32),) = pool.run(1, watched_accumulation)
-    assert calls["add_"] == 1 and largest_fp32 == 0
+    ((first, second),) = pool.run(1, watched_accumulation)
+    for (calls, largest_fp32), kernel in ((first, "copy_"), (second, "add_")):
+        assert calls[kernel] == 1 and calls["copy_"] + calls["add_"] == 1 and largest_fp32 == 0
+
+
+def tower_gradients(reduce: bool) -> list[float]:
+    """The largest gradient of the towers in the buffers, after a multimodal step and in the text step that follows."""
+    config = run_config(2, train={"precision": "bf16"})
+    replica = build(config)
+    optimizer = replica.engine.optimizer
+    towers = {id(parameter) for name, parameter in replica.stages.named_parameters() if "siglip" in name}
+    gradients = [
+        gradient
+        for group, each in zip(optimizer.bf16_groups, optimizer.fp32_groups_gradients, strict=True)
+        for parameter, gradient in zip(group, each, strict=True)
+        if id(parameter) in towers
+    ]
+    found = []
+    for number, kind in enumerate(("multimodal", "text")):
+        batch = step_batch(number, config, replica.mesh)
+        assert batch.kind == kind
+        replica.pipeline.train(batch)
+        if reduce:
+            optimizer.reduce_gradients(pipeline_parallel=False)
+        found.append(max(gradient.abs().max().item() for gradient in gradients))
+    return found
+
+
+def test_a_text_step_leaves_the_towers_gradients_of_zeros(pool):
+    for multimodal, text in pool.run(2, tower_gradients, True):
+        assert multimodal > 0 and text == 0
+    for _, text in pool.run(2, tower_gradients, False):
+        assert text > 0  # what the step before has left
 
 
 def norms(config: RunConfig, forget_scatter: bool) -> tuple[float, float]:
