@@ -61,10 +61,15 @@ def peer_parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", required=True, metavar="RECIPE.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
     parser.add_argument(
-        "--dataset", metavar="PREFIX", help="text documents (default: a corpus of tools/make_corpus.py)"
+        "--dataset",
+        metavar="PREFIX",
+        help="text documents (default: the entries of Python's documentation)",
     )
     parser.add_argument("--vocab", type=int, default=2048, help="pieces of that corpus's tokenizer (default 2048)")
     parser.add_argument("--batches", nargs="+", choices=BATCHES, default=BATCHES, help="kinds of batches (all)")
+    parser.add_argument(
+        "--padded-batch", type=int, default=8, metavar="N", help="documents of a padded micro-batch (default 8)"
+    )
     parser.add_argument("--images", type=int, default=0, help="also compare steps with N images in each pack (0: no)")
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each kind of batches (default 5)")
     parser.add_argument("--warmup", type=int, default=1, help="steps before them, after the compared one (default 1)")

@@ -307,15 +307,15 @@ def test_documents_are_the_same_padded(tools):
     pack = Batch.of(Tiling(config.model), torch.arange(10), labels, lengths, packs=1)
     documents = documents_of(SimpleNamespace(micro_batches=(pack,)))
     assert [each.tolist() for each in documents] == [[0, 1, 2], [3, 4, 5, 6, 7]]  # the last one is padding
-    (batch,) = padded_batches(documents, 1, by_length=True, seed=0)
+    (batch,) = padded_batches(documents, 2, by_length=True, seed=0)
     assert batch["input_ids"].tolist() == [[0, 1, 2, 0, 0], [3, 4, 5, 6, 7]]
     assert batch["labels"].tolist() == [[0, 1, 2, -100, -100], [3, 4, 5, 6, 7]]
     assert padding_share([batch]) == pytest.approx(0.2)
     several = [torch.arange(length) for length in (9, 1, 8, 2, 7, 3)]
     for by_length in (True, False):
-        found = padded_batches(several, 3, by_length, seed=3)
+        found = padded_batches(several, 4, by_length, seed=3)
         assert sorted(int(row) for each in found for row in each["attention_mask"].sum(1)) == [1, 2, 3, 7, 8, 9]
-        assert [len(each["input_ids"]) for each in found] == [2, 2, 2]
+        assert [len(each["input_ids"]) for each in found] == [4, 2]
 
 
 def test_vl2_has_no_peer(tools):

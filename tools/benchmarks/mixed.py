@@ -1,13 +1,15 @@
 """Steps of real documents of mixed lengths, packed by megavl's own loader, and a small corpus to take them from."""
 
-import subprocess
-import sys
+import ast
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from pydoc_data.topics import topics
 
 from benchmarks.commands import preprocess
 from benchmarks.padded import without_targets_beyond
+from corpus.library import module_files
 from train_tokenizer import train
 
 from megavl.batch import StepBatch
@@ -17,7 +19,7 @@ from megavl.data.assemble import ImageShare
 from megavl.data.loader import Loader
 from megavl.data.sampler import Sampler
 
-_MAKE_CORPUS = Path(__file__).parents[1] / "make_corpus.py"
+_DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def text_data(prefix: str, tokenizer: str, seq_len: int) -> DataConfig:
@@ -29,8 +31,8 @@ def text_data(prefix: str, tokenizer: str, seq_len: int) -> DataConfig:
 
 
 def made_corpus(directory: Path, seq_len: int, vocab_size: int) -> DataConfig:
-    """A dataset of tools/make_corpus.py in `directory`, with a tokenizer of `vocab_size` pieces that learned from it;
-    made once in each directory.
+    """The documentation of Python in `directory`, with a tokenizer of `vocab_size` pieces that learned from it; made
+    once in each directory.
 
     Raises:
         ValueError: the corpus is too small for such a vocabulary.
@@ -39,11 +41,23 @@ def made_corpus(directory: Path, seq_len: int, vocab_size: int) -> DataConfig:
     data = text_data(str(prefix), str(tokenizer), seq_len)
     if tokenizer.exists():
         return data
-    command = [sys.executable, str(_MAKE_CORPUS), "--output", str(directory), "--size", "tiny"]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in _texts()), encoding="utf-8")
     train([str(corpus)], tokenizer, vocab_size, "vl")
     preprocess(corpus, prefix, tokenizer, 1)
     return data
+
+
+def _texts() -> Iterator[str]:
+    """Chapters of the language reference, and what the standard library says of each module, function and class with
+    its methods: many short texts, few long ones."""
+    yield from topics.values()
+    for _, path in module_files():
+        module = ast.parse(path.read_text(encoding="utf-8", errors="replace"))
+        entries = [[module]] + [[node, *getattr(node, "body", ())] for node in module.body]
+        for entry in entries:
+            documented = [node for node in entry if isinstance(node, _DOCUMENTED)]
+            if text := "\n\n".join(filter(None, map(ast.get_docstring, documented))):
+                yield text
 
 
 def mixed_steps(config: RunConfig, data: DataConfig, steps: int) -> Iterator[StepBatch]:

@@ -22,17 +22,16 @@ def documents_of(batch: StepBatch) -> list[Tensor]:
     ]
 
 
-def padded_batches(documents: Sequence[Tensor], count: int, by_length: bool, seed: int) -> list[dict[str, Tensor]]:
-    """`count` micro-batches of nearly equal numbers of documents, each padded to its longest document.
+def padded_batches(documents: Sequence[Tensor], size: int, by_length: bool, seed: int) -> list[dict[str, Tensor]]:
+    """Micro-batches of `size` documents, the last of what is left, each padded to its longest document.
 
     Args:
-        documents: int64 [length] each, at least `count`
+        documents: int64 [length] each
         by_length: sort the documents by length first; else their order is random
         seed: of the order
     """
     order = sorted(documents, key=len) if by_length else random.Random(seed).sample(documents, len(documents))
-    borders = [len(order) * number // count for number in range(count + 1)]
-    return [_padded(order[first:stop]) for first, stop in zip(borders, borders[1:], strict=False)]
+    return [_padded(order[first : first + size]) for first in range(0, len(order), size)]
 
 
 def _padded(documents: Sequence[Tensor]) -> dict[str, Tensor]:

@@ -101,6 +101,7 @@ def benchmark(config: RunConfig, env: Env, args: argparse.Namespace, directory: 
         "precision": config.train.precision,
         "seq_len": config.data.seq_len,
         "micro_batches": config.train.micro_batches(dp=1),
+        "padded_batch": args.padded_batch,
         "loss_differences": {},
         "rows": [],
     }
@@ -122,7 +123,7 @@ def feeds_of(
     if kind in ("equal", "images"):
         return equal_feeds(config, env, rounds, args.images if kind == "images" else 0)
     steps = mixed_steps(config, _data(config, args, directory), rounds)
-    return [mixed_feed(step, by_length=kind == "sorted") for step in steps]
+    return [mixed_feed(step, args.padded_batch, by_length=kind == "sorted") for step in steps]
 
 
 def _data(config: RunConfig, args: argparse.Namespace, directory: Path) -> DataConfig:
@@ -140,9 +141,9 @@ def equal_feeds(config: RunConfig, env: Env, rounds: int, images: int) -> list[F
     return [Feed(batch, theirs)] * rounds
 
 
-def mixed_feed(batch: StepBatch, by_length: bool) -> Feed:
-    """A step of documents of mixed lengths: packed for megavl, padded for the others."""
-    return Feed(batch, padded_batches(documents_of(batch), len(batch.micro_batches), by_length, seed=batch.step))
+def mixed_feed(batch: StepBatch, size: int, by_length: bool) -> Feed:
+    """A step of documents of mixed lengths: packed for megavl, padded for the others, `size` in each micro-batch."""
+    return Feed(batch, padded_batches(documents_of(batch), size, by_length, seed=batch.step))
 
 
 def build_trainers(config: RunConfig, env: Env) -> tuple[dict[str, Trainer], int]:
@@ -232,7 +233,8 @@ def page(found: dict[str, Any]) -> list[str]:
     return [
         heading(found),
         f"{found['model']}, {found['parameters'] / 1e6:.4g} M parameters, {found['precision']}, "
-        f"{found['micro_batches']} micro-batches of {found['seq_len']} tokens. Tokens are those of the documents, "
+        f"{found['micro_batches']} micro-batches of {found['seq_len']} tokens, or of {found['padded_batch']} padded "
+        "documents. Tokens are those of the documents, "
         "without padding; ratios are ours over theirs, above 1 where megavl is faster: median (lowest to highest)",
         *(
             f"{batches}: losses differ by at most {differences[0]:.1e} in the first step, from equal weights, and by "

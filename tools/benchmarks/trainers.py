@@ -47,11 +47,12 @@ class DeepSpeed:
     """A transformers model in a DeepSpeed engine with ZeRO-1; everything else is DeepSpeed's default."""
 
     def __init__(self, model: nn.Module, config: RunConfig):
-        optim, micro_batches = config.optim, config.train.micro_batches(dp=1)
+        optim = config.optim
         groups = optimizer_groups(model, config.model, optim)
         settings = {
             "train_micro_batch_size_per_gpu": 1,
-            "gradient_accumulation_steps": micro_batches,
+            # The number of micro-batches differs from step to step: `step` says which is the last.
+            "gradient_accumulation_steps": 1,
             "gradient_clipping": optim.grad_clip,
             "bf16": {"enabled": config.train.precision == "bf16"},
             "zero_optimization": {"stage": 1},
@@ -64,7 +65,8 @@ class DeepSpeed:
     def step(self, batch: StepBatch, theirs: Sequence[dict[str, Tensor]]) -> float:
         """See `Trainer`."""
         losses = []
-        for inputs in theirs:
+        for number, inputs in enumerate(theirs, start=1):
+            self._engine.set_gradient_accumulation_boundary(number == len(theirs))
             loss = self._engine(**inputs, use_cache=False, num_items_in_batch=batch.supervised_tokens).loss
             losses.append(loss.detach())
             # The loss is divided by the tokens of the whole step already.
