@@ -8,7 +8,7 @@ from megavl.model.norm import RmsNorm
 from megavl.ops.dispatch import Ops
 from megavl.parallel.cross_entropy import summed_cross_entropy
 from megavl.parallel.groups import TensorAxis
-from megavl.parallel.linear import ColumnLinear, column_linears
+from megavl.parallel.linear import ColumnLinear, enter_with_rows
 
 
 class Head(nn.Module):
@@ -37,6 +37,6 @@ class Head(nn.Module):
         Returns:
             float32 [], equal on all tp ranks
         """
-        (logits,) = column_linears(self.norm(h), [self.proj], rows=supervised)  # [S, V / tp]
+        x = enter_with_rows(self.norm(h), supervised, self.tp)  # [S, D]
         labels = labels.index_select(0, supervised)  # [S]
-        return summed_cross_entropy(logits, labels, IGNORE_INDEX, self.tp, self.ops.cross_entropy)
+        return summed_cross_entropy(x, self.proj.weight, labels, IGNORE_INDEX, self.tp, self.ops.cross_entropy)

@@ -39,7 +39,7 @@ class ColumnLinear(nn.Module):
         return y
 
 
-def column_linears(x: Tensor, layers: Sequence[ColumnLinear], rows: Tensor | None = None) -> list[Tensor]:
+def column_linears(x: Tensor, layers: Sequence[ColumnLinear]) -> list[Tensor]:
     """Products of one input with several column-parallel weights. They enter the parallel region together: one
     all-gather under sequence parallelism, else none, and one collective for the gradient of the input.
 
@@ -49,19 +49,27 @@ def column_linears(x: Tensor, layers: Sequence[ColumnLinear], rows: Tensor | Non
     Args:
         x: [T, d_in], or [T / tp, d_in] under sequence parallelism
         layers: at least one, of the same tensor axis
-        rows: int64 [S], rising: the rows of [T, d_in] to multiply; None for all
 
     Returns:
-        [T, d_out / tp] or [S, d_out / tp] of each layer, in the dtype of `x`
+        [T, d_out / tp] of each layer, in the dtype of `x`
     """
-    tp = layers[0].tp
-    if rows is None:
-        x = enter_parallel(x, tp)  # [T, d_in]
-    elif tp.sequence:
-        x = _select(enter_parallel(x, tp), rows)  # [S, d_in]
-    else:
-        x = enter_parallel(_select(x, rows), tp)  # [S, d_in]; only these rows of the gradient are reduced
+    x = enter_parallel(x, layers[0].tp)  # [T, d_in]
     return [F.linear(x, layer.weight) for layer in layers]
+
+
+def enter_with_rows(x: Tensor, rows: Tensor, tp: TensorAxis) -> Tensor:
+    """Enter a parallel region with some tokens alone.
+
+    Args:
+        x: [T, d], or [T / tp, d] under sequence parallelism
+        rows: int64 [S], rising, of [T, d]
+
+    Returns:
+        [S, d]
+    """
+    if tp.sequence:
+        return _select(enter_parallel(x, tp), rows)
+    return enter_parallel(_select(x, rows), tp)  # only these rows of the gradient are reduced
 
 
 def _select(x: Tensor, rows: Tensor) -> Tensor:
