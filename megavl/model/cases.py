@@ -4,6 +4,7 @@ import torch
 
 from megavl.config.run import RunConfig
 from megavl.ops.cases import (
+    attention_case,
     cross_entropy_case,
     expert_mlp_case,
     grouped_linear_case,
@@ -24,7 +25,12 @@ def cases_of(config: RunConfig) -> dict[str, Case]:
     tokens, tp = config.data.seq_len * config.train.micro_batch, parallel.tensor
     stream_tokens = tokens // tp if parallel.sequence else tokens
     heads, kv_heads = decoder.heads // tp, decoder.kv_heads // tp
-    rotary = (heads, kv_heads, decoder.head_width) if decoder.mla is None else (heads, 1, decoder.mla.rope_width)
+    if decoder.mla is None:
+        attention = (heads, kv_heads, decoder.head_width, decoder.head_width)
+        rotary = (heads, kv_heads, decoder.head_width)
+    else:
+        attention = (heads, heads, decoder.mla.key_width, decoder.mla.value_width)
+        rotary = (heads, 1, decoder.mla.rope_width)
     rows, hidden, experts = tokens, decoder.mlp_width // tp, {}
     if decoder.moe is not None:
         moe, cut = decoder.moe, parallel.expert_width == "cut"
@@ -38,7 +44,9 @@ def cases_of(config: RunConfig) -> dict[str, Case]:
         }
     # The reference of the cross entropy in fp32 takes 20 bytes for each logit; its rows do not depend on one another.
     supervised_tokens = min(tokens, _MOST_ROWS_OF_LOGITS)
+    halves = tokens // 2, tokens // 4  # of unequal documents, as a pack has them
     return experts | {
+        "attention": attention_case((*halves, tokens - sum(halves)), *attention, dtype=dtype),
         "rms_norm": norm_case(stream_tokens, decoder.width, decoder.norm_eps, dtype),
         "swiglu": swiglu_case(rows, hidden, dtype),
         "rotary": rotary_case(tokens, *rotary, pairs=decoder.mla is not None, dtype=dtype),

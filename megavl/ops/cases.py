@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from megavl.ops.activation import swiglu
+from megavl.ops.attention import PackedAttention
 from megavl.ops.cross_entropy import CrossEntropy
 from megavl.ops.expert_mlp import ExpertMlp
 from megavl.ops.grouped import GroupedLinear, Groups, reference_grouped_linear
@@ -31,6 +33,24 @@ def _passes(function: Callable, operands: Sequence[Tensor], upstream: Sequence[T
     outputs = function(*leaves)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     return [*(x.detach() for x in outputs), *torch.autograd.grad(outputs, leaves, upstream)]
+
+
+def attention_case(
+    lengths: Sequence[int], heads: int, kv_heads: int, width: int, value_width: int, dtype: torch.dtype
+) -> Case:
+    """Queries [T, heads, width], keys [T, kv_heads, width] and values [T, kv_heads, value_width] of documents."""
+    tokens, borders = sum(lengths), list(accumulate(lengths, initial=0))
+
+    def run(attention: PackedAttention, operands: list[Tensor]) -> list[Tensor]:
+        *qkv, upstream = operands
+        cu_seqlens = torch.tensor(borders, dtype=torch.int32, device=upstream.device)
+        return _passes(lambda q, k, v: attention(q, k, v, cu_seqlens, lengths), qkv, [upstream])
+
+    q, k, v = [tokens, heads, width], [tokens, kv_heads, width], [tokens, kv_heads, value_width]
+    shapes = f"{_words(dtype, tokens, heads, width)}, {kv_heads} key heads, values of {value_width}"
+    documents = f"documents of {', '.join(map(str, lengths))}"
+    upstream = [tokens, heads, value_width]
+    return Case(f"{shapes}, {documents}", lambda device: _normal(device, dtype, q, k, v, upstream), run)
 
 
 def norm_case(tokens: int, width: int, eps: float, dtype: torch.dtype) -> Case:

@@ -17,6 +17,7 @@ CPU = torch.device("cpu")
         (
             "vl_7b_stage2",
             {
+                "attention": "4096 x 16 x 128 bfloat16, 16 key heads, values of 128, documents of 2048, 1024, 1024",
                 "rms_norm": "2048 x 4096 bfloat16",  # sequence parallel over 2
                 "swiglu": "4096 x 5504 bfloat16",
                 "rotary": "4096 x 16 x 128 bfloat16, 16 key heads, halves",
@@ -26,6 +27,7 @@ CPU = torch.device("cpu")
         (
             "vl2_small_stage2",
             {
+                "attention": "4096 x 16 x 192 bfloat16, 16 key heads, values of 128, documents of 2048, 1024, 1024",
                 "rms_norm": "4096 x 2048 bfloat16",
                 "swiglu": "24576 x 1408 bfloat16",
                 "rotary": "4096 x 16 x 64 bfloat16, 1 key heads, pairs",

@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from megavl.ops.activation import swiglu
+from megavl.ops.attention import reference_attention
 from megavl.ops.candidates import REFERENCE
 from megavl.ops.cases import (
+    attention_case,
     cross_entropy_case,
     expert_mlp_case,
     grouped_linear_case,
@@ -86,7 +88,13 @@ def unstable_sort(experts, total):
     return len(experts) - 1 - order, inverse.flip(0), counts
 
 
+def wide_attention(q, k, v, cu_seqlens, lengths):
+    """Rounds once, as a fused kernel does."""
+    return reference_attention(q.float(), k.float(), v.float(), cu_seqlens, lengths).to(q.dtype)
+
+
 CASES = {
+    "attention": (attention_case, ((20, 11, 9), 4, 2, 16, 8), reference_attention, wide_attention),
     "rms_norm": (norm_case, (40, 48, 1e-6), REFERENCE_NORMS, Norms(wide_norm, wide_add_norm)),
     "swiglu": (swiglu_case, (40, 48), swiglu, wide_swiglu),
     "halves": (rotary_case, (40, 4, 2, 16, False), REFERENCE_ROTARY, Rotary(rotate_halves, rotate_pairs)),
@@ -97,6 +105,11 @@ CASES = {
     "expert_mlp": (expert_mlp_case, (50, 4, 16, 24), composed_expert_mlp, composed_expert_mlp),
 }
 WRONG = {
+    "attention": [
+        lambda q, k, v, cu_seqlens, lengths: reference_attention(q, k, v, cu_seqlens, [sum(lengths)]),
+        lambda q, k, v, cu_seqlens, lengths: wide_attention(1.1 * q, k, v, cu_seqlens, lengths),
+        lambda q, k, v, cu_seqlens, lengths: wide_attention(q, k.detach(), v, cu_seqlens, lengths) + 0 * k.sum(),
+    ],
     "rms_norm": [
         Norms(lambda x, weight, eps: rms_norm(x, weight, eps) * 1.01, add_rms_norm),
         Norms(rms_norm, detached_norm),
