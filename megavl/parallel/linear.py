@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megavl.parallel.adjacent import are_adjacent, join_rows, split_columns
 from megavl.parallel.autograd import with_backward
 from megavl.parallel.collectives import enter_parallel, leave_parallel, shared_weight
 from megavl.parallel.groups import Axis, TensorAxis
@@ -41,7 +42,8 @@ class ColumnLinear(nn.Module):
 
 def column_linears(x: Tensor, layers: Sequence[ColumnLinear]) -> list[Tensor]:
     """Products of one input with several column-parallel weights. They enter the parallel region together: one
-    all-gather under sequence parallelism, else none, and one collective for the gradient of the input.
+    all-gather under sequence parallelism, else none, and one collective for the gradient of the input. Weights that lie
+    end to end in memory are multiplied as one, forward and backward.
 
     The layers are not called, so their hooks do not run. Under ZeRO-3 DeepSpeed gathers a weight when it is first read,
     and from then on together with the calling module's own; that first read must be inside the engine's forward.
@@ -51,10 +53,13 @@ def column_linears(x: Tensor, layers: Sequence[ColumnLinear]) -> list[Tensor]:
         layers: at least one, of the same tensor axis
 
     Returns:
-        [T, d_out / tp] of each layer, in the dtype of `x`
+        [T, d_out / tp] of each layer, in the dtype of `x`; columns of one tensor where the weights are multiplied as one
     """
     x = enter_parallel(x, layers[0].tp)  # [T, d_in]
-    return [F.linear(x, layer.weight) for layer in layers]
+    weights = [layer.weight for layer in layers]
+    if len(weights) > 1 and are_adjacent(weights, dim=0):
+        return [*split_columns(F.linear(x, join_rows(weights)), [len(weight) for weight in weights])]
+    return [F.linear(x, weight) for weight in weights]
 
 
 def enter_with_rows(x: Tensor, rows: Tensor, tp: TensorAxis) -> Tensor:

@@ -65,6 +65,23 @@ def test_a_kernel_gets_values_as_wide_as_queries():
         torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-2)  # measured 7.8e-3: one step of bfloat16
 
 
+def test_a_kernel_gets_columns_of_a_joint_product_as_they_are():
+    """Rows further apart than they are wide, without a copy."""
+    got = []
+
+    def kernel(q, k, v, cu_seqlens, longest):
+        got.extend((x.data_ptr(), x.stride()) for x in (q, k, v))
+        return reference_attention(q, k, v, cu_seqlens, LENGTHS)
+
+    (q, k, v), cu_seqlens = random_qkv(4, 2, dtype=torch.bfloat16)
+    joint = torch.cat([x.detach().flatten(1) for x in (q, k, v)], dim=1)  # [T, (4 + 2 + 2) * 8]
+    columns = [x.unflatten(1, (-1, 8)).requires_grad_() for x in joint.split((32, 16, 16), dim=1)]
+    found = outputs_and_gradients(fused_attention(kernel), columns, cu_seqlens)
+    expected = outputs_and_gradients(reference_attention, (q, k, v), cu_seqlens)
+    assert got == [(joint.data_ptr() + begin, (64, 8, 1)) for begin in (0, 64, 96)]
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
 def test_operands_and_gradients_of_the_reference_are_aligned(monkeypatch):
     """Values that are a slice of a wider tensor, and documents that begin anywhere among rows of 24 bytes: on a GPU
     their kernels fail on such an address."""

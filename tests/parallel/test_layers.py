@@ -1,5 +1,7 @@
 """Each parallel layer against the unsharded one: output, input gradient, weight gradients, for 2 and 3 ranks."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -96,7 +98,14 @@ def column(weight: Tensor, tp: TensorAxis) -> ColumnLinear:
     return layer
 
 
-def products_of_one_input(sequence: bool) -> tuple[float, dict, dict]:
+def end_to_end(layers: list[ColumnLinear]) -> None:
+    """Move the weights into one buffer, as DeepSpeed does."""
+    flat = torch.cat([layer.weight.data.flatten() for layer in layers])
+    for layer, part in zip(layers, flat.split([layer.weight.numel() for layer in layers]), strict=True):
+        layer.weight.data = part.view_as(layer.weight)
+
+
+def products_of_one_input(sequence: bool, adjacent: bool = False) -> tuple[float, dict, dict]:
     """Worst difference of two column-parallel products from the whole ones, and the collectives in each direction."""
     tp = tensor_axis(sequence)
     x = random("x", T, D).requires_grad_()
@@ -106,6 +115,8 @@ def products_of_one_input(sequence: bool) -> tuple[float, dict, dict]:
     torch.autograd.backward(whole, upstream)
 
     layers, mine = [column(first, tp), column(second, tp)], my_tokens(x.data, tp).clone().requires_grad_()
+    if adjacent:
+        end_to_end(layers)
     with counted() as forward:
         ours = column_linears(mine, layers)
     with counted() as backward:
@@ -143,7 +154,10 @@ def product_with_a_companion(sequence: bool) -> tuple[float, dict, dict]:
 ENTERING = {False: ({}, {"all-reduce": 1}), True: ({"all-gather": 1}, {"reduce-scatter": 1})}
 
 
-@pytest.mark.parametrize("entry", [products_of_one_input, product_with_a_companion])
+@pytest.mark.parametrize(
+    "entry", [products_of_one_input, partial(products_of_one_input, adjacent=True), product_with_a_companion],
+    ids=["separate weights", "adjacent weights", "companion"],
+)
 @pytest.mark.parametrize("sequence", [False, True])
 def test_a_region_is_entered_by_one_collective(pool, entry, sequence):
     for difference, *calls in pool.run(3, entry, sequence):

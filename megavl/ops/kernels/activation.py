@@ -40,11 +40,12 @@ def backward_kernel(
     gate,  # [T, D], rows `gate_stride` apart
     up,  # [T, D], rows `up_stride` apart
     grad,  # [T, D], rows `grad_stride` apart
-    gate_grad,  # [T, D]
-    up_grad,  # [T, D]
+    gate_grad,  # [T, D], rows `out_stride` apart
+    up_grad,  # [T, D], rows `out_stride` apart
     gate_stride,
     up_stride,
     grad_stride,
+    out_stride,
     width,
     blocks,
     BLOCK: tl.constexpr,
@@ -61,8 +62,8 @@ def backward_kernel(
     silu = wide * sigmoid
     for_gate = upstream * by_up * (sigmoid + silu * (1.0 - sigmoid))
     for_up = upstream * silu.to(by_gate.dtype).to(tl.float32)
-    tl.store(gate_grad + row * width + column, for_gate.to(gate_grad.dtype.element_ty), mask=inside)
-    tl.store(up_grad + row * width + column, for_up.to(up_grad.dtype.element_ty), mask=inside)
+    tl.store(gate_grad + row * out_stride + column, for_gate.to(gate_grad.dtype.element_ty), mask=inside)
+    tl.store(up_grad + row * out_stride + column, for_up.to(up_grad.dtype.element_ty), mask=inside)
 
 
 def _as_rows(*tensors: Tensor) -> tuple[int, int, list[int]]:
@@ -72,6 +73,17 @@ def _as_rows(*tensors: Tensor) -> tuple[int, int, list[int]]:
     if all(x.is_contiguous() for x in tensors):
         return 1, rows * width, [0] * len(tensors)
     return rows, width, [x.stride(0) for x in tensors]
+
+
+def _gradients_of(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Uninitialised gradients [T, D] of gate and up. Where these are the two halves of the columns of one tensor, so are
+    their gradients: the product that made them takes both gradients as one matrix."""
+    rows, width = gate.shape
+    if gate.stride(0) == up.stride(0) == 2 * width:
+        both = torch.empty(rows, 2 * width, dtype=gate.dtype, device=gate.device)  # [T, 2 D]
+        return both[:, :width], both[:, width:]
+    gate_grad = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)  # [T, D]
+    return gate_grad, torch.empty(up.shape, dtype=up.dtype, device=up.device)  # [T, D]
 
 
 class _SwiGlu(Function):
@@ -91,10 +103,9 @@ class _SwiGlu(Function):
     def backward(ctx, grad: Tensor):
         gate, up = ctx.saved_tensors
         grad = with_unit_stride(grad)
-        gate_grad = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)  # [T, D]
-        up_grad = torch.empty(up.shape, dtype=up.dtype, device=up.device)  # [T, D]
+        gate_grad, up_grad = _gradients_of(gate, up)
         if grad.numel():
-            rows, width, strides = _as_rows(gate, up, grad)
+            rows, width, strides = _as_rows(gate, up, grad, gate_grad)
             blocks = triton.cdiv(width, BLOCK)
             backward_kernel[(rows * blocks,)](
                 *(gate, up, grad, gate_grad, up_grad, *strides, width, blocks), BLOCK=BLOCK, num_warps=4

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from megavl.ops.activation import swiglu
+from megavl.parallel.adjacent import are_adjacent
 from tests.ops.kernels.interpreter import Mistake, error, far_apart, kernels, no_launch, normal, passes, sliced
 
 # Less than a block, a little more, and rows of more than one block.
@@ -17,6 +18,7 @@ MISTAKES = {
     "gate instead of up": ("tl.load(up + row", "tl.load(gate + row"),
     "gradients swapped": ("for_up = upstream * silu", "for_up = upstream * by_up * silu"),
     "stride ignored": ("gate + row * gate_stride", "gate + row * width"),
+    "stride of the gradients ignored": ("up_grad + row * out_stride", "up_grad + row * width"),
     "first block only": ("(program % blocks).to(tl.int64) * BLOCK", "(program % blocks).to(tl.int64) * 0"),
 }
 
@@ -26,14 +28,17 @@ def exact_swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def errors(rows: int, width: int, dtype: torch.dtype, mistake: Mistake | None = None, device="cpu") -> list[tuple]:
-    """Of contiguous operands and of slices: errors of the kernel and of the reference against fp64, and the share of
+    """Of contiguous operands, slices, and halves of one tensor: errors of the kernel and of the reference against fp64, and the share of
     outputs that differ between both."""
     fused = kernels("activation", mistake).fused_swiglu
     gate, up, upstream = normal(rows, dtype, *[(rows, width)] * 3, device=device)
     gate = gate * 4
     found = []
-    for slices in (lambda x: x, sliced):
-        operands, grads = [slices(gate), slices(up)], [slices(upstream)]
+    for operands, grads in (
+        ([gate, up], [upstream]),
+        ([sliced(gate), sliced(up)], [sliced(upstream)]),
+        (torch.cat((gate, up), dim=1).chunk(2, dim=1), [upstream]),
+    ):
         exact = passes(exact_swiglu, [each.double() for each in operands], [each.double() for each in grads])
         ours, theirs = passes(fused, operands, grads), passes(swiglu, operands, grads)
         assert [each.dtype for each in ours] == [each.dtype for each in theirs]
@@ -60,6 +65,22 @@ def test_a_mistake_is_noticed(interpreted, mistake):
 def test_another_rounding_is_noticed(interpreted):
     once = ("silu = (wide * tl.sigmoid(wide)).to(by_gate.dtype).to(tl.float32)", "silu = wide * tl.sigmoid(wide)")
     assert min(unequal for _, _, unequal in interpreted(errors, 2, 2500, torch.bfloat16, once)) > 0.05
+
+
+def adjacent_gradients(rows: int, width: int) -> None:
+    """Of halves of one tensor, halves of one too; of separate operands, contiguous."""
+    fused = kernels("activation").fused_swiglu
+    gate, up, upstream = normal(0, torch.bfloat16, *[(rows, width)] * 3)
+    *_, gate_grad, up_grad = passes(fused, torch.cat((gate, up), dim=1).chunk(2, dim=1), [upstream])
+    assert are_adjacent((gate_grad, up_grad), dim=1)
+    assert up_grad.storage_offset() == width and gate_grad.untyped_storage().nbytes() == 4 * rows * width
+    *_, gate_grad, up_grad = passes(fused, (gate, up), [upstream])
+    assert gate_grad.is_contiguous() and up_grad.is_contiguous() and not are_adjacent((gate_grad, up_grad), dim=1)
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1, 8), (5, 333)])
+def test_gradients_lie_as_their_operands(interpreted, rows, width):
+    interpreted(adjacent_gradients, rows, width)
 
 
 def extremes() -> Tensor:

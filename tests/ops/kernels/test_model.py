@@ -2,6 +2,7 @@
 
 import dataclasses
 from contextlib import nullcontext
+from unittest import mock
 
 import pytest
 import torch
@@ -9,9 +10,10 @@ import torch
 from megavl.config.model import ModelConfig
 from megavl.model.vlm import VLM, call_block
 from megavl.ops.dispatch import Ops
+from megavl.parallel import linear
 from megavl.runtime.recompute import recomputing
 from tests.model import tiny
-from tests.models import HYBRID, MLA_SOFTMAX
+from tests.models import GROUPED, HYBRID, MLA_SOFTMAX
 from tests.ops.kernels.interpreter import kernels
 
 MODELS = {"multi-head": HYBRID, "latent, routed experts": MLA_SOFTMAX}
@@ -30,7 +32,17 @@ def triton_ops(ops: Ops) -> Ops:
     )
 
 
-def gradients(config: ModelConfig, ops: Ops, recompute: bool, stages: tuple[int, ...]) -> dict[str, torch.Tensor]:
+def lay_end_to_end(vlm: VLM) -> None:
+    """Move the parameters into one buffer, as DeepSpeed does: weights that share an input are multiplied as one."""
+    parameters = list(vlm.parameters())
+    flat = torch.cat([parameter.data.flatten() for parameter in parameters])
+    for parameter, part in zip(parameters, flat.split([each.numel() for each in parameters]), strict=True):
+        parameter.data = part.view_as(parameter)
+
+
+def gradients(
+    config: ModelConfig, ops: Ops, recompute: bool, stages: tuple[int, ...], adjacent: bool = False
+) -> dict[str, torch.Tensor]:
     """Loss and gradients of a text batch, of the slices of the model list that begin at `stages`."""
     run_block = recomputing(nullcontext()) if recompute else call_block
     bounds = zip(stages, [*stages[1:], config.layers], strict=True)
@@ -43,6 +55,8 @@ def gradients(config: ModelConfig, ops: Ops, recompute: bool, stages: tuple[int,
     h, found = None, {}
     for index, each in enumerate(slices):
         tiny.randomise(each, seed=index)
+        if adjacent:
+            lay_end_to_end(each)
         h = each(h, batch)
     h.backward()
     found["loss"] = h.detach()
@@ -51,9 +65,9 @@ def gradients(config: ModelConfig, ops: Ops, recompute: bool, stages: tuple[int,
     return found
 
 
-def errors(config: ModelConfig, recompute: bool, stages: tuple[int, ...]) -> dict[str, float]:
+def errors(config: ModelConfig, recompute: bool, stages: tuple[int, ...], adjacent: bool = False) -> dict[str, float]:
     theirs = gradients(config, tiny.OPS, recompute, stages)
-    ours = gradients(config, triton_ops(tiny.OPS), recompute, stages)
+    ours = gradients(config, triton_ops(tiny.OPS), recompute, stages, adjacent)
     assert ours.keys() == theirs.keys()
     return {name: ((ours[name] - theirs[name]).norm() / theirs[name].norm().clamp(min=1e-6)).item() for name in theirs}
 
@@ -65,6 +79,19 @@ def test_a_model_follows_its_references(interpreted, model, recompute, stages):
     found = interpreted(errors, MODELS[model], recompute, stages)
     assert len(found) > 20
     assert max(found.values()) < 1e-5, max(found, key=found.get)  # measured 1.2e-6, in fp32
+
+
+def errors_of_joint_products(config: ModelConfig) -> tuple[dict[str, float], int]:
+    """And the number of joint products in a forward pass."""
+    with mock.patch.object(linear, "split_columns", wraps=linear.split_columns) as split:
+        return errors(config, False, (0,), adjacent=True), split.call_count
+
+
+@pytest.mark.parametrize(("model", "products"), [(HYBRID, 4), (GROUPED, 4), (MLA_SOFTMAX, 3)], ids=["multi-head", "grouped", "latent"])
+def test_columns_of_joint_products(interpreted, model, products):
+    found, count = interpreted(errors_of_joint_products, model)
+    assert count == products
+    assert max(found.values()) < 1e-5  # measured 1.5e-6
 
 
 def norm_calls(config: ModelConfig) -> dict[str, int]:
