@@ -7,11 +7,10 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from megavl.ops.activation import swiglu
 from megavl.ops.attention import PackedAttention
 from megavl.ops.cross_entropy import CrossEntropy
 from megavl.ops.expert_mlp import ExpertMlp
-from megavl.ops.grouped import GroupedLinear, Groups, reference_grouped_linear
+from megavl.ops.grouped import GroupedLinear, Groups
 from megavl.ops.norm import Norms
 from megavl.ops.permutation import Permutation
 from megavl.ops.rope import Rotary, rotary_tables
@@ -167,9 +166,9 @@ def grouped_linear_case(rows: int, experts: int, d_in: int, d_out: int, dtype: t
 def expert_mlp_case(rows: int, experts: int, width: int, hidden: int, dtype: torch.dtype) -> Case:
     """Rows [rows, width] through the SwiGLU layers of their experts, of `hidden` channels each."""
 
-    def run(make_layer: Callable[..., ExpertMlp], operands: list[Tensor]) -> list[Tensor]:
+    def run(layer: ExpertMlp, operands: list[Tensor]) -> list[Tensor]:
         *leaves, upstream = operands
-        groups, layer = _expert_rows(rows, experts, upstream.device), make_layer(reference_grouped_linear, swiglu)
+        groups = _expert_rows(rows, experts, upstream.device)
         return _passes(lambda x, gate, up, down: layer(x, gate, up, down, groups), leaves, [upstream])
 
     def make(device: torch.device) -> list[Tensor]:

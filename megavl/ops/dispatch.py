@@ -19,6 +19,8 @@ from megavl.ops.rope import Rotate
 from megavl.ops.trial import Result, Results
 
 AUTO = "auto"
+# The candidates of this op are made of the implementations of others.
+_LAYER, _PARTS = "expert_mlp", ("grouped_linear", "swiglu")
 
 
 class OpsError(ValueError):
@@ -68,7 +70,7 @@ def _available(op: str, device: torch.device) -> _Available:
 def choose(
     device: torch.device,
     wanted: Iterable[tuple[str, str]] = (),
-    trial: Callable[[Mapping[str, Mapping[str, Any]]], Results] | None = None,
+    trial: Callable[[Mapping[str, Mapping[str, Any]], Sequence[str]], Results] | None = None,
 ) -> Ops:
     """The implementation of each op.
 
@@ -76,7 +78,8 @@ def choose(
         device: where the ops run
         wanted: pairs of op and candidate, such as those of `OpsConfig`; an op that is "auto" or not named gets the
             first candidate that serves the device, or the fastest one of the trial
-        trial: tries the candidates of the ops that are "auto", as `Trial` does; None tries nothing
+        trial: tries the candidates of the ops that are "auto", as `Trial` does; None tries nothing. It is called twice,
+            because the layer of the experts is tried with the grouped products and the activation that were chosen
 
     Raises:
         OpsError: a candidate that is wanted does not serve the device
@@ -85,13 +88,21 @@ def choose(
     available = {op: _available(op, device) for op in CANDIDATES}
     forced = {op: name for op, name in wanted if name != AUTO}
     _refuse_unavailable(forced, available)
-    free = {op: each for op, each in available.items() if op not in forced}
-    results = {} if trial is None else trial({op: each.implementations for op, each in free.items()})
-    choices = {
-        op: (forced[op], f"forced by ops.{op}") if op in forced else _choice(op, each, results.get(op, ()))
-        for op, each in available.items()
-    }
+
+    def choose_each(ops: Mapping[str, _Available], parts: Sequence[str] = ()) -> dict[str, tuple[str, str]]:
+        free = {op: each.implementations for op, each in ops.items() if op not in forced}
+        results = {} if trial is None else trial(free, parts)
+        return {
+            op: (forced[op], f"forced by ops.{op}") if op in forced else _choice(op, each, results.get(op, ()))
+            for op, each in ops.items()
+        }
+
+    makers = available.pop(_LAYER)
+    choices = choose_each(available)
     chosen = {op: available[op].implementations[name] for op, (name, _) in choices.items()}
+    parts = [chosen[part] for part in _PARTS]
+    layers = {name: make(*parts) for name, make in makers.implementations.items()}
+    choices |= choose_each({_LAYER: _Available(layers, makers.reasons)}, [choices[part][0] for part in _PARTS])
     product_context, products_line = products(device)
     return Ops(
         attention=chosen["attention"],
@@ -103,7 +114,7 @@ def choose(
         cross_entropy=chosen["cross_entropy"],
         permutation=chosen["permutation"],
         grouped_linear=chosen["grouped_linear"],
-        expert_mlp=chosen["expert_mlp"](chosen["grouped_linear"], chosen["swiglu"]),
+        expert_mlp=layers[choices[_LAYER][0]],
         products=product_context,
         lines=(
             *(_line(op, name, why) for op, (name, why) in choices.items()),

@@ -156,20 +156,25 @@ class Trial:
     measures: bool = True
     share: Callable[[Results | None], Results] = lambda results: results
 
-    def __call__(self, implementations: Mapping[str, Mapping[str, Any]]) -> Results:
-        """Results by op of the candidates that are available here, by name; at least the reference is. Collective."""
+    def __call__(self, implementations: Mapping[str, Mapping[str, Any]], parts: Sequence[str] = ()) -> Results:
+        """Results by op. Collective.
+
+        Args:
+            implementations: by op, the candidates that are available here, by name; at least the reference is
+            parts: names of other ops' candidates that these are made of; kept results hold for the same ones
+        """
         mine = None
         if self.measures:
-            mine = {op: self._results(op, those) for op, those in implementations.items() if op in self.cases}
+            mine = {op: self._results(op, those, parts) for op, those in implementations.items() if op in self.cases}
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()  # the model gets the memory that the operands took
         return self.share(mine)
 
-    def _results(self, op: str, implementations: Mapping[str, Any]) -> list[Result]:
+    def _results(self, op: str, implementations: Mapping[str, Any], parts: Sequence[str]) -> list[Result]:
         if set(implementations) == {REFERENCE}:
             return [Result(REFERENCE, None)]
         case = self.cases[op]
-        key = [self.machine, op, case.shapes, list(implementations), _sources()]
+        key = [self.machine, op, case.shapes, list(implementations), list(parts), _sources()]
         kept = self._read(key)
         if kept is not None:
             return kept

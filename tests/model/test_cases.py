@@ -6,6 +6,7 @@ import torch
 from megavl.config.load import load_run
 from megavl.model.cases import cases_of
 from megavl.ops.candidates import CANDIDATES, REFERENCE
+from megavl.ops.dispatch import choose
 from megavl.ops.trial import compare
 
 CPU = torch.device("cpu")
@@ -46,6 +47,7 @@ def test_the_cases_of_a_run(recipe, shapes):
 
 def test_the_cases_run_on_their_references():
     references = {op: candidates[-1].load(CPU) for op, candidates in CANDIDATES.items()}
+    references["expert_mlp"] = choose(CPU).expert_mlp
     small = ["data.seq_len=16", "train.micro_batch=1", "parallel.tensor=2"]
     for recipe in ("vl_debug", "vl2_debug"):
         for op, case in cases_of(load_run(f"launch/recipes/{recipe}.yaml", small)).items():

@@ -1,6 +1,7 @@
 """Which implementation serves each op, where, and why. Stand-ins play packages that this machine lacks, so that the
 choice itself and the arguments that the kernels get are tested on any machine."""
 
+import inspect
 import subprocess
 import sys
 from types import ModuleType
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from megavl.config.run import OpsConfig
+from megavl.ops.activation import swiglu
 from megavl.ops.attention import reference_attention
 from megavl.ops.candidates import CANDIDATES, REFERENCE
 from megavl.ops.dispatch import AUTO, OpsError, choose
@@ -198,12 +200,13 @@ def test_triton_serves_where_it_imports(triton_gpu):
     assert "rms_norm: Triton kernels, with the residual addition" in ops.lines
 
 
-@pytest.mark.parametrize(("capability", "fused"), [((8, 0), True), ((9, 0), False), ((10, 0), False)])
-def test_triton_serves_experts_on_ampere(triton_gpu, monkeypatch, capability, fused):
+@pytest.mark.parametrize(("capability", "products"), [((8, 0), True), ((9, 0), False), ((10, 0), False)])
+def test_triton_serves_experts_from_ampere_on(triton_gpu, monkeypatch, capability, products):
+    """Their whole layer everywhere, single products where torch has no kernel."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     ops = choose(CUDA)
-    assert isinstance(ops.grouped_linear, StandIn) == isinstance(ops.expert_mlp, StandIn) == fused
-    assert sum("Triton kernels for bf16" in line for line in ops.lines) == 2 * fused
+    assert isinstance(ops.expert_mlp, StandIn) and isinstance(ops.grouped_linear, StandIn) == products
+    assert sum("Triton kernels for bf16" in line for line in ops.lines) == 1 + products
 
 
 def test_triton_needs_ampere(triton_gpu, monkeypatch):
@@ -246,7 +249,7 @@ def test_the_trial_chooses(triton_gpu):
         "cross_entropy": [Result("triton", 1e-4, "result 3 is off by 1"), Result("torch", 1e-3)],
     }
 
-    def trial(implementations):
+    def trial(implementations, parts):
         asked.update({op: list(names) for op, names in implementations.items()})
         return results
 
@@ -267,6 +270,35 @@ def test_the_trial_chooses(triton_gpu):
 
 
 @pytest.mark.parametrize(
+    ("seconds", "forced", "fused"),
+    [((2e-4, 1e-3), {}, True), ((1e-3, 2e-4), {}, False), ((1e-3, 2e-4), {"expert_mlp": "triton"}, True)],
+    ids=["faster", "slower", "forced"],
+)
+def test_the_layer_of_the_experts_is_tried_with_the_chosen_parts(triton_gpu, seconds, forced, fused):
+    """On a Hopper GPU torch's grouped products beside the kernel that has the whole layer."""
+    tried, made_of = {}, {}
+    results = {
+        "grouped_linear": [Result("grouped_mm", 2e-3), Result("triton", 1e-3), Result("torch", 3e-3)],
+        "expert_mlp": [Result(name, time) for name, time in zip(("triton", "torch"), seconds, strict=True)],
+    }
+
+    def trial(implementations, parts):
+        tried.update(implementations)
+        made_of.update(dict.fromkeys(implementations, tuple(parts)))
+        return {op: results[op] for op in implementations if op in results}
+
+    ops = choose(CUDA, {"swiglu": "torch", **forced}.items(), trial)
+    assert made_of["grouped_linear"] == () and "swiglu" not in tried
+    assert isinstance(ops.expert_mlp, StandIn) == fused
+    if forced:
+        assert "expert_mlp" not in tried
+        return
+    assert made_of["expert_mlp"] == ("triton", "torch")
+    assert ops.expert_mlp is tried["expert_mlp"]["triton" if fused else "torch"]
+    assert set(inspect.getclosurevars(tried["expert_mlp"]["torch"]).nonlocals.values()) == {ops.grouped_linear, swiglu}
+
+
+@pytest.mark.parametrize(
     ("results", "reason"),
     [
         ([Result("triton", None, "RuntimeError: no compiler"), Result("torch", 1e-3)], "triton: RuntimeError"),
@@ -280,7 +312,7 @@ def test_the_trial_chooses(triton_gpu):
     ],
 )
 def test_the_reference_serves_where_no_kernel_can(triton_gpu, results, reason):
-    ops = choose(CUDA, (), lambda implementations: {"rms_norm": results})
+    ops = choose(CUDA, (), lambda implementations, parts: {"rms_norm": results})
     assert ops.rms_norm is rms_norm and reason in ops.lines[1]
 
 

@@ -102,7 +102,12 @@ CASES = {
     "cross_entropy": (cross_entropy_case, (40, 300), REFERENCE_CROSS_ENTROPY, REFERENCE_CROSS_ENTROPY),
     "permutation": (permutation_case, (40, 3, 8, 16), REFERENCE_PERMUTATION, REFERENCE_PERMUTATION),
     "grouped_linear": (grouped_linear_case, (50, 4, 16, 24), reference_grouped_linear, wide_grouped_linear),
-    "expert_mlp": (expert_mlp_case, (50, 4, 16, 24), composed_expert_mlp, composed_expert_mlp),
+    "expert_mlp": (
+        expert_mlp_case,
+        (50, 4, 16, 24),
+        composed_expert_mlp(reference_grouped_linear, swiglu),
+        composed_expert_mlp(wide_grouped_linear, wide_swiglu),
+    ),
 }
 WRONG = {
     "attention": [
@@ -138,7 +143,7 @@ WRONG = {
         one_expert,
         lambda x, weight, groups: wide_grouped_linear(x, weight.detach(), groups) + 0 * weight.sum(),
     ],
-    "expert_mlp": [lambda grouped, swiglu: composed_expert_mlp(grouped, lambda gate, up: F.gelu(gate) * up)],
+    "expert_mlp": [composed_expert_mlp(reference_grouped_linear, lambda gate, up: F.gelu(gate) * up)],
 }
 
 
@@ -208,13 +213,14 @@ def test_other_circumstances_are_measured_again(tmp_path, changes):
     assert clock.calls == 4
 
 
-def test_other_candidates_and_sources_are_measured_again(tmp_path, monkeypatch):
+def test_other_candidates_parts_and_sources_are_measured_again(tmp_path, monkeypatch):
     clock = Clock()
     trial(tmp_path, clock)(IMPLEMENTATIONS)
     trial(tmp_path, clock)({"swiglu": {"other": wide_swiglu, REFERENCE: swiglu}})
+    trial(tmp_path, clock)(IMPLEMENTATIONS, ["grouped_mm"])
     monkeypatch.setattr("megavl.ops.trial._sources", lambda: "a changed kernel")
     trial(tmp_path, clock)(IMPLEMENTATIONS)
-    assert clock.calls == 6
+    assert clock.calls == 8
 
 
 @pytest.mark.parametrize("damage", ["", "[]", '{"results": []}', '{"key": 0, "results": [{"nme": 1}]}'])

@@ -155,7 +155,8 @@ ENTERING = {False: ({}, {"all-reduce": 1}), True: ({"all-gather": 1}, {"reduce-s
 
 
 @pytest.mark.parametrize(
-    "entry", [products_of_one_input, partial(products_of_one_input, adjacent=True), product_with_a_companion],
+    "entry",
+    [products_of_one_input, partial(products_of_one_input, adjacent=True), product_with_a_companion],
     ids=["separate weights", "adjacent weights", "companion"],
 )
 @pytest.mark.parametrize("sequence", [False, True])

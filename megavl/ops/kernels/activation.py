@@ -76,8 +76,8 @@ def _as_rows(*tensors: Tensor) -> tuple[int, int, list[int]]:
 
 
 def _gradients_of(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """Uninitialised gradients [T, D] of gate and up. Where these are the two halves of the columns of one tensor, so are
-    their gradients: the product that made them takes both gradients as one matrix."""
+    """Uninitialised gradients [T, D] of gate and up: halves of one tensor where these are, so that the product which
+    computed both takes their gradients as one matrix; else contiguous."""
     rows, width = gate.shape
     if gate.stride(0) == up.stride(0) == 2 * width:
         both = torch.empty(rows, 2 * width, dtype=gate.dtype, device=gate.device)  # [T, 2 D]

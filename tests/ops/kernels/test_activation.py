@@ -28,8 +28,8 @@ def exact_swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def errors(rows: int, width: int, dtype: torch.dtype, mistake: Mistake | None = None, device="cpu") -> list[tuple]:
-    """Of contiguous operands, slices, and halves of one tensor: errors of the kernel and of the reference against fp64, and the share of
-    outputs that differ between both."""
+    """Of contiguous operands, slices, and halves of one tensor: errors of the kernel and of the reference against fp64,
+    and the share of outputs that differ between both."""
     fused = kernels("activation", mistake).fused_swiglu
     gate, up, upstream = normal(rows, dtype, *[(rows, width)] * 3, device=device)
     gate = gate * 4

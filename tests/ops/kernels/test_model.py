@@ -87,7 +87,9 @@ def errors_of_joint_products(config: ModelConfig) -> tuple[dict[str, float], int
         return errors(config, False, (0,), adjacent=True), split.call_count
 
 
-@pytest.mark.parametrize(("model", "products"), [(HYBRID, 4), (GROUPED, 4), (MLA_SOFTMAX, 3)], ids=["multi-head", "grouped", "latent"])
+@pytest.mark.parametrize(
+    ("model", "products"), [(HYBRID, 4), (GROUPED, 4), (MLA_SOFTMAX, 3)], ids=["multi-head", "grouped", "latent"]
+)
 def test_columns_of_joint_products(interpreted, model, products):
     found, count = interpreted(errors_of_joint_products, model)
     assert count == products

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from unittest import mock
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megavl.config.run import RunConfig
 from megavl.model.attention import Attention
 from megavl.model.mlp import Mlp
+from megavl.parallel import linear
 from megavl.parallel.collectives import enter_parallel
 from megavl.parallel.groups import TensorAxis
 from megavl.parallel.linear import ColumnLinear, column_linears
@@ -141,3 +143,17 @@ def test_elsewhere_each_weight_has_its_own_products(pool, world):
             for each in found:
                 assert each.forward == each.weights and each.backward > 2, each
                 assert each.error < TOLERANCE, each
+
+
+def joint_products_of_a_step(config: RunConfig) -> int:
+    """Inside of the engine's forward pass, where ZeRO-3 has gathered the weights."""
+    replica = build(config)
+    with mock.patch.object(linear, "split_columns", wraps=linear.split_columns) as split:
+        replica.step(step_batch(0, config, replica.mesh), config.optim.lr)
+    return split.call_count
+
+
+@pytest.mark.parametrize(("zero", "joint"), [(2, True), (3, False)])
+def test_zero3_gathers_each_weight_to_its_own_place(pool, zero, joint):
+    """A joint view would keep gathered weights in memory from the forward to the backward pass."""
+    assert all(bool(count) == joint for count in pool.run(2, joint_products_of_a_step, of(2, "vl", zero=zero)))
