@@ -70,13 +70,14 @@ def norm_case(tokens: int, width: int, eps: float, dtype: torch.dtype) -> Case:
 
 
 def swiglu_case(rows: int, width: int, dtype: torch.dtype) -> Case:
-    """Gate and up, [rows, width] each."""
+    """Gate and up, [rows, width] each, halves of one tensor as a product with both weights returns them."""
 
     def run(swiglu: Callable[[Tensor, Tensor], Tensor], operands: list[Tensor]) -> list[Tensor]:
-        gate, up, upstream = operands
-        return _passes(swiglu, (gate, up), [upstream])
+        gate_up, upstream = operands
+        return _passes(swiglu, gate_up.chunk(2, dim=1), [upstream])
 
-    return Case(_words(dtype, rows, width), lambda device: _normal(device, dtype, *[[rows, width]] * 3), run)
+    shapes = [rows, 2 * width], [rows, width]
+    return Case(_words(dtype, rows, width), lambda device: _normal(device, dtype, *shapes), run)
 
 
 def rotary_case(tokens: int, heads: int, k_heads: int, width: int, pairs: bool, dtype: torch.dtype) -> Case:
