@@ -53,7 +53,7 @@ def column_linears(x: Tensor, layers: Sequence[ColumnLinear]) -> list[Tensor]:
         layers: at least one, of the same tensor axis
 
     Returns:
-        [T, d_out / tp] of each layer, in the dtype of `x`; columns of one tensor where the weights are multiplied as one
+        [T, d_out / tp] of each layer, in the dtype of `x`; of weights that are multiplied as one, columns of one tensor
     """
     x = enter_parallel(x, layers[0].tp)  # [T, d_in]
     weights = [layer.weight for layer in layers]
