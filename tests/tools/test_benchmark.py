@@ -236,7 +236,7 @@ def test_ratios_are_those_of_each_round(tools):
 def test_transformers_on_the_same_documents(corpus, tmp_path):
     file = tmp_path / "peer.json"
     data = [f"data.tokenizer={corpus.tokenizer}", "data.seq_len=96", "--dataset", corpus.prefix("text")]
-    counts = ["--steps", "2", "--warmup", "0", "--images", "1"]
+    counts = ["--steps", "2", "--warmup", "0", "--images", "1", "--padded-batch", "2"]
     overrides = [*TINY, "model.sam=null"]
     page = benchmark(
         "peer", "--config", "launch/recipes/vl_debug.yaml", *overrides, *data, *counts, "--json", str(file)
