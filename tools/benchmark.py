@@ -11,10 +11,10 @@ turns with the first in the same processes, and the ratios of their speeds are t
 times steps in one process beside transformers' model under DeepSpeed and under plain torch, with the same weights on
 the same documents. There is no ratio if the losses differ.
 
-    python tools/benchmark.py kernels [--presets vl_7b vl2_small] [--tokens 4096]
+    python tools/benchmark.py kernels [--presets vl_7b vl2_small] [--gpus hopper ampere] [--ops triton]
 
 counts launches and bytes of a decoder block with the operators of a GPU, beside the least that they could be. It needs
-no GPU.
+no GPU; `--ops torch` leaves out the Triton kernels.
 
     python tools/benchmark.py data [--subjects text images loader packed] [--megatron PATH]
 
@@ -35,6 +35,7 @@ SUBJECTS = ("text", "images", "loader", "packed")
 BATCHES = ("equal", "random", "sorted")
 KINDS = ("text", "multimodal")
 BLOCKS = ("vl_7b", "vl2_small")
+GPUS = ("hopper", "ampere")
 EXPERTS = ("vl2_tiny", "vl2_small", "vl2_base")
 
 
@@ -82,6 +83,8 @@ def kernels_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--presets", nargs="+", default=BLOCKS, help="models whose blocks to count (default: VL-7B, VL2-Small)"
     )
+    parser.add_argument("--gpus", nargs="+", choices=GPUS, default=GPUS, help="whose operators to count (default: all)")
+    parser.add_argument("--ops", choices=("triton", "torch"), default="triton", help="with Triton kernels, or without")
     parser.add_argument("--tokens", type=int, default=4096, help="of a micro-batch (default 4096)")
     parser.add_argument("--documents", type=int, default=4, help="documents that they are in (default 4)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result as one JSON object")

@@ -8,6 +8,7 @@ from megavl.ops.cases import (
     cross_entropy_case,
     expert_mlp_case,
     grouped_linear_case,
+    latent_rotary_case,
     norm_case,
     permutation_case,
     rotary_case,
@@ -27,10 +28,11 @@ def cases_of(config: RunConfig) -> dict[str, Case]:
     heads, kv_heads = decoder.heads // tp, decoder.kv_heads // tp
     if decoder.mla is None:
         attention = (heads, kv_heads, decoder.head_width, decoder.head_width)
-        rotary = (heads, kv_heads, decoder.head_width)
+        rotary = rotary_case(tokens, heads, kv_heads, decoder.head_width, dtype)
     else:
-        attention = (heads, heads, decoder.mla.key_width, decoder.mla.value_width)
-        rotary = (heads, 1, decoder.mla.rope_width)
+        mla = decoder.mla
+        attention = (heads, heads, mla.key_width, mla.value_width)
+        rotary = latent_rotary_case(tokens, heads, mla.nope_width, mla.rope_width, mla.value_width, dtype)
     rows, hidden, experts = tokens, decoder.mlp_width // tp, {}
     if decoder.moe is not None:
         moe, cut = decoder.moe, parallel.expert_width == "cut"
@@ -49,6 +51,6 @@ def cases_of(config: RunConfig) -> dict[str, Case]:
         "attention": attention_case((*halves, tokens - sum(halves)), *attention, dtype=dtype),
         "rms_norm": norm_case(stream_tokens, decoder.width, decoder.norm_eps, dtype),
         "swiglu": swiglu_case(rows, hidden, dtype),
-        "rotary": rotary_case(tokens, *rotary, pairs=decoder.mla is not None, dtype=dtype),
+        "rotary": rotary,
         "cross_entropy": cross_entropy_case(supervised_tokens, decoder.vocab_size // tp, dtype),
     }

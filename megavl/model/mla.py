@@ -3,7 +3,6 @@
 Source of the order of channels: `DeepseekV2Attention` (modeling_deepseek.py) of the released DeepSeek-VL2 code.
 """
 
-import torch
 from torch import Tensor, nn
 
 from megavl.config.model import DecoderConfig
@@ -41,13 +40,8 @@ class LatentAttention(nn.Module):
         latent, k_rope = self.kv_down_proj(h).split((mla.kv_rank, mla.rope_width), dim=1)
         kv, k_rope = column_linear_with(self.kv_norm(latent), self.kv_up_proj, k_rope)  # k_rope: [T, rope]
         kv = kv.unflatten(1, (self.heads, -1))  # [T, heads / tp, nope + value]
-        k_nope, v = kv.split((mla.nope_width, mla.value_width), dim=2)
         q = self.q_proj(h).unflatten(1, (self.heads, -1))  # [T, heads / tp, nope + rope]
-        q_nope, q_rope = q.split((mla.nope_width, mla.rope_width), dim=2)
-        # [T, heads / tp, rope] and [T, 1, rope]
-        q_rope, k_rope = self.ops.rotate_pairs(q_rope, k_rope.unsqueeze(1), layout.cos, layout.sin)
-        q = torch.cat((q_nope, q_rope), dim=2)  # [T, heads / tp, nope + rope]
-        # All heads share the positioned channels of a key.
-        k = torch.cat((k_nope, k_rope.expand(-1, self.heads, -1)), dim=2)  # [T, heads / tp, nope + rope]
+        # All heads share the positioned channels of a key. q and k: [T, heads / tp, nope + rope]
+        q, k, v = self.ops.rotate_latent(q, kv, k_rope.unsqueeze(1), layout.cos, layout.sin)
         attended = self.ops.attention(q, k, v, layout.cu_seqlens, layout.lengths)  # [T, heads / tp, value]
         return self.o_proj(attended.flatten(1))  # [T, heads * value / tp] -> [T, D]

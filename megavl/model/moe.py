@@ -173,7 +173,7 @@ class Moe(nn.Module):
         under_way = dispatch.start(x)
         shared = self.shared(h)
         rows = self.experts(dispatch.finish(under_way), dispatch.counts)
-        return shared + self._leave(dispatch.combine(rows, weights).to(h.dtype))
+        return shared + self._leave(dispatch.combine(rows, weights))
 
     def _enter(self, h: Tensor, weights: Tensor, experts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The tokens that this rank sends to the routed experts: all of the tensor ranks where their width is cut, else

@@ -196,7 +196,7 @@ CANDIDATES: Mapping[str, tuple[Candidate, ...]] = {
         _reference("torch", swiglu),
     ),
     "rotary": (
-        Candidate("triton", "Triton kernel, queries and keys together", _triton_rotary),
+        Candidate("triton", "Triton kernels, queries and keys together", _triton_rotary),
         _reference("torch", REFERENCE_ROTARY),
     ),
     "cross_entropy": (

@@ -80,8 +80,8 @@ def swiglu_case(rows: int, width: int, dtype: torch.dtype) -> Case:
     return Case(_words(dtype, rows, width), lambda device: _normal(device, dtype, *shapes), run)
 
 
-def rotary_case(tokens: int, heads: int, k_heads: int, width: int, pairs: bool, dtype: torch.dtype) -> Case:
-    """Queries [tokens, heads, width] and keys [tokens, k_heads, width], channels in halves or pairs."""
+def rotary_case(tokens: int, heads: int, k_heads: int, width: int, dtype: torch.dtype) -> Case:
+    """Queries [tokens, heads, width] and keys [tokens, k_heads, width]."""
 
     def make(device: torch.device) -> list[Tensor]:
         q, k = [tokens, heads, width], [tokens, k_heads, width]
@@ -90,11 +90,24 @@ def rotary_case(tokens: int, heads: int, k_heads: int, width: int, pairs: bool, 
 
     def run(rotary: Rotary, operands: list[Tensor]) -> list[Tensor]:
         q, k, *upstream, cos, sin = operands
-        rotate = rotary.pairs if pairs else rotary.halves
-        return _passes(lambda q, k: rotate(q, k, cos, sin), (q, k), upstream)
+        return _passes(lambda q, k: rotary.halves(q, k, cos, sin), (q, k), upstream)
 
-    order = "pairs" if pairs else "halves"
-    return Case(f"{_words(dtype, tokens, heads, width)}, {k_heads} key heads, {order}", make, run)
+    return Case(f"{_words(dtype, tokens, heads, width)}, {k_heads} key heads", make, run)
+
+
+def latent_rotary_case(tokens: int, heads: int, nope: int, rope: int, value: int, dtype: torch.dtype) -> Case:
+    """Queries [tokens, heads, nope + rope], keys and values [tokens, heads, nope + value] of latent attention."""
+
+    def make(device: torch.device) -> list[Tensor]:
+        q, kv, v = ([tokens, heads, width] for width in (nope + rope, nope + value, value))
+        tables = rotary_tables(torch.arange(tokens, device=device), rope, 10000.0)
+        return [*_normal(device, dtype, q, kv, [tokens, 1, rope], q, q, v), *tables]
+
+    def run(rotary: Rotary, operands: list[Tensor]) -> list[Tensor]:
+        q, kv, k_rope, *upstream, cos, sin = operands
+        return _passes(lambda *leaves: rotary.latent(*leaves, cos, sin), (q, kv, k_rope), upstream)
+
+    return Case(f"{_words(dtype, tokens, heads)}, {nope} + {rope} channels, values of {value}", make, run)
 
 
 def cross_entropy_case(tokens: int, vocab: int, dtype: torch.dtype) -> Case:
@@ -127,7 +140,7 @@ def permutation_case(tokens: int, per_token: int, experts: int, width: int, dtyp
             device, dtype, [tokens, width], [tokens * per_token, width], [tokens, width]
         )
         weights, chosen = scores.topk(per_token, dim=1)  # [tokens, per_token] each
-        return [x, weights, moved_upstream, upstream.float(), chosen]
+        return [x, weights, moved_upstream, upstream, chosen]
 
     def run(permutation: Permutation, operands: list[Tensor]) -> list[Tensor]:
         x, weights, *upstream, chosen = operands

@@ -15,7 +15,7 @@ from megavl.ops.expert_mlp import ExpertMlp
 from megavl.ops.grouped import GroupedLinear
 from megavl.ops.permutation import Permutation
 from megavl.ops.products import products
-from megavl.ops.rope import Rotate
+from megavl.ops.rope import RotateHalves, RotateLatent
 from megavl.ops.trial import Result, Results
 
 AUTO = "auto"
@@ -39,8 +39,8 @@ class Ops:
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
     swiglu: Callable[[Tensor, Tensor], Tensor]
-    rotate_halves: Rotate
-    rotate_pairs: Rotate
+    rotate_halves: RotateHalves
+    rotate_latent: RotateLatent
     cross_entropy: CrossEntropy
     permutation: Permutation
     grouped_linear: GroupedLinear
@@ -110,7 +110,7 @@ def choose(
         add_rms_norm=chosen["rms_norm"].add_rms_norm,
         swiglu=chosen["swiglu"],
         rotate_halves=chosen["rotary"].halves,
-        rotate_pairs=chosen["rotary"].pairs,
+        rotate_latent=chosen["rotary"].latent,
         cross_entropy=chosen["cross_entropy"],
         permutation=chosen["permutation"],
         grouped_linear=chosen["grouped_linear"],

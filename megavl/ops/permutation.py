@@ -42,12 +42,13 @@ class _Combine(Function):
         # Choice by choice: all of them at once would be k times as large in fp32 as the rows are in bf16.
         for weight, choice in zip(weights.unbind(1), places.unbind(1), strict=True):
             total.addcmul_(rows.index_select(0, choice), weight[:, None])
-        return total
+        return total.to(rows.dtype)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         rows, weights, places = ctx.saved_tensors
         for_rows, for_weights = torch.empty_like(rows), torch.empty_like(weights)
+        grad = grad.to(weights.dtype)
         for index, (weight, choice) in enumerate(zip(weights.unbind(1), places.unbind(1), strict=True)):
             for_rows.index_copy_(0, choice, (grad * weight[:, None]).to(rows.dtype))
             for_weights[:, index] = (grad * rows.index_select(0, choice)).sum(1)
@@ -55,7 +56,8 @@ class _Combine(Function):
 
 
 def combine(rows: Tensor, weights: Tensor, places: Tensor) -> Tensor:
-    """Weighted sum of each token's rows: [T * k, D] and weights float32 [T, k] -> float32 [T, D]."""
+    """Weighted sum of each token's rows: [T * k, D] and weights float32 [T, k] -> [T, D] in the dtype of the rows. Sums
+    are in fp32 and rounded once."""
     return _Combine.apply(rows, weights, places)
 
 

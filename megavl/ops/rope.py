@@ -1,10 +1,18 @@
 """Rotary positions (arXiv 2104.09864), in the two orders of channels that the decoders have.
 
-Llama rotates channel i with channel i + d / 2, latent attention channel 2i with channel 2i + 1. Every implementation of
-either has one signature, `Rotate`:
+Llama rotates channel i with channel i + d / 2 of all channels (`RotateHalves`):
     q: [T, H, d]; k: [T, H_k, d]
     cos, sin: float32 [T, 1, d / 2], of `rotary_tables`
     returns q and k, rotated in fp32, in their own shapes and dtypes
+
+Latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1.3) rotates channel 2i with channel 2i + 1 of the last
+`rope` channels of a head. All heads share those of a key (`RotateLatent`):
+    q:      [T, H, nope + rope]
+    kv:     [T, H, nope + value], of each head its key's channels without a position, then its value
+    k_rope: [T, 1, rope]
+    cos, sin: float32 [T, 1, rope / 2], of `rotary_tables`
+    returns queries and keys [T, H, nope + rope], rotated in fp32, and values [T, H, value]; all in the dtype of the
+    operands
 """
 
 from collections.abc import Callable, Sequence
@@ -14,15 +22,16 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-Rotate = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+RotateHalves = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+RotateLatent = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
 class Rotary:
-    """One implementation of both orders of channels, each with its derivative."""
+    """One implementation of both, each with its derivative."""
 
-    halves: Rotate
-    pairs: Rotate
+    halves: RotateHalves
+    latent: RotateLatent
 
 
 def rotary_tables(positions: Tensor, width: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -42,13 +51,19 @@ def rotary_tables(positions: Tensor, width: int, theta: float) -> tuple[Tensor, 
 
 
 def rotate_halves(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Channel i with channel i + d / 2; see `Rotate`."""
+    """See `RotateHalves`."""
     return tuple(_Rotation.apply(x, cos, sin, _halves) for x in (q, k))
 
 
-def rotate_pairs(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Channel 2i with channel 2i + 1; see `Rotate`."""
-    return tuple(_Rotation.apply(x, cos, sin, _pairs) for x in (q, k))
+def rotate_latent(q: Tensor, kv: Tensor, k_rope: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """See `RotateLatent`."""
+    (heads, key_width), rope = q.shape[1:], k_rope.shape[2]
+    nope = key_width - rope
+    q_nope, q_rope = q.split((nope, rope), dim=2)  # [T, H, nope], [T, H, rope]
+    k_nope, v = kv.split((nope, kv.shape[2] - nope), dim=2)  # [T, H, nope], [T, H, value]
+    q_rope, k_rope = (_Rotation.apply(x, cos, sin, _pairs) for x in (q_rope, k_rope))  # [T, H, rope], [T, 1, rope]
+    q = torch.cat((q_nope, q_rope), dim=2)  # [T, H, nope + rope]
+    return q, torch.cat((k_nope, k_rope.expand(-1, heads, -1)), dim=2), v
 
 
 def _halves(x: Tensor) -> Sequence[Tensor]:
@@ -86,4 +101,4 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor, channels: Callable[[Tensor], S
     return out.to(x.dtype)
 
 
-REFERENCE_ROTARY = Rotary(rotate_halves, rotate_pairs)
+REFERENCE_ROTARY = Rotary(rotate_halves, rotate_latent)

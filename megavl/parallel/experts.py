@@ -139,7 +139,7 @@ class Dispatch:
             weights: float32 [T, k], of each token's experts
 
         Returns:
-            float32 [T, D]
+            [T, D] in the dtype of the rows
         """
         if self._ep.size > 1:
             rows = self._permutation.permute(rows, self._by_rank, self._by_expert) if len(rows) else rows

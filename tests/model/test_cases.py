@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
                 "attention": "4096 x 16 x 128 bfloat16, 16 key heads, values of 128, documents of 2048, 1024, 1024",
                 "rms_norm": "2048 x 4096 bfloat16",  # sequence parallel over 2
                 "swiglu": "4096 x 5504 bfloat16",
-                "rotary": "4096 x 16 x 128 bfloat16, 16 key heads, halves",
+                "rotary": "4096 x 16 x 128 bfloat16, 16 key heads",
                 "cross_entropy": "4096 x 51200 bfloat16",
             },
         ),
@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
                 "attention": "4096 x 16 x 192 bfloat16, 16 key heads, values of 128, documents of 2048, 1024, 1024",
                 "rms_norm": "4096 x 2048 bfloat16",
                 "swiglu": "24576 x 1408 bfloat16",
-                "rotary": "4096 x 16 x 64 bfloat16, 1 key heads, pairs",
+                "rotary": "4096 x 16 bfloat16, 128 + 64 channels, values of 128",
                 "cross_entropy": "4096 x 102400 bfloat16",
                 "permutation": "4096 x 2048 bfloat16, 6 of 64 experts",
                 "grouped_linear": "24576 x 8 x 2048 x 1408 bfloat16",

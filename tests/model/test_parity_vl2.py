@@ -103,6 +103,14 @@ def test_loss_and_all_gradients(config):
     assert max(errors.values()) < 2e-5, sorted(errors.items(), key=lambda item: -item[1])[:5]  # measured 4.3e-6
 
 
+def halves_of_latent(q: Tensor, kv: Tensor, k_rope: Tensor, *tables: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`rotate_latent` with the channels in Llama's order."""
+    nope = q.shape[2] - k_rope.shape[2]
+    q_rope, k_rope = rotate_halves(q[..., nope:], k_rope, *tables)
+    k = torch.cat((kv[..., :nope], k_rope.expand(-1, q.shape[1], -1)), 2)
+    return torch.cat((q[..., :nope], q_rope), 2), k, kv[..., nope:]
+
+
 @pytest.mark.parametrize(
     ("wrong", "least"),
     [
@@ -121,7 +129,7 @@ def test_a_wrong_part_is_noticed(wrong, least):
     match wrong:
         case "rotary halves":
             for block in ours.blocks.values():
-                block.attn.ops = replace(tiny.OPS, rotate_pairs=rotate_halves)
+                block.attn.ops = replace(tiny.OPS, rotate_latent=halves_of_latent)
         case "no correction bias":
             for router in ours.routers.values():
                 router.bias.zero_()

@@ -194,7 +194,7 @@ class StandIn:
 
 def test_triton_serves_where_it_imports(triton_gpu):
     ops = choose(CUDA)
-    fields = ("rms_norm", "add_rms_norm", "swiglu", "rotate_halves", "rotate_pairs", "cross_entropy", "permutation")
+    fields = ("rms_norm", "add_rms_norm", "swiglu", "rotate_halves", "rotate_latent", "cross_entropy", "permutation")
     for field in fields:
         assert isinstance(getattr(ops, field), StandIn), field
     assert "rms_norm: Triton kernels, with the residual addition" in ops.lines

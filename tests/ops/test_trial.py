@@ -16,6 +16,7 @@ from megavl.ops.cases import (
     cross_entropy_case,
     expert_mlp_case,
     grouped_linear_case,
+    latent_rotary_case,
     norm_case,
     permutation_case,
     rotary_case,
@@ -26,7 +27,7 @@ from megavl.ops.expert_mlp import composed_expert_mlp
 from megavl.ops.grouped import reference_grouped_linear
 from megavl.ops.norm import REFERENCE_NORMS, Norms, add_rms_norm, rms_norm
 from megavl.ops.permutation import REFERENCE_PERMUTATION, combine, permute, sort_by_expert
-from megavl.ops.rope import REFERENCE_ROTARY, Rotary, rotate_halves, rotate_pairs
+from megavl.ops.rope import REFERENCE_ROTARY, Rotary, rotate_halves, rotate_latent
 from megavl.ops.trial import Result, Trial, compare
 
 CPU = torch.device("cpu")
@@ -93,12 +94,24 @@ def wide_attention(q, k, v, cu_seqlens, lengths):
     return reference_attention(q.float(), k.float(), v.float(), cu_seqlens, lengths).to(q.dtype)
 
 
+def backwards(q, kv, k_rope, cos, sin):
+    """Rotates by the negative angle."""
+    return rotate_latent(q, kv, k_rope, cos, -sin)
+
+
+def without_a_head(q, kv, k_rope, *tables):
+    """Right forward; the gradient of the shared channels misses one head."""
+    q, k, v = rotate_latent(q, kv, k_rope, *tables)
+    alone = rotate_latent(q.detach(), kv, k_rope.detach(), *tables)[1]  # [T, H, nope + rope]
+    return q, torch.cat((alone[:, :1], k[:, 1:]), 1), v
+
+
 CASES = {
     "attention": (attention_case, ((20, 11, 9), 4, 2, 16, 8), reference_attention, wide_attention),
     "rms_norm": (norm_case, (40, 48, 1e-6), REFERENCE_NORMS, Norms(wide_norm, wide_add_norm)),
     "swiglu": (swiglu_case, (40, 48), swiglu, wide_swiglu),
-    "halves": (rotary_case, (40, 4, 2, 16, False), REFERENCE_ROTARY, Rotary(rotate_halves, rotate_pairs)),
-    "pairs": (rotary_case, (40, 4, 1, 16, True), REFERENCE_ROTARY, Rotary(rotate_halves, rotate_pairs)),
+    "halves": (rotary_case, (40, 4, 2, 16), REFERENCE_ROTARY, Rotary(rotate_halves, rotate_latent)),
+    "latent": (latent_rotary_case, (40, 4, 10, 6, 8), REFERENCE_ROTARY, Rotary(rotate_halves, rotate_latent)),
     "cross_entropy": (cross_entropy_case, (40, 300), REFERENCE_CROSS_ENTROPY, REFERENCE_CROSS_ENTROPY),
     "permutation": (permutation_case, (40, 3, 8, 16), REFERENCE_PERMUTATION, REFERENCE_PERMUTATION),
     "grouped_linear": (grouped_linear_case, (50, 4, 16, 24), reference_grouped_linear, wide_grouped_linear),
@@ -126,8 +139,11 @@ WRONG = {
         lambda gate, up: swiglu(gate, up).where(torch.arange(gate.shape[1]) < 47, torch.nan),
         lambda gate, up: swiglu(gate.detach(), up) + 0 * gate,
     ],
-    "halves": [Rotary(rotate_pairs, rotate_pairs), Rotary(lambda q, k, *tables: (q * 1, k * 1), rotate_pairs)],
-    "pairs": [Rotary(rotate_halves, rotate_halves)],
+    "halves": [
+        Rotary(lambda q, k, cos, sin: rotate_halves(q, k, cos, -sin), rotate_latent),
+        Rotary(lambda q, k, *tables: (q * 1, k * 1), rotate_latent),
+    ],
+    "latent": [Rotary(rotate_halves, backwards), Rotary(rotate_halves, without_a_head)],
     "cross_entropy": [
         CrossEntropy(REFERENCE_CROSS_ENTROPY.statistics, lambda *_: None),
         CrossEntropy(REFERENCE_CROSS_ENTROPY.statistics, stale_gradient),

@@ -69,10 +69,10 @@ class Attribution:
         changes = {}
         for each in dataclasses.fields(group):
             value, name = getattr(group, each.name), f"{prefix}{each.name}"
-            if dataclasses.is_dataclass(value):
-                changes[each.name] = self._label_fields(value, f"{name}.")
-            elif callable(value):
+            if callable(value):
                 changes[each.name] = self.label(name, value)
+            elif dataclasses.is_dataclass(value):
+                changes[each.name] = self._label_fields(value, f"{name}.")
         return dataclasses.replace(group, **changes)
 
 

@@ -12,7 +12,7 @@ from benchmarks.traffic import distinct_bytes
 from torch import Tensor
 
 # Operators whose gradient does not depend on the differentiated inputs, and those whose gradient needs the outputs.
-_LINEAR = frozenset({"rotate_halves", "rotate_pairs", "permutation.spread", "permutation.permute"})
+_LINEAR = frozenset({"rotate_halves", "rotate_latent", "permutation.spread", "permutation.permute"})
 _OUTPUTS_READ = frozenset({"attention"})
 
 
@@ -33,9 +33,12 @@ def forward_bound(call: Call) -> Work:
 
 
 def backward_bound(call: Call) -> Work:
-    """Of the backward pass of one call."""
+    """Of the backward pass of one call; nothing if no input has a gradient."""
+    call = _of_sum(call)
     differentiated = [tensor for tensor in call.inputs if tensor.requires_grad]
     others = [tensor for tensor in call.inputs if not tensor.requires_grad]
+    if not differentiated:
+        return Work()
     read = _bytes(output for output in call.outputs if output.requires_grad) + _bytes(others)
     if call.operator not in _LINEAR:
         read += _bytes(differentiated)
@@ -47,6 +50,14 @@ def backward_bound(call: Call) -> Work:
 def residual_bound(hidden: Tensor, additions: int) -> Work:
     """Of `additions` sums of two tensors like `hidden`."""
     return Work(additions, additions * 3 * distinct_bytes(hidden))
+
+
+def _of_sum(call: Call) -> Call:
+    """The norm of a sum as one of the sum, its first output: both addends have the same gradient, written once."""
+    if call.operator != "add_rms_norm":
+        return call
+    _, _, weight = call.inputs
+    return Call(call.operator, (call.outputs[0], weight), call.outputs)
 
 
 def _is_product(call: Call) -> bool:

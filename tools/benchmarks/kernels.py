@@ -7,14 +7,17 @@ Collectives, the sums of gradients in DeepSpeed's engine, and the optimizer are 
 import argparse
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from typing import Any
+from unittest import mock
 
 import torch
 from benchmarks.attribution import REST, Attribution, Products
 from benchmarks.bound import Work, backward_bound, forward_bound, residual_bound
-from benchmarks.hopper import hopper_ops
+from benchmarks.gpus import GPUS, Gpu, gpu_ops
 from benchmarks.record import circumstances, heading, write_json
 from benchmarks.traffic import distinct_bytes, launches
 from torch import Tensor
@@ -39,21 +42,29 @@ def run(args: argparse.Namespace) -> None:
         sys.exit(f"error: no preset {', '.join(sorted(unknown))}: choose from {', '.join(PRESETS)}")
     if args.tokens % args.documents:
         sys.exit(f"error: --tokens {args.tokens} is not divisible by --documents {args.documents}")
-    ops = hopper_ops()
     found = {
         **circumstances(torch.device("cpu")),
         "tokens": args.tokens,
         "documents": args.documents,
-        "implementations": list(ops.lines),
-        "blocks": [
-            block_row(PRESETS[preset], layer, args.tokens, args.documents, ops)
-            for preset in args.presets
-            for layer in kinds_of_blocks(PRESETS[preset].decoder)
-        ],
+        "gpus": [gpu_row(GPUS[name], args) for name in args.gpus],
     }
     print("\n".join(page(found)))
     if args.json:
         write_json(args.json, found)
+
+
+def gpu_row(gpu: Gpu, args: argparse.Namespace) -> dict[str, Any]:
+    """The counts of all blocks with the operators of one GPU, in JSON types."""
+    ops = gpu_ops(gpu, triton=args.ops == "triton")
+    return {
+        "gpu": gpu.name,
+        "implementations": list(ops.lines),
+        "blocks": [
+            block_row(PRESETS[preset], layer, args.tokens, args.documents, gpu, ops)
+            for preset in args.presets
+            for layer in kinds_of_blocks(PRESETS[preset].decoder)
+        ],
+    }
 
 
 def kinds_of_blocks(decoder: DecoderConfig) -> list[int]:
@@ -64,28 +75,48 @@ def kinds_of_blocks(decoder: DecoderConfig) -> list[int]:
 
 @dataclass(eq=False)
 class Tally(TorchDispatchMode):
-    """Launches and bytes of each operator and pass, while entered.
+    """Launches and bytes of each operator and pass, while entered. Triton kernels do not run then.
 
     pass_: FORWARD or BACKWARD, set from outside
     """
 
     attribution: Attribution
+    gpu: Gpu
 
     def __post_init__(self) -> None:
         super().__init__()
         self.pass_ = FORWARD
         self.work: dict[tuple[str, str], Work] = defaultdict(Work)
+        self._stack = ExitStack()
+
+    def __enter__(self) -> "Tally":
+        if find_spec("triton"):
+            from benchmarks.triton_launches import noted_launches
+
+            from megavl.ops.kernels import norm
+
+            self._stack.enter_context(noted_launches(self._add))
+            self._stack.enter_context(
+                mock.patch.object(norm, "multiprocessors", lambda device: self.gpu.multiprocessors)
+            )
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.close()
+        super().__exit__(*error)
 
     def __torch_dispatch__(self, operation: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         out = operation(*args, **(kwargs or {}))
         if launches(operation):
-            tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, Tensor)]
-            self.work[self.attribution.current, self.pass_] += Work(1, sum(map(distinct_bytes, tensors)))
+            self._add([leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, Tensor)])
         return out
+
+    def _add(self, tensors: Sequence[Tensor]) -> None:
+        self.work[self.attribution.current, self.pass_] += Work(1, sum(map(distinct_bytes, tensors)))
 
 
 def count_block(
-    decoder: DecoderConfig, layer: int, tokens: int, documents: int, ops: Ops
+    decoder: DecoderConfig, layer: int, tokens: int, documents: int, gpu: Gpu, ops: Ops
 ) -> tuple[dict[tuple[str, str], Work], dict[tuple[str, str], Work]]:
     """What block `layer` launches for one micro-batch in bf16, and the least that it could.
 
@@ -104,7 +135,7 @@ def count_block(
             hidden = torch.empty(tokens, decoder.width, requires_grad=True)
             layout = _layout(decoder, tokens, documents)
             names = {id(weight): name.removesuffix(".weight") for name, weight in block.named_parameters()}
-            tally = Tally(attribution)
+            tally = Tally(attribution, gpu)
             with tally:
                 with Products(attribution, names):
                     out = block(hidden.view_as(hidden), layout)
@@ -134,9 +165,9 @@ def _least(attribution: Attribution, hidden: Tensor, additions: int) -> dict[tup
     return dict(least)
 
 
-def block_row(model: ModelConfig, layer: int, tokens: int, documents: int, ops: Ops) -> dict[str, Any]:
+def block_row(model: ModelConfig, layer: int, tokens: int, documents: int, gpu: Gpu, ops: Ops) -> dict[str, Any]:
     """A block's counts in JSON types; the operators are in the order of their calls."""
-    measured, least = count_block(model.decoder, layer, tokens, documents, ops)
+    measured, least = count_block(model.decoder, layer, tokens, documents, gpu, ops)
     operators = [
         {
             "operator": operator,
@@ -164,23 +195,28 @@ def page(found: dict[str, Any]) -> Iterator[str]:
     """The result in Markdown."""
     yield heading(found)
     yield f"{found['tokens']} tokens in {found['documents']} documents, bf16, fake tensors: shapes without values"
-    yield from found["implementations"]
-    for block in found["blocks"]:
-        yield from ("", f"### {block['model']}, block {block['layer']} ({block['kind']}), width {block['width']}", "")
-        yield "| operator | launches forward + backward | least | MB forward + backward | least | bytes over least |"
-        yield "|---|---|---|---|---|---|"
-        for row in block["operators"]:
-            measured, least = ([row[pass_][kind] for pass_ in (FORWARD, BACKWARD)] for kind in ("measured", "least"))
-            yield (
-                f"| {row['operator']} | {_sum(measured, 'launches')} | {_sum(least, 'launches')} | "
-                f"{_sum(measured, 'bytes', 1e6)} | {_sum(least, 'bytes', 1e6)} | "
-                f"{sum(work['bytes'] for work in measured) / sum(work['bytes'] for work in least):.2f} |"
-            )
-        measured, least = block["total"]["measured"], block["total"]["least"]
+    for row in found["gpus"]:
+        yield from ("", f"### {row['gpu']}", "", *row["implementations"])
+        for block in row["blocks"]:
+            yield from _table(block)
+
+
+def _table(block: dict[str, Any]) -> Iterator[str]:
+    yield from ("", f"#### {block['model']}, block {block['layer']} ({block['kind']}), width {block['width']}", "")
+    yield "| operator | launches forward + backward | least | MB forward + backward | least | bytes over least |"
+    yield "|---|---|---|---|---|---|"
+    for row in block["operators"]:
+        measured, least = ([row[pass_][kind] for pass_ in (FORWARD, BACKWARD)] for kind in ("measured", "least"))
         yield (
-            f"| **block** | {measured['launches']} | {least['launches']} | {measured['bytes'] / 1e6:,.0f} | "
-            f"{least['bytes'] / 1e6:,.0f} | {measured['bytes'] / least['bytes']:.2f} |"
+            f"| {row['operator']} | {_sum(measured, 'launches')} | {_sum(least, 'launches')} | "
+            f"{_sum(measured, 'bytes', 1e6)} | {_sum(least, 'bytes', 1e6)} | "
+            f"{sum(work['bytes'] for work in measured) / sum(work['bytes'] for work in least):.2f} |"
         )
+    measured, least = block["total"]["measured"], block["total"]["least"]
+    yield (
+        f"| **block** | {measured['launches']} | {least['launches']} | {measured['bytes'] / 1e6:,.0f} | "
+        f"{least['bytes'] / 1e6:,.0f} | {measured['bytes'] / least['bytes']:.2f} |"
+    )
 
 
 def _sum(works: list[dict[str, int]], what: str, unit: float = 1.0) -> str:

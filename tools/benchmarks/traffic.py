@@ -3,8 +3,8 @@
 from torch import Tensor
 from torch._ops import OpOverload
 
-# These allocate, or return another view, and launch nothing.
-_WITHOUT_KERNEL = ("empty", "new_empty", "_unsafe_view", "detach", "alias", "lift_fresh")
+# These allocate, return another view, or compute a dtype, and launch nothing.
+_WITHOUT_KERNEL = ("empty", "new_empty", "_unsafe_view", "detach", "alias", "lift_fresh", "promote_types")
 
 
 def launches(operation: OpOverload) -> bool:

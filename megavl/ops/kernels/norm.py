@@ -21,7 +21,6 @@ _MAX_WIDTH = 8192
 _ELEMENTS_PER_WARP = 512
 # Programs of the backward pass for each multiprocessor, enough to hide the latency of one row's loads.
 _PROGRAMS_PER_SM = 4
-_INTERPRETED_PROGRAMS = 4
 # Tile of `sum_kernel`; its rows are 128 bytes.
 SUM_ROWS, SUM_COLUMNS = 64, 32
 
@@ -124,11 +123,9 @@ def warps(block: int) -> int:
     return min(max(block // _ELEMENTS_PER_WARP, 1), 16)
 
 
-def _programs(x: Tensor) -> int:
-    if x.device.type != "cuda":
-        return min(len(x), _INTERPRETED_PROGRAMS)
-    multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count
-    return min(len(x), multiprocessors * _PROGRAMS_PER_SM)
+def multiprocessors(device: torch.device) -> int:
+    """Of a CUDA device; a CPU, which interprets the kernels, counts as one."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def _forward(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -162,7 +159,7 @@ def _backward(
     grad = with_unit_stride(grad)
     add = total_grad is not None
     total_grad = with_unit_stride(total_grad) if add else grad
-    programs, block = _programs(x), triton.next_power_of_2(width)
+    programs, block = min(rows, multiprocessors(x.device) * _PROGRAMS_PER_SM), triton.next_power_of_2(width)
     rows_per_program = triton.cdiv(rows, programs)
     parts = torch.empty(programs, width, dtype=torch.float32, device=x.device) if for_weight else rstd
     backward_kernel[(programs,)](

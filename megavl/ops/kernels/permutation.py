@@ -56,7 +56,7 @@ def combine_kernel(rows, weights, places, total, width, K: tl.constexpr, BLOCK: 
         place = tl.load(places + token * K + choice)
         weight = tl.load(weights + token * K + choice)
         value += weight * tl.load(rows + place * width + column, mask=inside, other=0.0).to(tl.float32)
-    tl.store(total + token * width + column, value, mask=inside)
+    tl.store(total + token * width + column, value.to(total.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -67,7 +67,7 @@ def combine_gradient_kernel(
     token = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < width
-    upstream = tl.load(grad + token * width + column, mask=inside, other=0.0)
+    upstream = tl.load(grad + token * width + column, mask=inside, other=0.0).to(tl.float32)
     for choice in tl.static_range(K):
         place = tl.load(places + token * K + choice)
         weight = tl.load(weights + token * K + choice)
@@ -183,7 +183,7 @@ class _Combine(Function):
     def forward(ctx, rows: Tensor, weights: Tensor, places: Tensor) -> Tensor:
         ctx.save_for_backward(rows, weights, places)
         (tokens, k), width = places.shape, rows.shape[1]
-        total = weights.new_empty(tokens, width)  # [T, D]
+        total = rows.new_empty(tokens, width)  # [T, D]
         if tokens:
             combine_kernel[(tokens,)](rows, weights, places, total, width, K=k, **_blocks(width))
         return total

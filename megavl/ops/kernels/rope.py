@@ -3,8 +3,6 @@
 The backward pass is the rotation by the negative angle, so nothing but the tables is kept.
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -12,39 +10,25 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from megavl.ops.kernels.latent import fused_rotate_latent
 from megavl.ops.kernels.layout import with_unit_stride
+from megavl.ops.kernels.tiles import heads_per_tile, warps
 from megavl.ops.rope import Rotary
-
-# Of one tile in registers, in fp32.
-_TILE_ELEMENTS = 2048
-_PAIRS_PER_WARP = 256
 
 
 @triton.jit
-def _rotate_heads(
-    x, out, cos, sin, head_stride, heads, half, PAIRS: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr
-):
+def _rotate_heads(x, out, cos, sin, head_stride, heads, half, HEADS: tl.constexpr, HALF: tl.constexpr):
     """Rotate the heads of one token: x [heads, 2 * half], heads `head_stride` apart, to `out`, contiguous."""
     channel = tl.arange(0, HALF)
     for start in range(0, heads, HEADS):
         head = start + tl.arange(0, HEADS)
-        if PAIRS:
-            # Both channels of a pair come with one load: two loads with a stride of 2 would halve its width.
-            both = tl.arange(0, 2 * HALF)
-            inside = (head < heads)[:, None] & (both < 2 * half)[None, :]
-            value = tl.load(x + head[:, None] * head_stride + both[None, :], mask=inside, other=0.0)
-            first, second = tl.split(tl.reshape(value.to(tl.float32), [HEADS, HALF, 2]))
-            turned = tl.join(first * cos - second * sin, second * cos + first * sin)
-            turned = tl.reshape(turned, [HEADS, 2 * HALF]).to(out.dtype.element_ty)
-            tl.store(out + head[:, None] * (2 * half) + both[None, :], turned, mask=inside)
-        else:
-            inside = (head < heads)[:, None] & (channel < half)[None, :]
-            source = x + head[:, None] * head_stride + channel[None, :]
-            target = out + head[:, None] * (2 * half) + channel[None, :]
-            first = tl.load(source, mask=inside, other=0.0).to(tl.float32)
-            second = tl.load(source + half, mask=inside, other=0.0).to(tl.float32)
-            tl.store(target, (first * cos - second * sin).to(out.dtype.element_ty), mask=inside)
-            tl.store(target + half, (second * cos + first * sin).to(out.dtype.element_ty), mask=inside)
+        inside = (head < heads)[:, None] & (channel < half)[None, :]
+        source = x + head[:, None] * head_stride + channel[None, :]
+        target = out + head[:, None] * (2 * half) + channel[None, :]
+        first = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+        second = tl.load(source + half, mask=inside, other=0.0).to(tl.float32)
+        tl.store(target, (first * cos - second * sin).to(out.dtype.element_ty), mask=inside)
+        tl.store(target + half, (second * cos + first * sin).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -62,7 +46,6 @@ def rotate_kernel(
     heads,
     k_heads,
     half,
-    PAIRS: tl.constexpr,
     BACK: tl.constexpr,
     HEADS: tl.constexpr,
     K_HEADS: tl.constexpr,
@@ -83,7 +66,6 @@ def rotate_kernel(
         q_head_stride,
         heads,
         half,
-        PAIRS,
         HEADS,
         HALF,
     )
@@ -95,23 +77,12 @@ def rotate_kernel(
         k_head_stride,
         k_heads,
         half,
-        PAIRS,
         K_HEADS,
         HALF,
     )
 
 
-def heads_per_tile(heads: int, half: int) -> int:
-    """Heads that a program rotates at a time."""
-    return min(triton.next_power_of_2(heads), max(_TILE_ELEMENTS // triton.next_power_of_2(half), 1))
-
-
-def warps(heads: int, half: int) -> int:
-    """Warps of a program that rotates `heads` heads at a time."""
-    return min(max(heads * half // _PAIRS_PER_WARP, 1), 4)
-
-
-def _rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, pairs: bool, back: bool) -> tuple[Tensor, Tensor]:
+def _rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, back: bool) -> tuple[Tensor, Tensor]:
     tokens, heads, width = q.shape
     k_heads, half = k.shape[1], width // 2
     q, k = with_unit_stride(q), with_unit_stride(k)
@@ -121,7 +92,6 @@ def _rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, pairs: bool, back: b
         tile = heads_per_tile(heads, half)
         rotate_kernel[(tokens,)](
             *(q, k, q_out, k_out, cos, sin, q.stride(0), q.stride(1), k.stride(0), k.stride(1), heads, k_heads, half),
-            PAIRS=pairs,
             BACK=back,
             HEADS=tile,
             K_HEADS=heads_per_tile(k_heads, half),
@@ -133,28 +103,21 @@ def _rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, pairs: bool, back: b
 
 class _Rotate(Function):
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, pairs: bool) -> tuple[Tensor, Tensor]:
+    def forward(ctx, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         cos, sin = cos.contiguous(), sin.contiguous()  # [T, 1, d / 2] each; both are already
         ctx.save_for_backward(cos, sin)
-        ctx.pairs = pairs
-        return _rotate(q, k, cos, sin, pairs, back=False)
+        return _rotate(q, k, cos, sin, back=False)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, q_grad: Tensor, k_grad: Tensor):
         # Not in place: nothing says that these gradients have no other reader.
-        cos, sin = ctx.saved_tensors
-        return *_rotate(q_grad, k_grad, cos, sin, ctx.pairs, back=True), None, None, None
+        return *_rotate(q_grad, k_grad, *ctx.saved_tensors, back=True), None, None
 
 
-@dataclass(frozen=True)
-class _FusedRotation:
-    """A `Rotate` of megavl.ops.rope."""
-
-    pairs: bool
-
-    def __call__(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        return _Rotate.apply(q, k, cos, sin, self.pairs)
+def fused_rotate_halves(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """A `RotateHalves` of megavl.ops.rope."""
+    return _Rotate.apply(q, k, cos, sin)
 
 
-TRITON_ROTARY = Rotary(halves=_FusedRotation(pairs=False), pairs=_FusedRotation(pairs=True))
+TRITON_ROTARY = Rotary(fused_rotate_halves, fused_rotate_latent)

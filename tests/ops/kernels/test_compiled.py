@@ -13,7 +13,8 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from megavl.ops.kernels import activation, cross_entropy, norm, rope  # noqa: E402
+from megavl.ops.kernels import activation, cross_entropy, latent, norm, rope  # noqa: E402
+from megavl.ops.kernels.tiles import heads_per_tile, warps  # noqa: E402
 
 AMPERE, HOPPER = 80, 90
 # What every GPU gives a program without being asked for more.
@@ -49,12 +50,19 @@ def _norm(kernel: Any, pointers: str, block: int, **constants: int) -> Launch:
     return Launch(kernel, pointers, {**constants, "BLOCK": block}, norm.warps(block))
 
 
-def _rotation(heads: int, k_heads: int, half: int, pairs: bool, back: bool) -> Launch:
-    constants = {"HEADS": rope.heads_per_tile(heads, half), "K_HEADS": rope.heads_per_tile(k_heads, half)}
-    constants |= {"PAIRS": pairs, "BACK": back, "HALF": half}
+def _rotation(heads: int, k_heads: int, half: int, back: bool) -> Launch:
+    constants = {"HEADS": heads_per_tile(heads, half), "K_HEADS": heads_per_tile(k_heads, half)}
+    constants |= {"BACK": back, "HALF": half}
     # Triton makes a constant of an argument that is 1.
     constants |= {name: 1 for name, count in (("heads", heads), ("k_heads", k_heads)) if count == 1}
-    return Launch(rope.rotate_kernel, "bf16 bf16 bf16 bf16 fp32 fp32", constants, rope.warps(constants["HEADS"], half))
+    return Launch(rope.rotate_kernel, "bf16 bf16 bf16 bf16 fp32 fp32", constants, warps(constants["HEADS"], half))
+
+
+def _latent(heads: int, back: bool) -> Launch:
+    kernel, pointers = (latent.backward_kernel, 6) if back else (latent.forward_kernel, 5)
+    constants = {"HEADS": heads_per_tile(heads, 128), "NOPE": 128, "HALF": 32} | ({"VALUE": 128} if back else {})
+    constants |= {"heads": 1} if heads == 1 else {}
+    return Launch(kernel, "bf16 " * pointers + "fp32 fp32", constants, warps(constants["HEADS"], 128))
 
 
 _FORWARD, _BACKWARD = "{0} {0} {0} {0} {0} fp32", "{0} {0} fp32 {0} {0} {0} fp32"
@@ -67,10 +75,12 @@ LAUNCHES = {
     "norm backward, 8192, add": _norm(norm.backward_kernel, _BACKWARD.format("fp32"), 8192, ADD=True, WEIGHT=True),
     "norm backward, frozen": _norm(norm.backward_kernel, _BACKWARD.format("bf16"), 4096, ADD=True, WEIGHT=False),
     "sum": Launch(norm.sum_kernel, "fp32 bf16", {"ROWS": norm.SUM_ROWS, "COLUMNS": norm.SUM_COLUMNS}),
-    "halves of VL-7B": _rotation(32, 32, 64, pairs=False, back=False),
-    "pairs of VL2-Small": _rotation(16, 1, 32, pairs=True, back=True),
-    "pairs, one head": _rotation(1, 1, 32, pairs=True, back=False),
-    "halves, one head": _rotation(1, 1, 64, pairs=False, back=True),
+    "halves of VL-7B": _rotation(32, 32, 64, back=False),
+    "halves, one head": _rotation(1, 1, 64, back=True),
+    "latent of VL2-Small": _latent(16, back=False),
+    "latent of VL2-Small, backward": _latent(16, back=True),
+    "latent, one head": _latent(1, back=False),
+    "latent backward, one head": _latent(1, back=True),
     "swiglu": Launch(activation.forward_kernel, "bf16 bf16 bf16", {"BLOCK": activation.BLOCK}),
     "swiglu backward": Launch(activation.backward_kernel, "bf16 bf16 bf16 bf16 bf16", {"BLOCK": activation.BLOCK}),
     "statistics": Launch(

@@ -27,7 +27,7 @@ def triton_ops(ops: Ops) -> Ops:
         add_rms_norm=norms.add_rms_norm,
         swiglu=kernels("activation").fused_swiglu,
         rotate_halves=rotary.halves,
-        rotate_pairs=rotary.pairs,
+        rotate_latent=rotary.latent,
         cross_entropy=kernels("cross_entropy").TRITON_CROSS_ENTROPY,
     )
 

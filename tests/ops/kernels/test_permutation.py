@@ -26,7 +26,7 @@ def inputs(tokens: int, k: int, width: int, dtype: torch.dtype) -> dict[str, Ten
         "x": draw(tokens, width).to(dtype).requires_grad_(),
         "rows": draw(tokens * k, width).to(dtype).requires_grad_(),
         "weights": draw(tokens, k).requires_grad_(),
-        "for_tokens": draw(width, tokens).t(),  # [T, D]
+        "for_tokens": draw(width, tokens).t().to(dtype),  # [T, D]
         "for_rows": draw(width, tokens * k).t().to(dtype),  # [T * k, D]
         "order": order,
         "places": order.argsort().view(tokens, k),
@@ -195,8 +195,8 @@ def test_wrong_kernels_are_noticed(interpreted):
 
 
 TYPES = {
-    **dict.fromkeys(("x", "rows", "for_rows", "result"), "*bf16"),
-    **dict.fromkeys(("weights", "grad", "for_weights"), "*fp32"),
+    **dict.fromkeys(("x", "rows", "grad", "for_rows", "result"), "*bf16"),
+    **dict.fromkeys(("weights", "for_weights"), "*fp32"),
     **dict.fromkeys(("places", "order", "inverse", "keys"), "*i64"),
     **dict.fromkeys(("width", "size", "blocks", "programs", "experts"), "i32"),
 }
@@ -209,7 +209,7 @@ TYPES = {
     [
         ("spread_kernel", None),
         ("sum_kernel", "*bf16"),
-        ("combine_kernel", "*fp32"),
+        ("combine_kernel", "*bf16"),
         ("combine_gradient_kernel", None),
         ("gather_kernel", None),
     ],

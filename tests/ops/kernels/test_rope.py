@@ -1,4 +1,4 @@
-"""Kernel of the rotary positions against complex multiplication in fp64, and against the reference bit for bit."""
+"""Kernel of Llama's rotary positions against complex multiplication in fp64, and against the reference bit for bit."""
 
 import pytest
 import torch
@@ -7,9 +7,8 @@ from torch import Tensor
 from megavl.ops.rope import REFERENCE_ROTARY, rotary_tables
 from tests.ops.kernels.interpreter import Mistake, error, far_apart, kernels, no_launch, normal, passes, sliced
 
-# Tokens, heads of queries and keys, width. Heads and widths that are no powers of 2; more heads than a tile has; MLA's.
+# Tokens, heads of queries and keys, width. Heads and widths that are no powers of 2; more heads than a tile has.
 SIZES = [(1, 1, 1, 2), (5, 3, 1, 6), (7, 5, 3, 40), (3, 70, 2, 128), (4, 6, 1, 64)]
-ORDERS = pytest.mark.parametrize("pairs", [False, True], ids=["halves", "pairs"])
 # Worst measured in the interpreter: 7.8e-8 and 3.5e-3; bf16 is rounded once, 2^-9 of a value.
 TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 4e-3}
 MISTAKES = {
@@ -21,56 +20,44 @@ MISTAKES = {
 }
 
 
-def exact_rotation(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, pairs: bool) -> tuple[Tensor, Tensor]:
+def exact_rotation(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     turns = torch.complex(cos.double(), sin.double())
 
     def rotated(x: Tensor) -> Tensor:
-        parts = x.unflatten(-1, (-1, 2)).unbind(-1) if pairs else x.chunk(2, dim=-1)
-        turned = torch.complex(*parts) * turns
-        parts = (turned.real, turned.imag)
-        return torch.stack(parts, -1).flatten(-2) if pairs else torch.cat(parts, -1)
+        turned = torch.complex(*x.chunk(2, dim=-1)) * turns
+        return torch.cat((turned.real, turned.imag), -1)
 
     return rotated(q), rotated(k)
 
 
-def rotation(sizes: tuple, pairs: bool, dtype: torch.dtype, mistake: Mistake | None = None, device="cpu") -> tuple:
+def rotation(sizes: tuple, dtype: torch.dtype, mistake: Mistake | None = None, device="cpu") -> tuple:
     """Error against fp64, and whether all results are the reference's."""
     tokens, heads, k_heads, width = sizes
-    fused, reference = (
-        rotary.pairs if pairs else rotary.halves
-        for rotary in (kernels("rope", mistake).TRITON_ROTARY, REFERENCE_ROTARY)
-    )
+    fused, reference = kernels("rope", mistake).TRITON_ROTARY.halves, REFERENCE_ROTARY.halves
     q, k = [tokens, heads, width], [tokens, k_heads, width]
     q, k, *upstream = normal(tokens, dtype, q, k, q, k, device=device)
-    # As in latent attention: both are slices, and gradients come as slices too. Those of halves, as slices of products.
+    # Slices of products; gradients come as slices too.
     q, k, upstream = sliced(q, 8, 0), sliced(k, 3, 0), [sliced(upstream[0], 8, 0), upstream[1]]
     cos, sin = rotary_tables(torch.arange(tokens, device=device) * 37, width, 10000.0)
     ours = passes(lambda q, k: fused(q, k, cos, sin), [q, k], upstream)
     theirs = passes(lambda q, k: reference(q, k, cos, sin), [q, k], upstream)
     wide = [each.double() for each in (q, k, *upstream)]
-    exact = passes(lambda q, k: exact_rotation(q, k, cos, sin, pairs), wide[:2], wide[2:])
+    exact = passes(lambda q, k: exact_rotation(q, k, cos, sin), wide[:2], wide[2:])
     assert [each.dtype for each in ours] == [each.dtype for each in theirs]
     return error(ours, exact), all(torch.equal(*pair) for pair in zip(ours, theirs, strict=True))
 
 
-@ORDERS
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_errors(interpreted, sizes, dtype, pairs):
-    off, equal = interpreted(rotation, sizes, pairs, dtype)
+def test_errors(interpreted, sizes, dtype):
+    off, equal = interpreted(rotation, sizes, dtype)
     assert off < TOLERANCES[dtype] and equal
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_noticed(interpreted, mistake):
-    found = [interpreted(rotation, sizes, False, torch.float32, MISTAKES[mistake]) for sizes in SIZES[2:4]]
+    found = [interpreted(rotation, sizes, torch.float32, MISTAKES[mistake]) for sizes in SIZES[2:4]]
     assert max(off for off, _ in found) > 100 * TOLERANCES[torch.float32]
-
-
-def test_the_other_order_is_noticed(interpreted):
-    swapped = ("halves=_FusedRotation(pairs=False)", "halves=_FusedRotation(pairs=True)")
-    off, equal = interpreted(rotation, SIZES[2], False, torch.float32, swapped)
-    assert off > 0.1 and not equal
 
 
 def no_tokens() -> None:
@@ -78,7 +65,7 @@ def no_tokens() -> None:
     cos, sin = rotary_tables(torch.arange(0), 8, 10000.0)
     q, k = torch.randn(0, 3, 8, requires_grad=True), torch.randn(0, 1, 8)
     with no_launch(module, "rotate_kernel"):
-        turned, _ = module.TRITON_ROTARY.pairs(q, k, cos, sin)
+        turned, _ = module.TRITON_ROTARY.halves(q, k, cos, sin)
         turned.sum().backward()
     assert turned.shape == q.grad.shape == (0, 3, 8)
 
@@ -102,7 +89,7 @@ def test_an_unused_output(interpreted):
 
 
 def far_error() -> float:
-    rotate = kernels("rope").TRITON_ROTARY.pairs
+    rotate = kernels("rope").TRITON_ROTARY.halves
     cos, sin = rotary_tables(torch.arange(3), 8, 10000.0)
     q, k = normal(0, torch.bfloat16, (3, 2, 8), (3, 1, 8))
     return error(rotate(far_apart(q), far_apart(k), cos, sin), rotate(q, k, cos, sin))
@@ -114,9 +101,8 @@ def test_offsets_of_far_rows(interpreted):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@ORDERS
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-@pytest.mark.parametrize("sizes", [*SIZES, (4096, 32, 32, 128), (4096, 16, 1, 64)], ids=str)
-def test_errors_on_a_gpu(sizes, dtype, pairs):
-    off, _ = rotation(sizes, pairs, dtype, device="cuda")
+@pytest.mark.parametrize("sizes", [*SIZES, (4096, 32, 32, 128)], ids=str)
+def test_errors_on_a_gpu(sizes, dtype):
+    off, _ = rotation(sizes, dtype, device="cuda")
     assert off < TOLERANCES[dtype]
