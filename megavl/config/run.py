@@ -203,6 +203,7 @@ class OpsConfig(Section):
     swiglu: Literal["auto", "torch", "triton"] = "auto"
     rotary: Literal["auto", "torch", "triton"] = "auto"
     cross_entropy: Literal["auto", "torch", "triton"] = "auto"
+    router: Literal["auto", "torch", "mm"] = Field("auto", description="product of the tokens with a router's weight")
     permutation: Literal["auto", "torch", "triton"] = "auto"
     grouped_linear: Literal["auto", "torch", "grouped_mm", "triton", "grouped_gemm"] = "auto"
     expert_mlp: Literal["auto", "torch", "triton"] = Field("auto", description="SwiGLU layers of the routed experts")

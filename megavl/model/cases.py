@@ -12,6 +12,7 @@ from megavl.ops.cases import (
     norm_case,
     permutation_case,
     rotary_case,
+    router_case,
     swiglu_case,
 )
 from megavl.ops.trial import Case
@@ -40,6 +41,7 @@ def cases_of(config: RunConfig) -> dict[str, Case]:
         hidden, sent = moe.width // (tp if cut else 1), tokens // (1 if cut else tp)
         rows, here = sent * moe.per_token, moe.experts // parallel.expert
         experts = {
+            "router": router_case(stream_tokens, moe.experts, decoder.width, dtype),
             "permutation": permutation_case(sent, moe.per_token, moe.experts, decoder.width, dtype),
             "grouped_linear": grouped_linear_case(rows, here, decoder.width, hidden, dtype),
             "expert_mlp": expert_mlp_case(rows, here, decoder.width, hidden, dtype),

@@ -6,7 +6,6 @@ Source: DeepSeek-VL2 (arXiv 2412.10302) section 3 and `modeling_deepseek.py` of 
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
@@ -45,9 +44,9 @@ class Router(nn.Module):
     gradient not at all.
     """
 
-    def __init__(self, config: MoeConfig, width: int, tp: TensorAxis, auxiliary_scale: float = 0.0):
+    def __init__(self, config: MoeConfig, width: int, tp: TensorAxis, ops: Ops, auxiliary_scale: float = 0.0):
         super().__init__()
-        self.config, self.tp, self.auxiliary_scale = config, tp, auxiliary_scale
+        self.config, self.tp, self.ops, self.auxiliary_scale = config, tp, ops, auxiliary_scale
         self.weight = nn.Parameter(torch.empty(config.experts, width))
         has_bias = config.router == "sigmoid"
         self.register_buffer("bias", torch.zeros(config.experts, dtype=torch.float32) if has_bias else None)
@@ -66,8 +65,7 @@ class Router(nn.Module):
     def forward(self, h: Tensor, packs: int) -> tuple[Tensor, Tensor]:
         """Weights float32 [T, k] and experts int64 [T, k] of each token, in no order; `packs` as in `PackLayout`."""
         config = self.config
-        weight = shared_weight(self.weight.float(), self.tp)
-        logits = F.linear(h.float(), weight)  # [T, E]
+        logits = self.ops.router_logits(h, shared_weight(self.weight, self.tp))  # [T, E]
         scores = logits.softmax(1) if config.router == "softmax" else logits.sigmoid()
         preferred = scores.detach() if self.bias is None else scores.detach() + self.bias
         experts = preferred.topk(config.per_token, sorted=False).indices  # [T, k]
@@ -161,7 +159,7 @@ class Moe(nn.Module):
     ):
         super().__init__()
         self.total, self.tp, self.ep, self.ops = config.experts, tp, ep, ops
-        self.router = Router(config, width, tp, auxiliary_scale)
+        self.router = Router(config, width, tp, ops, auxiliary_scale)
         self.shared = Mlp(width, config.shared_width, tp, ops)
         self.experts = Experts(config, width, tp, ep, ops)
 

@@ -13,11 +13,12 @@ from torch import Tensor
 from megavl.ops.activation import swiglu
 from megavl.ops.attention import PackedAttention, fused_attention, reference_attention
 from megavl.ops.cross_entropy import REFERENCE_CROSS_ENTROPY, CrossEntropy
-from megavl.ops.expert_mlp import ExpertMlp, composed_expert_mlp
+from megavl.ops.expert_mlp import ComposedExpertMlp, ExpertMlp
 from megavl.ops.grouped import GroupedLinear, grouped_gemm_linear, grouped_mm_linear, reference_grouped_linear
 from megavl.ops.norm import REFERENCE_NORMS, Norms
 from megavl.ops.permutation import REFERENCE_PERMUTATION, Permutation
 from megavl.ops.rope import REFERENCE_ROTARY, Rotary
+from megavl.ops.router import RouterLogits, reference_router_logits, wide_router_logits
 from megavl.ops.versions import causal_varlen
 
 # Name of every op's reference, which serves any device and is the last of its candidates.
@@ -155,6 +156,11 @@ def _grouped_gemm(device: torch.device) -> GroupedLinear:
     return grouped_gemm_linear(gmm)
 
 
+def _wide_mm(device: torch.device) -> RouterLogits:
+    _needs_ampere(device)
+    return wide_router_logits(lambda left, right: torch.mm(left, right, out_dtype=torch.float32))
+
+
 def _triton_permutation(device: torch.device) -> Permutation:
     _needs_triton(device)
     from megavl.ops.kernels.permutation import TRITON_PERMUTATION
@@ -203,6 +209,10 @@ CANDIDATES: Mapping[str, tuple[Candidate, ...]] = {
         Candidate("triton", "Triton kernels", _triton_cross_entropy),
         _reference("torch", REFERENCE_CROSS_ENTROPY),
     ),
+    "router": (
+        Candidate("mm", "torch products of bf16 with sums in fp32, fp32 copies for others", _wide_mm),
+        _reference("torch, fp32 copies", reference_router_logits),
+    ),
     "permutation": (
         Candidate("triton", "Triton kernels, torch for fp64", _triton_permutation),
         _reference("torch", REFERENCE_PERMUTATION),
@@ -223,6 +233,6 @@ CANDIDATES: Mapping[str, tuple[Candidate, ...]] = {
     ),
     "expert_mlp": (
         Candidate("triton", "Triton kernels for bf16, torch for others", _triton_expert_mlp),
-        _reference("three grouped products and the activation", composed_expert_mlp),
+        _reference("three grouped products and the activation", ComposedExpertMlp),
     ),
 }

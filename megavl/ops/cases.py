@@ -14,6 +14,7 @@ from megavl.ops.grouped import GroupedLinear, Groups
 from megavl.ops.norm import Norms
 from megavl.ops.permutation import Permutation
 from megavl.ops.rope import Rotary, rotary_tables
+from megavl.ops.router import RouterLogits
 from megavl.ops.trial import Case
 
 
@@ -128,6 +129,20 @@ def cross_entropy_case(tokens: int, vocab: int, dtype: torch.dtype) -> Case:
         return [*statistics, logits]
 
     return Case(_words(dtype, tokens, vocab), make, run)
+
+
+def router_case(tokens: int, experts: int, width: int, dtype: torch.dtype) -> Case:
+    """Tokens [tokens, width] with the weight [experts, width]."""
+
+    def make(device: torch.device) -> list[Tensor]:
+        h, weight, upstream = _normal(device, dtype, [tokens, width], [experts, width], [tokens, experts])
+        return [h, weight, upstream + upstream.float() * 1e-3]
+
+    def run(router_logits: RouterLogits, operands: list[Tensor]) -> list[Tensor]:
+        h, weight, upstream = operands
+        return _passes(router_logits, (h, weight), [upstream])
+
+    return Case(_words(dtype, tokens, experts, width), make, run)
 
 
 def permutation_case(tokens: int, per_token: int, experts: int, width: int, dtype: torch.dtype) -> Case:

@@ -16,6 +16,7 @@ from megavl.ops.grouped import GroupedLinear
 from megavl.ops.permutation import Permutation
 from megavl.ops.products import products
 from megavl.ops.rope import RotateHalves, RotateLatent
+from megavl.ops.router import RouterLogits
 from megavl.ops.trial import Result, Results
 
 AUTO = "auto"
@@ -42,6 +43,7 @@ class Ops:
     rotate_halves: RotateHalves
     rotate_latent: RotateLatent
     cross_entropy: CrossEntropy
+    router_logits: RouterLogits
     permutation: Permutation
     grouped_linear: GroupedLinear
     expert_mlp: ExpertMlp
@@ -112,6 +114,7 @@ def choose(
         rotate_halves=chosen["rotary"].halves,
         rotate_latent=chosen["rotary"].latent,
         cross_entropy=chosen["cross_entropy"],
+        router_logits=chosen["router"],
         permutation=chosen["permutation"],
         grouped_linear=chosen["grouped_linear"],
         expert_mlp=layers[choices[_LAYER][0]],

@@ -9,6 +9,7 @@ Every implementation has one signature, `ExpertMlp`:
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -17,11 +18,13 @@ from megavl.ops.grouped import GroupedLinear, Groups
 ExpertMlp = Callable[[Tensor, Tensor, Tensor, Tensor, Groups], Tensor]
 
 
-def composed_expert_mlp(grouped_linear: GroupedLinear, swiglu: Callable[[Tensor, Tensor], Tensor]) -> ExpertMlp:
-    """Three grouped products with the activation between them."""
+@dataclass(frozen=True)
+class ComposedExpertMlp:
+    """Three grouped products with the activation between them: an `ExpertMlp`."""
 
-    def expert_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, groups: Groups) -> Tensor:
-        hidden = swiglu(grouped_linear(x, gate, groups), grouped_linear(x, up, groups))  # [N, F]
-        return grouped_linear(hidden, down, groups)  # [N, D]
+    grouped_linear: GroupedLinear
+    swiglu: Callable[[Tensor, Tensor], Tensor]
 
-    return expert_mlp
+    def __call__(self, x: Tensor, gate: Tensor, up: Tensor, down: Tensor, groups: Groups) -> Tensor:
+        hidden = self.swiglu(self.grouped_linear(x, gate, groups), self.grouped_linear(x, up, groups))  # [N, F]
+        return self.grouped_linear(hidden, down, groups)  # [N, D]

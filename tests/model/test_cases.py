@@ -33,6 +33,7 @@ CPU = torch.device("cpu")
                 "swiglu": "24576 x 1408 bfloat16",
                 "rotary": "4096 x 16 bfloat16, 128 + 64 channels, values of 128",
                 "cross_entropy": "4096 x 102400 bfloat16",
+                "router": "4096 x 64 x 2048 bfloat16",
                 "permutation": "4096 x 2048 bfloat16, 6 of 64 experts",
                 "grouped_linear": "24576 x 8 x 2048 x 1408 bfloat16",
                 "expert_mlp": "24576 x 8 x 2048 x 1408 bfloat16",

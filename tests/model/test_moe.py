@@ -43,7 +43,7 @@ def fill(module: torch.nn.Module) -> torch.nn.Module:
 
 
 def router(config: MoeConfig) -> Router:
-    return fill(Router(config, D, TensorAxis(), AUXILIARY_SCALE))
+    return fill(Router(config, D, TensorAxis(), OPS, AUXILIARY_SCALE))
 
 
 def layer(config: MoeConfig) -> Moe:

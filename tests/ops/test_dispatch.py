@@ -56,6 +56,7 @@ def test_cpu_is_served_by_torch():
         "swiglu",
         "rotary",
         "cross_entropy",
+        "router",
         "permutation",
         "grouped_linear",
         "expert_mlp",

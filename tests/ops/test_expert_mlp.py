@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from megavl.ops.activation import swiglu
-from megavl.ops.expert_mlp import composed_expert_mlp
+from megavl.ops.expert_mlp import ComposedExpertMlp
 from megavl.ops.grouped import Groups, reference_grouped_linear
 
 
@@ -16,7 +16,7 @@ def test_each_row_goes_through_its_expert(counts):
     shapes = ((rows, d), (experts, f, d), (experts, f, d), (experts, d, f))
     inputs = [torch.randn(shape, dtype=torch.float64, generator=draw).requires_grad_() for shape in shapes]
     x, gate, up, down = inputs
-    y = composed_expert_mlp(reference_grouped_linear, swiglu)(*inputs, Groups(torch.tensor(counts)))  # [N, D]
+    y = ComposedExpertMlp(reference_grouped_linear, swiglu)(*inputs, Groups(torch.tensor(counts)))  # [N, D]
     expert = torch.arange(experts).repeat_interleave(torch.tensor(counts))  # [N]
     expected = torch.stack(
         [

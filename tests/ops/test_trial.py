@@ -20,14 +20,16 @@ from megavl.ops.cases import (
     norm_case,
     permutation_case,
     rotary_case,
+    router_case,
     swiglu_case,
 )
 from megavl.ops.cross_entropy import REFERENCE_CROSS_ENTROPY, CrossEntropy
-from megavl.ops.expert_mlp import composed_expert_mlp
+from megavl.ops.expert_mlp import ComposedExpertMlp
 from megavl.ops.grouped import reference_grouped_linear
 from megavl.ops.norm import REFERENCE_NORMS, Norms, add_rms_norm, rms_norm
 from megavl.ops.permutation import REFERENCE_PERMUTATION, combine, permute, sort_by_expert
 from megavl.ops.rope import REFERENCE_ROTARY, Rotary, rotate_halves, rotate_latent
+from megavl.ops.router import reference_router_logits, wide_router_logits
 from megavl.ops.trial import Result, Trial, compare
 
 CPU = torch.device("cpu")
@@ -113,13 +115,19 @@ CASES = {
     "halves": (rotary_case, (40, 4, 2, 16), REFERENCE_ROTARY, Rotary(rotate_halves, rotate_latent)),
     "latent": (latent_rotary_case, (40, 4, 10, 6, 8), REFERENCE_ROTARY, Rotary(rotate_halves, rotate_latent)),
     "cross_entropy": (cross_entropy_case, (40, 300), REFERENCE_CROSS_ENTROPY, REFERENCE_CROSS_ENTROPY),
+    "router": (
+        router_case,
+        (40, 12, 48),
+        reference_router_logits,
+        wide_router_logits(lambda left, right: left.float() @ right.float()),
+    ),
     "permutation": (permutation_case, (40, 3, 8, 16), REFERENCE_PERMUTATION, REFERENCE_PERMUTATION),
     "grouped_linear": (grouped_linear_case, (50, 4, 16, 24), reference_grouped_linear, wide_grouped_linear),
     "expert_mlp": (
         expert_mlp_case,
         (50, 4, 16, 24),
-        composed_expert_mlp(reference_grouped_linear, swiglu),
-        composed_expert_mlp(wide_grouped_linear, wide_swiglu),
+        ComposedExpertMlp(reference_grouped_linear, swiglu),
+        ComposedExpertMlp(wide_grouped_linear, wide_swiglu),
     ),
 }
 WRONG = {
@@ -148,6 +156,10 @@ WRONG = {
         CrossEntropy(REFERENCE_CROSS_ENTROPY.statistics, lambda *_: None),
         CrossEntropy(REFERENCE_CROSS_ENTROPY.statistics, stale_gradient),
     ],
+    "router": [
+        lambda h, weight: F.linear(h, weight).float(),
+        lambda h, weight: reference_router_logits(h, weight) * 1.01,
+    ],
     "permutation": [
         dataclasses.replace(
             REFERENCE_PERMUTATION, combine=lambda rows, weights, *places: combine(rows, 2 * weights, *places)
@@ -159,7 +171,7 @@ WRONG = {
         one_expert,
         lambda x, weight, groups: wide_grouped_linear(x, weight.detach(), groups) + 0 * weight.sum(),
     ],
-    "expert_mlp": [composed_expert_mlp(reference_grouped_linear, lambda gate, up: F.gelu(gate) * up)],
+    "expert_mlp": [ComposedExpertMlp(reference_grouped_linear, lambda gate, up: F.gelu(gate) * up)],
 }
 
 

@@ -15,7 +15,7 @@ from megavl.config.tiles import Grid
 from megavl.model.vlm import VLM
 from megavl.ops.activation import swiglu
 from megavl.ops.dispatch import Ops, choose
-from megavl.ops.expert_mlp import composed_expert_mlp
+from megavl.ops.expert_mlp import ComposedExpertMlp
 from megavl.ops.grouped import reference_grouped_linear
 from megavl.parallel.groups import TensorAxis
 from megavl.runtime.feed import Feed
@@ -62,7 +62,7 @@ def test_a_micro_batch_reads_nothing(ops, model, images):
 
 
 def test_a_read_would_be_noticed(ops):
-    loop = composed_expert_mlp(reference_grouped_linear, swiglu)
+    loop = ComposedExpertMlp(reference_grouped_linear, swiglu)
     with pytest.raises(DataDependentOutputException):
         step(ALIGNED["small"], dataclasses.replace(ops, expert_mlp=loop), images=0)
 

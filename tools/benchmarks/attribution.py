@@ -62,17 +62,17 @@ class Attribution:
         return labelled
 
     def label_ops(self, ops: Ops) -> Ops:
-        """`ops` with a label on every operator."""
+        """`ops` with a label on every operator; one that is composed of others has labels on those."""
         return self._label_fields(ops, "")
 
     def _label_fields(self, group: Any, prefix: str) -> Any:
         changes = {}
         for each in dataclasses.fields(group):
             value, name = getattr(group, each.name), f"{prefix}{each.name}"
-            if callable(value):
-                changes[each.name] = self.label(name, value)
-            elif dataclasses.is_dataclass(value):
+            if dataclasses.is_dataclass(value):
                 changes[each.name] = self._label_fields(value, f"{name}.")
+            elif callable(value):
+                changes[each.name] = self.label(name, value)
         return dataclasses.replace(group, **changes)
 
 

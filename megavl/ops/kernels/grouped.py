@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from megavl.ops.activation import swiglu
-from megavl.ops.expert_mlp import composed_expert_mlp
+from megavl.ops.expert_mlp import ComposedExpertMlp
 from megavl.ops.grouped import Groups, reference_grouped_linear
 
 _ROWS = 128
@@ -452,5 +452,5 @@ class _ExpertMlp(Function):
 def expert_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, groups: Groups) -> Tensor:
     """An `ExpertMlp` for bf16, of any widths; torch's, one expert at a time, for other dtypes."""
     if x.dtype != torch.bfloat16:
-        return composed_expert_mlp(reference_grouped_linear, swiglu)(x, gate, up, down, groups)
+        return ComposedExpertMlp(reference_grouped_linear, swiglu)(x, gate, up, down, groups)
     return _ExpertMlp.apply(x.contiguous(), gate.contiguous(), up.contiguous(), down.contiguous(), groups.ends)

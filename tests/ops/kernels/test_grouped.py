@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megavl.ops.activation import swiglu
-from megavl.ops.expert_mlp import ExpertMlp, composed_expert_mlp
+from megavl.ops.expert_mlp import ComposedExpertMlp, ExpertMlp
 from megavl.ops.grouped import GroupedLinear, Groups, reference_grouped_linear
 from tests.ops.kernels.binaries import SHARED_BYTES, compiled
 
@@ -51,7 +51,7 @@ def of_mlp(mlp: ExpertMlp, case: tuple[Tensor, ...], groups: Groups) -> Results:
     return {"output": y.detach(), **dict(zip(("x", "gate", "up", "down"), gradients, strict=True))}
 
 
-REFERENCES = {"linear": reference_grouped_linear, "mlp": composed_expert_mlp(reference_grouped_linear, swiglu)}
+REFERENCES = {"linear": reference_grouped_linear, "mlp": ComposedExpertMlp(reference_grouped_linear, swiglu)}
 RESULTS = {"linear": of_linear, "mlp": of_mlp}
 
 
