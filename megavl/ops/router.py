@@ -26,8 +26,8 @@ def reference_router_logits(h: Tensor, weight: Tensor) -> Tensor:
 
 
 class _WideLogits(Function):
-    """A product of two bf16 numbers is exact in fp32, so no operand is copied. A gradient in fp32 is the sum of two bf16
-    matrices but for 2^-17 of its values, and multiplies as those, side by side."""
+    """A product of two bf16 numbers is exact in fp32, so no operand is copied. An fp32 gradient is the sum of two bf16
+    matrices but for 2^-17 of its values; they multiply side by side."""
 
     @staticmethod
     def forward(ctx, h: Tensor, weight: Tensor, product: WideProduct) -> Tensor:

@@ -39,13 +39,12 @@ def errors(logits: RouterLogits, dtype: torch.dtype, device: str = "cpu") -> lis
 def test_errors(logits, dtype):
     output, for_h, for_weight = errors(logits, dtype)
     rounding = 4e-3 if dtype == torch.bfloat16 else 1e-6
-    assert output < 1e-6 and max(for_h, for_weight) < rounding  # measured 1.3e-7 and, of gradients in bf16, 1.8e-3
+    assert output < 1e-6 and max(for_h, for_weight) < rounding  # measured 4.0e-7, and of gradients in bf16 2.5e-3
 
 
 def rounded_gradient(h: Tensor, weight: Tensor) -> Tensor:
-    """Right forward; the gradient is one bf16 matrix."""
-    logits = wide_router_logits(wide_product)(h, weight)
-    return logits.bfloat16().float() + (logits - logits.bfloat16().float()).detach()
+    """With a gradient that is rounded to one bf16 matrix."""
+    return wide_router_logits(wide_product)(h, weight).bfloat16().float()
 
 
 def test_the_gradient_is_not_rounded_before_the_product():
@@ -57,7 +56,7 @@ def test_the_gradient_is_not_rounded_before_the_product():
         (found,) = torch.autograd.grad(logits(leaf, weight), leaf, upstream)
         unequal.append((found != exact).float().mean().item())
     ours, rounded = unequal
-    assert ours < 0.01 and rounded > 0.1, unequal  # measured 0.003 and 0.36
+    assert ours < 0.01 and rounded > 0.1, unequal  # measured 0.003 and 0.41
 
 
 def test_without_tokens():

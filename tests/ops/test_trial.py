@@ -157,8 +157,8 @@ WRONG = {
         CrossEntropy(REFERENCE_CROSS_ENTROPY.statistics, stale_gradient),
     ],
     "router": [
-        lambda h, weight: F.linear(h, weight).float(),
-        lambda h, weight: reference_router_logits(h, weight) * 1.01,
+        lambda h, weight: F.linear(h.bfloat16(), weight.bfloat16()).float(),
+        lambda h, weight: reference_router_logits(h, weight.detach()) + 0 * weight.sum(),
     ],
     "permutation": [
         dataclasses.replace(

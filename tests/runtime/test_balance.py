@@ -34,10 +34,8 @@ def counted(layer: int, dp: int, tp: int) -> torch.Tensor:
 
 def two_steps(topology: Topology, sequence: bool, model: str):
     mesh = build_mesh(topology, sequence)
-    decoder = VL2[model].decoder
-    routers = {
-        layer: Router(decoder.moe, decoder.width, mesh.tp, choose(torch.device("cpu"))) for layer in HELD[mesh.pp.rank]
-    }
+    decoder, ops = VL2[model].decoder, choose(torch.device("cpu"))
+    routers = {layer: Router(decoder.moe, decoder.width, mesh.tp, ops) for layer in HELD[mesh.pp.rank]}
     stages = nn.ModuleList([Stand(routers)])
     balance = {"bias_step": STEP} if model == "base" else {}
     config = run_config(model=VL2[model], balance=balance)
