@@ -1,6 +1,6 @@
-"""tools/benchmark.py: the tables have a row for each kind of step and setting, for each trainer, for each operator of a
-block, for each part of the data path, and for each implementation of experts' products; and each number is what it says
-it is."""
+"""tools/benchmark.py: the tables have a row for each kind of step and setting, for each trainer, for each part of the
+data path, and for each implementation of experts' products; and each number is what it says it is. The launches of a
+block have a test of their own, tests/tools/benchmarks/test_kernels.py."""
 
 import json
 import math
@@ -32,12 +32,6 @@ TEXT_ROWS = [
     "preprocess_data with gigatoken",
     "gigatoken in a loop",
 ]
-
-
-@pytest.fixture
-def tools(monkeypatch):
-    """`benchmarks` can be imported."""
-    monkeypatch.syspath_prepend(ROOT / "tools")
 
 
 def benchmark(*options: str, code: int = 0) -> subprocess.CompletedProcess:
@@ -324,63 +318,6 @@ def test_vl2_has_no_peer(tools):
 
     with pytest.raises(SystemExit, match="transformers has no model of the family of vl2_debug"):
         run(peer_parser().parse_args(["--config", "launch/recipes/vl2_debug.yaml"]))
-
-
-def test_launches_of_a_block(tmp_path):
-    file = tmp_path / "kernels.json"
-    page = benchmark("kernels", "--presets", "vl_1b", "vl2_tiny", "--tokens", "512", "--json", str(file)).stdout
-    found = json.loads(file.read_text())
-    assert [(block["model"], block["kind"]) for block in found["blocks"]] == [
-        ("vl_1b", "dense"),
-        ("vl2_tiny", "dense"),
-        ("vl2_tiny", "experts"),
-    ]
-    totals = cells(page, "**block**")
-    for block, shown in zip(found["blocks"], totals, strict=True):
-        measured, least = block["total"]["measured"], block["total"]["least"]
-        assert shown[1:3] == [str(measured["launches"]), str(least["launches"])]
-        assert shown[5] == f"{measured['bytes'] / least['bytes']:.2f}"
-        for total, kind in ((measured, "measured"), (least, "least")):
-            for what in ("launches", "bytes"):
-                each = [row[pass_][kind][what] for row in block["operators"] for pass_ in ("forward", "backward")]
-                assert sum(each) == total[what]
-        assert f"| {block['operators'][0]['operator']} |" in page
-    products = {row["operator"]: row for row in found["blocks"][0]["operators"]}
-    width, tokens = 2048, 512
-    # x [T, D], W [D, D] and y [T, D] in bf16, each once.
-    exact = {"launches": 1, "bytes": 2 * (2 * tokens * width + width * width)}
-    assert products["attn.o_proj"]["forward"] == {"measured": exact, "least": exact}
-    assert products["attn.o_proj"]["backward"]["measured"]["launches"] == 2
-    assert products["attention"]["forward"]["measured"]["launches"] == 1
-
-
-def test_labels_add_no_launches(tools):
-    """What a block launches in all is what it launches without labels."""
-    from benchmarks.attribution import Attribution
-    from benchmarks.hopper import hopper_ops
-    from benchmarks.kernels import Tally, count_block
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    from megavl.model.block import Block
-    from megavl.model.layout import PackLayout
-    from megavl.parallel.groups import ExpertAxis
-
-    decoder, ops = PRESETS["vl2_tiny"].decoder, hopper_ops()
-    measured, _ = count_block(decoder, 1, 64, 2, ops)
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with FakeTensorMode():
-            block = Block(decoder, 1, TensorAxis(), ExpertAxis(), ops)
-            tables = [torch.empty(64, 1, decoder.head_width // 2, dtype=torch.float32) for _ in range(2)]
-            layout = PackLayout(torch.arange(3, dtype=torch.int32), (32, 32), 1, *tables)
-            hidden = torch.empty(64, decoder.width, requires_grad=True)
-            with Tally(Attribution()) as tally:
-                out = block(hidden, layout)
-                out.backward(torch.empty_like(out))
-    finally:
-        torch.set_default_dtype(torch.float32)
-    assert sum(work.launches for work in measured.values()) == sum(work.launches for work in tally.work.values()) > 100
-    assert sum(work.bytes for work in measured.values()) == sum(work.bytes for work in tally.work.values())
 
 
 def test_an_unknown_preset_is_refused(tools):

@@ -42,6 +42,8 @@ def run(args: argparse.Namespace) -> None:
         sys.exit(f"error: no preset {', '.join(sorted(unknown))}: choose from {', '.join(PRESETS)}")
     if args.tokens % args.documents:
         sys.exit(f"error: --tokens {args.tokens} is not divisible by --documents {args.documents}")
+    if args.ops == "triton" and not find_spec("triton"):
+        sys.exit("error: Triton is not installed, so its kernels cannot be counted: pip install triton, or --ops torch")
     found = {
         **circumstances(torch.device("cpu")),
         "tokens": args.tokens,
