@@ -42,6 +42,11 @@ def run(args: argparse.Namespace) -> None:
         sys.exit(f"error: no preset {', '.join(sorted(unknown))}: choose from {', '.join(PRESETS)}")
     if args.tokens % args.documents:
         sys.exit(f"error: --tokens {args.tokens} is not divisible by --documents {args.documents}")
+    if args.ops == "torch" and "ampere" in args.gpus and any(PRESETS[name].decoder.moe for name in args.presets):
+        sys.exit(
+            "error: without Triton an Ampere GPU multiplies one expert at a time, by row counts that fake tensors "
+            "do not have: choose --gpus hopper"
+        )
     if args.ops == "triton" and not find_spec("triton"):
         sys.exit("error: Triton is not installed, so its kernels cannot be counted: pip install triton, or --ops torch")
     found = {
