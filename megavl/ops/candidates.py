@@ -18,7 +18,7 @@ from megavl.ops.grouped import GroupedLinear, grouped_gemm_linear, grouped_mm_li
 from megavl.ops.norm import REFERENCE_NORMS, Norms
 from megavl.ops.permutation import REFERENCE_PERMUTATION, Permutation
 from megavl.ops.rope import REFERENCE_ROTARY, Rotary
-from megavl.ops.router import RouterLogits, reference_router_logits, wide_router_logits
+from megavl.ops.router import RouterLogits, reference_router_logits, wide_mm, wide_router_logits
 from megavl.ops.versions import causal_varlen
 
 # Name of every op's reference, which serves any device and is the last of its candidates.
@@ -156,9 +156,9 @@ def _grouped_gemm(device: torch.device) -> GroupedLinear:
     return grouped_gemm_linear(gmm)
 
 
-def _wide_mm(device: torch.device) -> RouterLogits:
+def _router_mm(device: torch.device) -> RouterLogits:
     _needs_ampere(device)
-    return wide_router_logits(lambda left, right: torch.mm(left, right, out_dtype=torch.float32))
+    return wide_router_logits(wide_mm)
 
 
 def _triton_permutation(device: torch.device) -> Permutation:
@@ -210,7 +210,7 @@ CANDIDATES: Mapping[str, tuple[Candidate, ...]] = {
         _reference("torch", REFERENCE_CROSS_ENTROPY),
     ),
     "router": (
-        Candidate("mm", "torch products of bf16 with sums in fp32, fp32 copies for others", _wide_mm),
+        Candidate("mm", "torch products of bf16 with sums in fp32, fp32 copies for others", _router_mm),
         _reference("torch, fp32 copies", reference_router_logits),
     ),
     "permutation": (

@@ -25,6 +25,11 @@ def reference_router_logits(h: Tensor, weight: Tensor) -> Tensor:
     return F.linear(h.float(), weight.float())
 
 
+def wide_mm(left: Tensor, right: Tensor) -> Tensor:
+    """A `WideProduct`, which torch has for CUDA."""
+    return torch.mm(left, right, out_dtype=torch.float32)
+
+
 class _WideLogits(Function):
     """A product of two bf16 numbers is exact in fp32, so no operand is copied. An fp32 gradient is the sum of two bf16
     matrices but for 2^-17 of its values; they multiply side by side."""

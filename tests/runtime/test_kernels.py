@@ -1,7 +1,8 @@
 """Operands of a GPU's kernels in training steps: aligned, and never empty.
 
-The steps run on a CPU in bf16 with the operators that a Hopper GPU gets; torch's variable-length attention, which has
-no CPU kernel, has a stand-in. Shapes are small, but every width is a multiple of 8, as those of all presets are.
+The steps run on a CPU in bf16 with the operators that a Hopper GPU gets; torch's variable-length attention and its
+product of bf16 in fp32, which have no CPU kernel, have stand-ins. Shapes are small, but every width is a multiple of 8,
+as those of all presets are.
 """
 
 import itertools
@@ -117,7 +118,12 @@ def cuda_ops(watch: Watch) -> Ops:
             out.register_hook(lambda grad: watch.operands("varlen_attn backward", [grad]))
         return out
 
-    with hopper(), mock.patch("torch.nn.attention.varlen.varlen_attn", varlen):
+    def wide_mm(left, right):
+        watch.operands("mm", (left, right))
+        return left.float() @ right.float()
+
+    attention = mock.patch("torch.nn.attention.varlen.varlen_attn", varlen)
+    with hopper(), attention, mock.patch("megavl.ops.candidates.wide_mm", wide_mm):
         return choose(torch.device("cuda"))
 
 

@@ -116,8 +116,8 @@ def test_a_block_keeps_its_bars(gpu, block):
 def test_torch_alone_keeps_no_bar(block):
     found, (most_launches, most_bytes) = counted("hopper", False, *block), BARS[block]
     measured, least = found["total"]["measured"], found["total"]["least"]
-    assert measured["launches"] > most_launches  # measured 123, 156 and 296
-    assert measured["bytes"] > most_bytes * least["bytes"]  # measured 2.6, 2.2 and 2.3
+    assert measured["launches"] > most_launches  # measured 109, 141 and 281
+    assert measured["bytes"] > most_bytes * least["bytes"]  # measured 2.3, 2.1 and 2.2
 
 
 def test_a_launch_of_a_kernel_has_the_bytes_of_its_tensors():
