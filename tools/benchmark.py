@@ -85,6 +85,14 @@ def kernels_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--gpus", nargs="+", choices=GPUS, default=GPUS, help="whose operators to count (default: all)")
     parser.add_argument("--ops", choices=("triton", "torch"), default="triton", help="with Triton kernels, or without")
+    parser.add_argument(
+        "--choose",
+        action="append",
+        default=[],
+        type=lambda words: tuple(words.split("=", 1)),
+        metavar="OP=NAME",
+        help="a candidate of an operator, such as expert_mlp=torch (repeatable; default: the first that is available)",
+    )
     parser.add_argument("--tokens", type=int, default=4096, help="of a micro-batch (default 4096)")
     parser.add_argument("--documents", type=int, default=4, help="documents that they are in (default 4)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result as one JSON object")

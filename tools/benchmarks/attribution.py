@@ -6,7 +6,7 @@ them.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -117,15 +117,15 @@ class Products(TorchFunctionMode):
     """While entered, each product with a weight is an operator of its own.
 
     Args:
-        names: name of each weight, by its id
+        name_of: name of a weight
     """
 
-    def __init__(self, attribution: Attribution, names: Mapping[int, str]):
+    def __init__(self, attribution: Attribution, name_of: Callable[[Tensor], str]):
         super().__init__()
-        self._attribution, self._names = attribution, names
+        self._attribution, self._name_of = attribution, name_of
 
     def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if function is F.linear:
-            name = self._names.get(id(args[1]), "product")
-            function = self._attribution.label(name, function)
+        # Within another operator a product is that operator's, whatever it multiplies.
+        if function is F.linear and self._attribution.current == REST:
+            function = self._attribution.label(self._name_of(args[1]), function)
         return function(*args, **(kwargs or {}))

@@ -1,7 +1,7 @@
 """Operators that a GPU without the optional libraries gets, on a machine that has no GPU."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from unittest import mock
@@ -25,15 +25,15 @@ class Gpu:
 GPUS = {"ampere": Gpu("A100", (8, 0), 108), "hopper": Gpu("H100", (9, 0), 132)}
 
 
-def gpu_ops(gpu: Gpu, triton: bool) -> Ops:
-    """The first candidate of each operator, with or without Triton. They run on fake tensors; a CPU has no kernel for
-    some of them."""
+def gpu_ops(gpu: Gpu, triton: bool, wanted: Iterable[tuple[str, str]] = ()) -> Ops:
+    """The first candidate of each operator, with or without Triton, or the one that is wanted by (operator, candidate).
+    They run on fake tensors; a CPU has no kernel for some of them."""
     with (
         _without(*_LIBRARIES, *(() if triton else ("triton",))),
         mock.patch.object(torch.cuda, "get_device_capability", lambda device: gpu.capability),
         mock.patch.object(torch.cuda, "get_device_name", lambda device: gpu.name),
     ):
-        return choose(torch.device("cuda"))
+        return choose(torch.device("cuda"), wanted)
 
 
 @contextmanager

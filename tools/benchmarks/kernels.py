@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 from unittest import mock
@@ -17,6 +18,7 @@ from unittest import mock
 import torch
 from benchmarks.attribution import REST, Attribution, Products
 from benchmarks.bound import Work, backward_bound, forward_bound, residual_bound
+from benchmarks.flat import lay_flat, name_of
 from benchmarks.gpus import GPUS, Gpu, gpu_ops
 from benchmarks.record import circumstances, heading, write_json
 from benchmarks.traffic import distinct_bytes, launches
@@ -62,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
 
 def gpu_row(gpu: Gpu, args: argparse.Namespace) -> dict[str, Any]:
     """The counts of all blocks with the operators of one GPU, in JSON types."""
-    ops = gpu_ops(gpu, triton=args.ops == "triton")
+    ops = gpu_ops(gpu, triton=args.ops == "triton", wanted=args.choose)
     return {
         "gpu": gpu.name,
         "implementations": list(ops.lines),
@@ -136,15 +138,15 @@ def count_block(
     try:
         with FakeTensorMode(), ops.products:
             block = Block(decoder, layer, TensorAxis(), ExpertAxis(), attribution.label_ops(ops))
+            names = lay_flat(block)
             if decoder.has_experts(layer):
                 router = block.mlp.router
                 router.forward = attribution.label("router", router.forward, router.parameters())
             hidden = torch.empty(tokens, decoder.width, requires_grad=True)
             layout = _layout(decoder, tokens, documents)
-            names = {id(weight): name.removesuffix(".weight") for name, weight in block.named_parameters()}
             tally = Tally(attribution, gpu)
             with tally:
-                with Products(attribution, names):
+                with Products(attribution, partial(name_of, names=names)):
                     out = block(hidden.view_as(hidden), layout)
                 tally.pass_ = BACKWARD
                 out.backward(torch.empty_like(out))
