@@ -1,7 +1,7 @@
-"""Measure: the steps of a recipe, alone or beside transformers, a block's launches, the data path, experts' products.
+"""Measure: the steps of a recipe, alone or beside transformers, a block's launches and memory, the data path, experts.
 
     python tools/benchmark.py step --config launch/recipes/vl_7b_stage2.yaml model.decoder.layers=4 \\
-        parallel.tensor=1 parallel.pipeline=1 train.global_batch=4 train.micro_batch=1 [--vs "train.recompute=full"]
+        parallel.tensor=1 parallel.pipeline=1 train.global_batch=4 train.micro_batch=1 [--vs "train.recompute=block"]
 
 times training steps on made-up packs, under the same launchers as launch/pretrain.py. The settings that --vs adds take
 turns with the first in the same processes, and the ratios of their speeds are those of each round.
@@ -16,6 +16,11 @@ the same documents. There is no ratio if the losses differ.
 counts launches and bytes of a decoder block with the operators of a GPU, beside the least that they could be. It needs
 no GPU; `--ops torch` leaves out the Triton kernels.
 
+    python tools/benchmark.py memory [--presets vl_7b vl2_small] [--tokens 4096] [--tensor 1 8]
+
+counts the bytes that autograd keeps of a block until its backward pass, under each kind of recomputation, and times
+what recomputation costs. It needs no GPU.
+
     python tools/benchmark.py data [--subjects text images loader packed] [--megatron PATH]
 
 measures each part of the data path against the least that its work can cost.
@@ -23,7 +28,7 @@ measures each part of the data path against the least that its work can cost.
     python tools/benchmark.py grouped [--presets vl2_tiny vl2_small vl2_base] [--tokens 4096]
 
 times the products of routed experts by each implementation that the machine has, beside one product of all rows. The
-results are tables in Markdown, for docs/benchmarks/; `--json FILE` writes those of the first three as one object.
+results are tables in Markdown, for docs/benchmarks/; `--json FILE` writes those of the first four as one object.
 """
 
 import argparse
@@ -99,6 +104,21 @@ def kernels_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def memory_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="benchmark.py memory", description="bytes that autograd keeps of a block")
+    parser.add_argument(
+        "--presets", nargs="+", default=BLOCKS, help="models whose blocks to measure (default: VL-7B, VL2-Small)"
+    )
+    parser.add_argument("--tokens", type=int, default=4096, help="of a micro-batch, in 4 documents (default 4096)")
+    parser.add_argument(
+        "--tensor", type=int, nargs="+", default=(1, 8), help="tensor ranks, from 2 on with sequence parallelism (1 8)"
+    )
+    parser.add_argument("--timed-tokens", type=int, default=1024, help="where the cost is timed (default 1024)")
+    parser.add_argument("--rounds", type=int, default=5, help="timed passes of each kind, in turn (default 5)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result as one JSON object")
+    return parser
+
+
 def data_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="benchmark.py data", description="the data path, each part beside its bound")
     parser.add_argument("--subjects", nargs="+", choices=SUBJECTS, default=SUBJECTS, help="what to measure (all)")
@@ -135,6 +155,10 @@ def main() -> None:
             from benchmarks import kernels
 
             kernels.run(kernels_parser().parse_args(words))
+        case ["memory", *words]:
+            from benchmarks import memory
+
+            memory.run(memory_parser().parse_args(words))
         case ["data", *words]:
             from benchmarks import data
 

@@ -5,6 +5,7 @@ A flow is one of
 - a `Parameter`: activations are multiplied with it, scaled with it, or it is added or looked up;
 - `Attention` or a `BalanceLoss`: products of activations with each other;
 - a tuple of flows: each takes the output of the one before it;
+- a `Block`: a tuple of flows that may be recomputed together;
 - `Branches`: flows that take the same input and whose outputs are joined.
 
 Residual connections are not shown: whatever reaches the end of a branch also reaches the sum with its input.
@@ -96,7 +97,15 @@ class Branches:
     flows: tuple["Flow", ...]
 
 
-Flow: TypeAlias = Parameter | Attention | BalanceLoss | Branches | tuple["Flow", ...]
+@dataclass(frozen=True)
+class Block:
+    """A block of the decoder or of a tower; each flow takes the output of the one before it."""
+
+    part: Literal["decoder", "tower"]
+    flows: tuple["Flow", ...]
+
+
+Flow: TypeAlias = Parameter | Attention | BalanceLoss | Branches | Block | tuple["Flow", ...]
 
 
 def parameters_of(flow: Flow) -> Iterator[Parameter]:
@@ -104,6 +113,6 @@ def parameters_of(flow: Flow) -> Iterator[Parameter]:
     match flow:
         case Parameter():
             yield flow
-        case Attention(positions=flows) | Branches(flows) | tuple(flows):
+        case Attention(positions=flows) | Branches(flows) | Block(flows=flows) | tuple(flows):
             for part in flows:
                 yield from parameters_of(part)

@@ -6,7 +6,7 @@ released `sam.py`, `siglip_vit.py` and `projector.py`; DeepSeek-VL2 Table 1 and 
 
 from dataclasses import dataclass
 
-from megavl.config.dataflow import Attention, BalanceLoss, Branches, Flow, Parameter, Product, parameters_of
+from megavl.config.dataflow import Attention, BalanceLoss, Block, Branches, Flow, Parameter, Product, parameters_of
 from megavl.config.model import DecoderConfig, MlaConfig, ModelConfig, MoeConfig, SamConfig, SiglipConfig
 
 
@@ -75,14 +75,17 @@ def _siglip(path: _Path, siglip: SiglipConfig) -> Flow:
 
 def _siglip_block(path: _Path, siglip: SiglipConfig, patches: int) -> Flow:
     width = siglip.width
-    return (
-        _layer_norm(path / "norm1", width),
-        _linear(path / "attn.qkv", width, 3 * width, patches),
-        Attention(width, width, pairs_per_tile=patches**2),
-        _linear(path / "attn.proj", width, width, patches),
-        _layer_norm(path / "norm2", width),
-        _linear(path / "mlp.fc1", width, siglip.mlp_width, patches),
-        _linear(path / "mlp.fc2", siglip.mlp_width, width, patches),
+    return Block(
+        "tower",
+        (
+            _layer_norm(path / "norm1", width),
+            _linear(path / "attn.qkv", width, 3 * width, patches),
+            Attention(width, width, pairs_per_tile=patches**2),
+            _linear(path / "attn.proj", width, width, patches),
+            _layer_norm(path / "norm2", width),
+            _linear(path / "mlp.fc1", width, siglip.mlp_width, patches),
+            _linear(path / "mlp.fc2", siglip.mlp_width, width, patches),
+        ),
     )
 
 
@@ -117,14 +120,17 @@ def _sam_block(path: _Path, sam: SamConfig, index: int) -> Flow:
     positions = (
         attention.parameter(name, (2 * side - 1, head_width), product=met) for name in ("rel_pos_h", "rel_pos_w")
     )
-    return (
-        _layer_norm(path / "norm1", width),
-        _linear(attention / "qkv", width, 3 * width, padded),
-        Attention(width, width, squares * side**4, tuple(positions)),
-        _linear(attention / "proj", width, width, padded),
-        _layer_norm(path / "norm2", width),
-        _linear(path / "mlp.lin1", width, sam.mlp_width, patches),
-        _linear(path / "mlp.lin2", sam.mlp_width, width, patches),
+    return Block(
+        "tower",
+        (
+            _layer_norm(path / "norm1", width),
+            _linear(attention / "qkv", width, 3 * width, padded),
+            Attention(width, width, squares * side**4, tuple(positions)),
+            _linear(attention / "proj", width, width, padded),
+            _layer_norm(path / "norm2", width),
+            _linear(path / "mlp.lin1", width, sam.mlp_width, patches),
+            _linear(path / "mlp.lin2", sam.mlp_width, width, patches),
+        ),
     )
 
 
@@ -169,11 +175,14 @@ def _head(path: _Path, decoder: DecoderConfig) -> Flow:
 
 def _block(path: _Path, decoder: DecoderConfig, layer: int) -> Flow:
     attention, mlp = path / "attn", path / "mlp"
-    return (
-        _norm(path / "attn_norm", decoder.width),
-        _attention(attention, decoder) if decoder.mla is None else _mla(attention, decoder, decoder.mla),
-        _norm(path / "mlp_norm", decoder.width),
-        _feed_forward(mlp, decoder, layer),
+    return Block(
+        "decoder",
+        (
+            _norm(path / "attn_norm", decoder.width),
+            _attention(attention, decoder) if decoder.mla is None else _mla(attention, decoder, decoder.mla),
+            _norm(path / "mlp_norm", decoder.width),
+            _feed_forward(mlp, decoder, layer),
+        ),
     )
 
 

@@ -182,7 +182,12 @@ class TrainConfig(Section):
     micro_batch: PositiveInt = Field(1, description="packs of one forward pass on one rank")
     precision: Literal["fp32", "bf16"] = "bf16"
     seed: NonNegativeInt = 0
-    recompute: Literal["off", "full"] = Field("off", description="full: every block is recomputed in the backward pass")
+    recompute: Literal["off", "selective", "block"] = Field(
+        "off",
+        description="what of the decoder the backward pass computes again: selective: norms, SwiGLU and the experts' "
+        "rows, but no product; block: whole blocks",
+    )
+    recompute_towers: bool = Field(False, description="whether the blocks of SigLIP and SAM are computed again")
     timeout_s: PositiveFloat = Field(
         600.0, le=_MONTH_S, description="seconds that a collective of the training may take before the run aborts"
     )

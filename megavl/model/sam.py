@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megavl.config.model import SamConfig
+from megavl.model.run_block import RunBlock, call_block
 
 
 class SamAttention(nn.Module):
@@ -138,9 +139,9 @@ class Sam(nn.Module):
     """Normalised pixels float32 [I, 3, S, S] -> features [I, output_grid^2, 4 * neck_width] in the parameters' dtype.
     `output_grid`: patches along a side of SigLIP's image, to whose tokens these are joined."""
 
-    def __init__(self, config: SamConfig, output_grid: int):
+    def __init__(self, config: SamConfig, output_grid: int, run_block: RunBlock = call_block):
         super().__init__()
-        self.output_grid = output_grid
+        self.output_grid, self.run_block = output_grid, run_block
         self.first_global = config.first_global
         self.patch_embed = nn.Conv2d(3, config.width, config.patch_size, stride=config.patch_size)
         self.pos_embed = nn.Parameter(torch.empty(1, config.grid, config.grid, config.width))
@@ -166,7 +167,7 @@ class Sam(nn.Module):
         x = self.patch_embed(pixels.to(self.patch_embed.weight.dtype)).permute(0, 2, 3, 1)  # [I, G, G, W]
         x = x + self.pos_embed
         for layer, block in enumerate(self.blocks):
-            x = block(x)
+            x = self.run_block(block, x)
             if layer == self.first_global:
                 detail = x
         x, detail = x.permute(0, 3, 1, 2), detail.permute(0, 3, 1, 2)  # [I, W, G, G]

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megavl.config.model import SiglipConfig
+from megavl.model.run_block import RunBlock, call_block
 
 
 class SiglipAttention(nn.Module):
@@ -59,8 +60,9 @@ class SiglipBlock(nn.Module):
 class Siglip(nn.Module):
     """Normalised pixels float32 [I, 3, S, S] -> features [I, G * G, W] in the parameters' dtype."""
 
-    def __init__(self, config: SiglipConfig):
+    def __init__(self, config: SiglipConfig, run_block: RunBlock = call_block):
         super().__init__()
+        self.run_block = run_block
         self.patch_embed = nn.Conv2d(3, config.width, config.patch_size, stride=config.patch_size)
         self.pos_embed = nn.Parameter(torch.empty(1, config.grid**2, config.width))
         self.blocks = nn.ModuleList(SiglipBlock(config) for _ in range(config.layers))
@@ -70,5 +72,5 @@ class Siglip(nn.Module):
         patches = self.patch_embed(pixels.to(self.patch_embed.weight.dtype))  # [I, W, G, G]
         x = patches.flatten(2).transpose(1, 2) + self.pos_embed  # [I, G * G, W]
         for block in self.blocks:
-            x = block(x)
+            x = self.run_block(block, x)
         return self.norm(x)

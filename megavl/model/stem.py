@@ -8,6 +8,7 @@ from megavl.batch import Batch, ImagePlaces
 from megavl.config.model import ModelConfig
 from megavl.model.adaptor import HybridAdaptor, SiglipAdaptor, TileAdaptor
 from megavl.model.encoder import Encoder
+from megavl.model.run_block import RunBlock, call_block
 from megavl.model.sam import Sam
 from megavl.model.siglip import Siglip
 from megavl.parallel.collectives import split_tokens
@@ -55,14 +56,18 @@ class Splice(Function):
 
 
 class Stem(nn.Module):
-    """Tokens and images to the decoder's input, [T, D] ([T / tp, D] under sequence parallelism)."""
+    """Tokens and images to the decoder's input, [T, D] ([T / tp, D] under sequence parallelism).
 
-    def __init__(self, config: ModelConfig, tp: TensorAxis):
+    Args:
+        run_block: how each block of the towers is called
+    """
+
+    def __init__(self, config: ModelConfig, tp: TensorAxis, run_block: RunBlock = call_block):
         super().__init__()
         self.config, self.tp = config, tp
         self.embedding = VocabEmbedding(config.decoder.vocab_size, config.decoder.width, tp)
-        self.siglip = Siglip(config.siglip)
-        self.sam = Sam(config.sam, config.siglip.grid) if config.sam else None
+        self.siglip = Siglip(config.siglip, run_block)
+        self.sam = Sam(config.sam, config.siglip.grid, run_block) if config.sam else None
         if config.tiling:
             self.adaptor = TileAdaptor(config)
             self.newline = nn.Parameter(torch.empty(config.decoder.width))

@@ -1,7 +1,5 @@
 """The model as a list, [Stem, Block, ..., Block, Head], and a slice of it as a module."""
 
-from collections.abc import Callable
-
 from torch import Tensor, nn
 
 from megavl.batch import Batch
@@ -10,18 +8,12 @@ from megavl.model.block import Block
 from megavl.model.head import Head
 from megavl.model.layout import PackLayout
 from megavl.model.moe import Moe, Router
+from megavl.model.run_block import RunBlock, call_block
 from megavl.model.stem import Stem
 from megavl.ops.dispatch import Ops
 from megavl.parallel.groups import ExpertAxis, TensorAxis
 
-RunBlock = Callable[[Block, Tensor, PackLayout], Tensor]
-
 _ALL_EXPERTS = ExpertAxis()
-
-
-def call_block(block: Block, h: Tensor, layout: PackLayout) -> Tensor:
-    """Call the block. Autograd keeps its activations for the backward pass."""
-    return block(h, layout)
 
 
 class VLM(nn.Module):
@@ -32,7 +24,8 @@ class VLM(nn.Module):
 
     Args:
         auxiliary_scale: of all routers, as in `Router`
-        run_block: how each block is called, such as with recomputation
+        run_block: how each decoder block is called, such as with recomputation
+        run_tower_block: how each block of the towers is called
     """
 
     def __init__(
@@ -46,13 +39,14 @@ class VLM(nn.Module):
         *,
         auxiliary_scale: float = 0.0,
         run_block: RunBlock = call_block,
+        run_tower_block: RunBlock = call_block,
     ):
         super().__init__()
         if not 0 <= first < stop <= config.layers:
             raise ValueError(f"items [{first}, {stop}) are not a slice of the {config.layers} items of {config.name}")
         last = config.layers - 1
         self.decoder_config, self.run_block = config.decoder, run_block
-        self.stem = Stem(config, tp) if first == 0 else None
+        self.stem = Stem(config, tp, run_tower_block) if first == 0 else None
         self.blocks = nn.ModuleDict(
             {
                 str(item - 1): Block(config.decoder, item - 1, tp, ep, ops, auxiliary_scale)

@@ -74,7 +74,7 @@ join = _Collective(forward=_all_gather, backward=_slice)
 
 def enter_parallel(x: Tensor, tp: TensorAxis) -> Tensor:
     """[T, D] (replicated) or [T / tp, D] (sequence) -> [T, D], the input that column-parallel weights multiply."""
-    return gather(x, tp) if tp.sequence else copy(x, tp)
+    return tp.call(gather, x, tp) if tp.sequence else copy(x, tp)
 
 
 def leave_parallel(x: Tensor, tp: TensorAxis) -> Tensor:

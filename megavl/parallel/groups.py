@@ -1,11 +1,13 @@
 """Process groups of this rank: one per axis, and one over the world for control messages."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from megavl.parallel.topology import Topology
 
@@ -23,13 +25,23 @@ class Axis:
     group: dist.ProcessGroup | None = None
 
 
+def _call(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    return function(*inputs)
+
+
 @dataclass(frozen=True)
 class TensorAxis(Axis):
-    """The tensor axis. With `sequence`, activations between the parallel regions are cut along the tokens; with
-    `shares_images`, each rank encodes a part of a micro-batch's images."""
+    """The tensor axis.
+
+    sequence:      activations between the parallel regions are cut along the tokens
+    shares_images: each rank encodes a part of a micro-batch's images
+    call:          (function, *inputs) -> function(*inputs), for the all-gathers of tokens that selective recomputation
+                   does again in the backward pass
+    """
 
     sequence: bool = False
     shares_images: bool = False
+    call: Callable[..., Tensor] = _call
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ def item_work(
     config: RunConfig, *, tokens: int, supervised_tokens: int, squared_tokens: int, tiles: int
 ) -> tuple[Work, ...]:
     """Work of each item of the model list over a step. What is frozen is read from the optimizer's rules, what is
-    recomputed from `train.recompute`.
+    recomputed from `train.recompute` and `train.recompute_towers`: selective recomputation repeats no product.
 
     Args:
         tokens: those of images included
@@ -90,8 +90,10 @@ def _unit_works(config: RunConfig) -> tuple[tuple[Work, ...], ...]:
 
 
 def _works(config: RunConfig, *, tokens: int = 0, labels: int = 0, pairs: int = 0, tiles: int = 0) -> tuple[Work, ...]:
+    recomputed = {"decoder": config.train.recompute == "block", "tower": config.train.recompute_towers}
     counter = FlopCounter(
         trains=lambda name: config.optim.lr_multiplier(name) > 0,
+        recomputes=recomputed.__getitem__,
         tokens=tokens,
         labels=labels,
         pairs=pairs,
@@ -100,11 +102,8 @@ def _works(config: RunConfig, *, tokens: int = 0, labels: int = 0, pairs: int = 
         parallel=config.parallel,
     )
     works, live = [], False
-    for item, flow in enumerate(dataflow(config.model)):
+    for flow in dataflow(config.model):
         work, live = counter.work(flow, live)
-        is_block = 0 < item < config.model.layers - 1
-        if is_block and live and config.train.recompute == "full":
-            work += counter.recomputation(flow)
         works.append(work)
     return tuple(works)
 

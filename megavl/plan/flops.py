@@ -14,7 +14,7 @@ What this implementation computes beyond that is `overhead`: see `Work`.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from megavl.config.dataflow import Attention, BalanceLoss, Branches, Flow, Parameter
+from megavl.config.dataflow import Attention, BalanceLoss, Block, Branches, Flow, Parameter
 from megavl.config.run import ParallelConfig
 from megavl.plan.work import Work
 
@@ -26,6 +26,7 @@ class FlopCounter:
     An activation is live if it needs a gradient, which it does if anything before it is trainable.
 
     trains:      whether the optimizer changes the parameter of a name
+    recomputes:  whether blocks of a part ("decoder" or "tower") are recomputed in the backward pass
     tokens:      of all documents, those of images included
     labels:      tokens that are supervised
     pairs:       of query and key within the documents
@@ -34,6 +35,7 @@ class FlopCounter:
     """
 
     trains: Callable[[str], bool]
+    recomputes: Callable[[str], bool]
     tokens: int
     labels: int
     pairs: int
@@ -56,13 +58,16 @@ class FlopCounter:
             case Branches(flows):
                 results = [self.work(branch, live) for branch in flows]
                 return sum((work for work, _ in results), Work()), any(live for _, live in results)
+            case Block(part, flows):
+                work, live = self.work(flows, live)
+                return work + self._recomputation(flows) if live and self.recomputes(part) else work, live
         total = Work()
         for part in flow:
             work, live = self.work(part, live)
             total += work
         return total, live
 
-    def recomputation(self, flow: Flow) -> Work:
+    def _recomputation(self, flow: Flow) -> Work:
         """Work of the second forward pass of a flow that is recomputed in the backward pass."""
         forward, _ = replace(self, trains=lambda name: False).work(_without_last_product(flow), live=False)
         return forward.as_overhead()

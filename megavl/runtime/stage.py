@@ -10,14 +10,16 @@ from megavl.config.model import ModelConfig
 from megavl.config.run import RunConfig
 from megavl.config.stages import split_layers
 from megavl.model.init import initialise
-from megavl.model.vlm import VLM, call_block
+from megavl.model.run_block import RunBlock, call_block
+from megavl.model.vlm import VLM
 from megavl.ops.dispatch import Ops
 from megavl.ops.zero_gradient import with_zero_gradients
-from megavl.parallel.groups import Mesh
+from megavl.parallel.groups import Mesh, TensorAxis
 from megavl.plan.schedule import stages_of
 from megavl.runtime.deepspeed.alignment import UNIT_ELEMENTS
 from megavl.runtime.optim import freeze, groups_of
 from megavl.runtime.recompute import recomputing
+from megavl.runtime.selective import Selective
 
 # (slice, model, seed) -> None, in place.
 Initialise = Callable[[nn.Module, ModelConfig, int], None]
@@ -65,21 +67,31 @@ def build_stages(
     # The auxiliary loss is the mean over the packs of the global batch. DeepSpeed averages gradients over the data
     # axis, so each rank's share is multiplied by its size.
     auxiliary_scale = config.balance.auxiliary_weight * mesh.dp.size / config.train.global_batch
-    run_block = recomputing(ops.products) if config.train.recompute == "full" else call_block
+    run_tower_block = recomputing(ops.products) if config.train.recompute_towers else call_block
+    run_block, ops, tp = _recompute(config.train.recompute, ops, mesh.tp)
     for index in stages_of(mesh.pp.rank, config.parallel):
         with device:
             vlm = VLM(
                 config.model,
-                mesh.tp,
+                tp,
                 ops,
                 slices[index].start,
                 slices[index].stop,
                 mesh.ep,
                 auxiliary_scale=auxiliary_scale,
                 run_block=run_block,
+                run_tower_block=run_tower_block,
             )
         initialise(vlm, config.model, config.train.seed)
         freeze(vlm.named_parameters(), config.optim)
         with device:
             stages.append(Stage(vlm, len(groups_of(config))))
     return stages
+
+
+def _recompute(mode: str, ops: Ops, tp: TensorAxis) -> tuple[RunBlock, Ops, TensorAxis]:
+    """How decoder blocks are called, and what they are built of, under `train.recompute`."""
+    if mode == "selective":
+        selective = Selective()
+        return selective.run_block, selective.ops(ops), selective.tensor_axis(tp)
+    return recomputing(ops.products) if mode == "block" else call_block, ops, tp

@@ -120,6 +120,10 @@ class TestMistake:
                 "optim.rules.0.lr: unknown key 'lr' in optim.rules.0; known are match, lr_multiplier",
             ),
             ("parallel.zero=5", "parallel.zero: 5 is not allowed: input should be 0, 1, 2 or 3"),
+            (
+                "train.recompute=full",
+                "train.recompute: 'full' is not allowed: input should be 'off', 'selective' or 'block'",
+            ),
             ("train.precision=fp16", "train.precision: 'fp16' is not allowed: input should be 'fp32' or 'bf16'"),
             ("parallel.tensor=0", "parallel.tensor: 0 is not allowed: input should be greater than 0"),
             (

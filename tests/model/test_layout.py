@@ -7,7 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megavl.model.layout import PackLayout
-from megavl.model.vlm import VLM, call_block
+from megavl.model.run_block import call_block
+from megavl.model.vlm import VLM
 from megavl.ops.rope import rotary_tables
 from megavl.runtime.recompute import recomputing
 from tests.model import tiny

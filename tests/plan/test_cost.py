@@ -14,11 +14,13 @@ from megavl.config.presets import PRESETS
 from megavl.config.tiles import Tiling
 from megavl.config.tokens import IGNORE_INDEX
 from megavl.model.init import initialise
-from megavl.model.vlm import VLM, call_block
+from megavl.model.run_block import call_block
+from megavl.model.vlm import VLM
 from megavl.ops.dispatch import choose
 from megavl.parallel.groups import TensorAxis
 from megavl.plan.cost import active_parameters, item_parameters, item_work, step_flops
 from megavl.runtime.recompute import recomputing
+from megavl.runtime.selective import Selective
 from tests.config.runs import make_run
 from tests.models import HYBRID, MHA_SOFTMAX, MLA_SIGMOID, SIGLIP_ONLY, changed
 
@@ -37,6 +39,11 @@ WIDE = changed(
     decoder={"width": 512, "heads": 8, "kv_heads": 2, "mlp_width": 1376, "vocab_size": 4096},
 )
 
+RECOMPUTE = {
+    "off": {},
+    "selective": {"recompute": "selective"},
+    "block and towers": {"recompute": "block", "recompute_towers": True},
+}
 
 STEP = {"tokens": 100, "supervised_tokens": 90, "squared_tokens": 10_000, "tiles": 2}
 
@@ -85,9 +92,13 @@ def counted(model: ModelConfig, batch: Batch, rules: list[dict], recompute: str)
 
     The MATH backend, because the CPU's flash kernel is unknown to the counter.
     """
-    optim = make_run(optim={"rules": rules}).optim
-    run_block = recomputing(nullcontext()) if recompute == "full" else call_block
-    vlm = VLM(model, TensorAxis(), choose(torch.device("cpu")), 0, model.layers, run_block=run_block)
+    optim, ops, selective = make_run(optim={"rules": rules}).optim, choose(torch.device("cpu")), Selective()
+    run_block, run_tower_block = call_block, call_block
+    if recompute == "selective":
+        ops, run_block = selective.ops(ops), selective.run_block
+    elif recompute == "block and towers":
+        run_block = run_tower_block = recomputing(nullcontext())
+    vlm = VLM(model, TensorAxis(), ops, 0, model.layers, run_block=run_block, run_tower_block=run_tower_block)
     initialise(vlm, model, seed=0)
     for name, parameter in vlm.named_parameters():
         parameter.requires_grad_(optim.lr_multiplier(name) > 0)
@@ -100,13 +111,13 @@ def counted(model: ModelConfig, batch: Batch, rules: list[dict], recompute: str)
 
 @pytest.mark.parametrize("trainable", TRAINABLE)
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("recompute", ["off", "full"])
+@pytest.mark.parametrize("recompute", RECOMPUTE)
 def test_hardware_flops_are_those_that_torch_counts(model, trainable, recompute):
     documents, model = [(2, 37), (0, 50), (1, 11)], MODELS[model]
     batch = make_batch(model, documents)
     tokens = len(batch.tokens)
     squared = sum(length**2 for length in batch.cu_seqlens.diff().tolist())
-    config = make_run(model=model, optim={"rules": TRAINABLE[trainable]}, train={"recompute": recompute})
+    config = make_run(model=model, optim={"rules": TRAINABLE[trainable]}, train=RECOMPUTE[recompute])
     # torch counts causal attention over all s^2 pairs, we over s (s + 1) / 2: asked for twice the squares less the
     # tokens, ours covers all of them too.
     flops = step_flops(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megavl.config.dataflow import Attention, BalanceLoss, Branches, Parameter, Product
+from megavl.config.dataflow import Attention, BalanceLoss, Block, Branches, Parameter, Product
 from megavl.config.run import ParallelConfig
 from megavl.plan.flops import FlopCounter
 from megavl.plan.work import Work
@@ -21,10 +21,12 @@ A, B, C = weight("a"), weight("b"), weight("c")
 
 
 def counter(trained: str = "", **parallel) -> FlopCounter:
-    """Over one token, one label, one pair and one tile; the parameters named in `trained` are trainable."""
+    """Over one token, one label, one pair and one tile; the parameters named in `trained` are trainable. Blocks of the
+    decoder are recomputed."""
     sharded = {"vision": "sharded", "sequence": True}
     return FlopCounter(
         trains=lambda name: name in trained,
+        recomputes=lambda part: part == "decoder",
         tokens=1,
         labels=1,
         pairs=1,
@@ -89,4 +91,12 @@ def test_the_balance_loss_is_overhead():
     ids=["product", "product with bias", "norm", "nested", "branches"],
 )
 def test_recomputation_stops_at_the_last_product(flow, products):
-    assert counter("abc").recomputation(flow) == Work(overhead=12 * products)
+    work, _ = counter("abc").work(Block("decoder", flow), live=False)
+    assert work.overhead == 12 * products
+
+
+@pytest.mark.parametrize(
+    ("part", "live", "overhead"), [("tower", True, 0), ("decoder", False, 0), ("decoder", True, 12)]
+)
+def test_only_live_blocks_of_the_parts_named_are_recomputed(part, live, overhead):
+    assert counter().work(Block(part, (A, B)), live) == (Work(24, 24 * live, overhead=overhead), live)

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from megavl.config.model import ModelConfig
-from megavl.model.vlm import VLM, call_block
+from megavl.model.run_block import call_block
+from megavl.model.vlm import VLM
 from megavl.ops.dispatch import Ops
 from megavl.parallel import linear
 from megavl.runtime.recompute import recomputing

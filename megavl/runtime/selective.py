@@ -1,0 +1,125 @@
+"""Selective recomputation: the backward pass computes again what costs little, and no product.
+
+A product keeps its input for the gradient of its weight. The outputs of norms and of SwiGLU, the rows of routed experts
+and the tokens that sequence parallelism gathers can be computed again from tensors that are kept anyway. So autograd
+keeps the function and its inputs in place of such an output. Megatron-LM does the same by other means
+(`CheckpointWithoutOutput`, and its linear layers under sequence parallelism).
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from megavl.model.block import Block
+from megavl.model.layout import PackLayout
+from megavl.ops.dispatch import Ops
+from megavl.ops.expert_mlp import ComposedExpertMlp
+from megavl.parallel.groups import TensorAxis
+
+
+class Derived:
+    """A tensor that autograd does not keep, as the function and the inputs that give it.
+
+    Args:
+        function: deterministic; it must return a tensor of the same strides each time
+        inputs: its arguments; a `Derived` stands for its tensor
+    """
+
+    def __init__(self, function: Callable[..., Tensor], inputs: list[Any]):
+        self._function, self._inputs = function, inputs
+        self._tensor: Tensor | None = None
+
+    def tensor(self) -> Tensor:
+        """Computed by the first call. It lives until autograd has released every node that keeps this object, so that
+        several products share one computation."""
+        if self._tensor is None:
+            with torch.no_grad():
+                self._tensor = self._function(
+                    *(each.tensor() if isinstance(each, Derived) else each for each in self._inputs)
+                )
+            self._inputs = []
+        return self._tensor
+
+
+class Selective:
+    """How decoder blocks are called, and the operators and the tensor axis that they get."""
+
+    def __init__(self):
+        # Of the block that is running: outputs, which keep their storages from being used again, and what gives them.
+        self._outputs: dict[int, tuple[Tensor, Derived]] | None = None
+
+    def run_block(self, block: Block, h: Tensor, layout: PackLayout) -> Tensor:
+        """The `run_block` of a `VLM`. It changes no value."""
+        self._outputs = {}
+        try:
+            with saved_tensors_hooks(self._pack, _unpack):
+                return block(h, layout)
+        finally:
+            self._outputs = None
+
+    def ops(self, ops: Ops) -> Ops:
+        """`ops` with outputs that can be computed again."""
+        expert_mlp = ops.expert_mlp
+        if isinstance(expert_mlp, ComposedExpertMlp):
+            expert_mlp = ComposedExpertMlp(expert_mlp.grouped_linear, partial(self.call, expert_mlp.swiglu))
+        return replace(
+            ops,
+            rms_norm=partial(self.call, ops.rms_norm),
+            add_rms_norm=partial(self._add_rms_norm, ops),
+            swiglu=partial(self.call, ops.swiglu),
+            permutation=replace(ops.permutation, spread=partial(self.call, ops.permutation.spread)),
+            expert_mlp=expert_mlp,
+        )
+
+    def tensor_axis(self, tp: TensorAxis) -> TensorAxis:
+        """`tp` whose `call` can be done again."""
+        return replace(tp, call=self.call)
+
+    def call(self, function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+        """function(*inputs), which a product in a block may compute again instead of keeping it."""
+        output = function(*inputs)
+        self._record(output, function, inputs)
+        return output
+
+    def _add_rms_norm(self, ops: Ops, h: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """The sum is kept: it is the residual stream. The normalised values are computed from it."""
+        h, normed = ops.add_rms_norm(h, delta, weight, eps)
+        self._record(normed, ops.rms_norm, (h, weight, eps))
+        return h, normed
+
+    def _record(self, output: Tensor, function: Callable[..., Tensor], inputs: tuple[Any, ...]) -> None:
+        if self._outputs is not None and output.requires_grad:
+            derived = Derived(function, [self._kept(each) if isinstance(each, Tensor) else each for each in inputs])
+            self._outputs[_storage(output)] = output, derived
+
+    def _kept(self, x: Tensor) -> Tensor | Derived:
+        """What stands for an input: not the tensor itself if that can be computed again."""
+        recorded = self._outputs.get(_storage(x))
+        return x.detach() if recorded is None else _view(x, *recorded)
+
+    def _pack(self, x: Tensor) -> Tensor | Derived:
+        recorded = self._outputs.get(_storage(x))
+        # A parameter must be kept as itself: ZeRO-3 exchanges its data.
+        return x if recorded is None else _view(x, *recorded)
+
+
+def _view(x: Tensor, output: Tensor, derived: Derived) -> Derived:
+    """`x`, a view of `output` or `output` itself."""
+    shape, strides, first = x.shape, x.stride(), x.storage_offset() - output.storage_offset()
+    if (shape, strides, first) == (output.shape, output.stride(), 0):
+        return derived
+    return Derived(lambda whole: whole.as_strided(shape, strides, whole.storage_offset() + first), [derived])
+
+
+def _unpack(kept: Tensor | Derived) -> Tensor:
+    return kept.tensor() if isinstance(kept, Derived) else kept
+
+
+def _storage(x: Tensor) -> int:
+    """Identifies the storage for as long as a tensor refers to it; tensors without data have one too."""
+    return x.untyped_storage()._cdata
