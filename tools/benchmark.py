@@ -21,6 +21,11 @@ no GPU; `--ops torch` leaves out the Triton kernels.
 counts the bytes that autograd keeps of a block until its backward pass, under each kind of recomputation, and times
 what recomputation costs. It needs no GPU.
 
+    python tools/benchmark.py state --config launch/recipes/vl_debug.yaml
+
+counts the bytes of weights, gradients and optimizer for each parameter, and the most while the optimizer steps, under
+the same launchers as launch/pretrain.py.
+
     python tools/benchmark.py data [--subjects text images loader packed] [--megatron PATH]
 
 measures each part of the data path against the least that its work can cost.
@@ -28,7 +33,7 @@ measures each part of the data path against the least that its work can cost.
     python tools/benchmark.py grouped [--presets vl2_tiny vl2_small vl2_base] [--tokens 4096]
 
 times the products of routed experts by each implementation that the machine has, beside one product of all rows. The
-results are tables in Markdown, for docs/benchmarks/; `--json FILE` writes those of the first four as one object.
+results are tables in Markdown, for docs/benchmarks/; `--json FILE` writes those of all but the last two as one object.
 """
 
 import argparse
@@ -79,6 +84,14 @@ def peer_parser() -> argparse.ArgumentParser:
     parser.add_argument("--images", type=int, default=0, help="also compare steps with N images in each pack (0: no)")
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each kind of batches (default 5)")
     parser.add_argument("--warmup", type=int, default=1, help="steps before them, after the compared one (default 1)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result as one JSON object")
+    return parser
+
+
+def state_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="benchmark.py state", description="bytes of a run's state a parameter")
+    parser.add_argument("--config", required=True, metavar="RECIPE.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result as one JSON object")
     return parser
 
@@ -151,6 +164,10 @@ def main() -> None:
             from benchmarks import peer
 
             peer.run(peer_parser().parse_intermixed_args(words))
+        case ["state", *words]:
+            from benchmarks import state
+
+            state.run(state_parser().parse_intermixed_args(words))
         case ["kernels", *words]:
             from benchmarks import kernels
 

@@ -1,0 +1,121 @@
+"""Bytes of a run's state for each parameter, and the most while the optimizer steps, without activations.
+
+The state is what a rank holds between two steps: weights, gradients, masters and moments. All tensors that exist are
+counted, whoever made them.
+"""
+
+import argparse
+import gc
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any
+
+import torch
+from benchmarks.packs import grid_of, made_up_step
+from benchmarks.record import circumstances, heading, write_json
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from megavl.config.error import ConfigError
+from megavl.config.load import load_run
+from megavl.config.rules import check
+from megavl.config.run import RunConfig
+from megavl.runtime.env import Env, process_group, read_env
+from megavl.runtime.mesh import mesh_of
+from megavl.runtime.replica import build_replica
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print what the command line asks for; the first rank's numbers."""
+    env = read_env()
+    try:
+        config = load_run(args.config, args.overrides)
+        check(config, env.world)
+    except ConfigError as error:
+        sys.exit(f"error: {error}" if env.rank == 0 else 1)
+    with process_group(env, timeout=timedelta(seconds=config.train.timeout_s)):
+        found = {**circumstances(env.device), "world": env.world, **measure(config, env)}
+    if env.rank == 0:
+        print("\n".join(page(found)))
+        if args.json:
+            write_json(args.json, found)
+
+
+class Allocations(TorchDispatchMode):
+    """Follows the storages that operations make while it is entered.
+
+    bytes: of those that are in use
+    peak:  the most that were
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = self.peak = 0
+        self._used: dict[int, weakref.ref] = {}
+
+    def __torch_dispatch__(self, operation: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        given = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        out = operation(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            # A view, or what an operation writes in place, is of a storage that was there before.
+            if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in given:
+                self._follow(leaf.untyped_storage())
+        return out
+
+    def _follow(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._used:
+            return
+
+        def freed(_: weakref.ref) -> None:
+            del self._used[key]
+            self.bytes -= size
+
+        self._used[key] = weakref.ref(storage, freed)
+        self.bytes += size
+        self.peak = max(self.peak, self.bytes)
+
+
+def tensor_bytes() -> int:
+    """Of the storages of all tensors of this process, gradients included."""
+    gc.collect()
+    tensors = [each for each in gc.get_objects() if isinstance(each, Tensor) and each.layout == torch.strided]
+    tensors += [each.grad for each in tensors if each.is_leaf and each.grad is not None]
+    return sum({each.untyped_storage()._cdata: each.untyped_storage().nbytes() for each in tensors}.values())
+
+
+def measure(config: RunConfig, env: Env) -> dict[str, Any]:
+    """State after a step and the passes of another one, and the most while that one updates, in JSON types."""
+    mesh = mesh_of(config, env.world, env.device)
+    batch = made_up_step(config, mesh, "text", 0, grid_of(config, None), documents=1)
+    before = tensor_bytes()
+    replica = build_replica(config, mesh, env)
+    replica.step(batch, config.optim.lr)
+    replica.pipeline.train(batch)
+    state_bytes = tensor_bytes() - before
+    with Allocations() as allocations:
+        replica.engine.step()
+    return {
+        "model": config.model.name,
+        "precision": config.train.precision,
+        "zero": config.parallel.zero,
+        "parameters": sum(parameter.numel() for parameter in replica.stages.parameters()),
+        "state_bytes": state_bytes,
+        "peak_bytes": state_bytes + allocations.peak,
+    }
+
+
+def page(found: dict[str, Any]) -> Iterator[str]:
+    """The result in Markdown."""
+    yield heading(found)
+    yield ""
+    yield "| model | ranks | ZeRO | precision | parameters of a rank | state, bytes a parameter | most in an update |"
+    yield "|---|---|---|---|---|---|---|"
+    each, most = (found[name] / found["parameters"] for name in ("state_bytes", "peak_bytes"))
+    yield (
+        f"| {found['model']} | {found['world']} | {found['zero']} | {found['precision']} | "
+        f"{found['parameters'] / 1e6:,.1f} M | {each:.2f} | {most:.2f} |"
+    )
