@@ -360,13 +360,33 @@ def test_as_many_blocks_as_fit():
     assert dense.blocks(GIB) == 0
 
 
-@pytest.mark.parametrize(("tokens", "judged", "failures"), [(86.0, True, 0), (84.0, True, 1), (84.0, False, 0)])
-def test_the_ratio_to_transformers_has_a_bar(tokens, judged, failures):
+@pytest.mark.parametrize(
+    ("kind", "tokens", "judged", "failure"),
+    [
+        ("text", 126.0, True, None),
+        ("text", 124.0, True, "1.24 is below the bar of 1.25"),
+        ("text", math.nan, True, "nan is below the bar of 1.25"),
+        ("text", 124.0, False, None),
+        ("multimodal", 126.0, True, "1.26 is below the bar of 1.40"),
+    ],
+)
+def test_the_ratio_to_transformers_has_a_bar(kind, tokens, judged, failure):
     from gpu.peers import ratio
 
-    finding = ratio({"text, one document": {"tokens_per_s": tokens}}, {"tokens_per_s": 100.0}, "text", judged)
-    assert len(finding.failures) == failures
-    assert ("bar 0.85: missed" in finding.line) == bool(failures)
+    finding = ratio({f"{kind}, one document": {"tokens_per_s": tokens}}, {"tokens_per_s": 100.0}, kind, judged)
+    assert list(finding.failures) == ([] if failure is None else [failure])
+    assert ("missed" in finding.line) == bool(failure) and ("; bar" in finding.line) == judged
+
+
+def test_a_value_below_its_bar_fails():
+    from gpu.bars import Bar, judge
+
+    bars = [Bar("mfu", 0.55, "{:.1%} MFU"), Bar("tokens_per_s", 75_000, "{:,.0f} tokens/s")]
+    assert judge(bars, {"mfu": 0.56, "tokens_per_s": 74_000}) == (
+        "; bar 55.0% MFU: met; bar 75,000 tokens/s: missed",
+        ["74,000 tokens/s is below the bar of 75,000 tokens/s"],
+    )
+    assert judge(bars, {"mfu": None}) == ("", [])  # a card without a data sheet
 
 
 def test_a_ratio_needs_both_sides():
