@@ -6,7 +6,7 @@ keeps the function and its inputs in place of such an output. Megatron-LM does t
 (`CheckpointWithoutOutput`, and its linear layers under sequence parallelism).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -17,6 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from megavl.model.block import Block
 from megavl.model.layout import PackLayout
+from megavl.ops.attention import PackedAttention
 from megavl.ops.dispatch import Ops
 from megavl.ops.expert_mlp import ComposedExpertMlp
 from megavl.parallel.groups import TensorAxis
@@ -69,6 +70,7 @@ class Selective:
             expert_mlp = ComposedExpertMlp(expert_mlp.grouped_linear, partial(self.call, expert_mlp.swiglu))
         return replace(
             ops,
+            attention=partial(_attend_to_copies, ops.attention),
             rms_norm=partial(self.call, ops.rms_norm),
             add_rms_norm=partial(self._add_rms_norm, ops),
             swiglu=partial(self.call, ops.swiglu),
@@ -106,6 +108,14 @@ class Selective:
         recorded = self._outputs.get(_storage(x))
         # A parameter must be kept as itself: ZeRO-3 exchanges its data.
         return x if recorded is None else _view(x, *recorded)
+
+
+def _attend_to_copies(
+    attention: PackedAttention, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, lengths: Sequence[int]
+) -> Tensor:
+    """Attention with a copy of the values if they are columns of a joined product: its queries and keys, which were
+    rotated since, would be kept with them. Narrower values than keys are copied by the kernels, which fill them up."""
+    return attention(q, k, v.contiguous() if v.shape[2] == k.shape[2] else v, cu_seqlens, lengths)
 
 
 def _view(x: Tensor, output: Tensor, derived: Derived) -> Derived:

@@ -320,29 +320,6 @@ def test_vl2_has_no_peer(tools):
         run(peer_parser().parse_args(["--config", "launch/recipes/vl2_debug.yaml"]))
 
 
-def test_kept_bytes_are_those_of_a_block(tmp_path):
-    """Under "block" its output alone, which is the next one's input; under "off" a sum that is written down here."""
-    file, tokens, width = tmp_path / "memory.json", 512, 2048
-    page = benchmark(
-        *("memory", "--presets", "vl_1b", "--tokens=512", "--tensor", "1", "2", "--timed-tokens=32", "--rounds=1"),
-        *("--json", str(file)),
-    ).stdout
-    found = json.loads(file.read_text())
-    whole, on_two = (row["bytes"] for row in found["kept"])
-    unit, hidden = 2 * tokens * width, 2 * tokens * PRESETS["vl_1b"].decoder.mlp_width
-    assert whole["block"] == unit and on_two["block"] == unit / 2
-    # Two normalised inputs, q, k, v, the attended values, both sums of the residual stream; gate, up, SwiGLU. The rest
-    # are statistics of norms and attention.
-    assert 8 * unit + 3 * hidden < whole["off"] < 1.01 * (8 * unit + 3 * hidden)
-    assert whole["off"] - whole["selective"] == 2 * unit + hidden
-    assert on_two["off"] - on_two["selective"] == 2 * unit + hidden / 2  # gathered inputs are whole on each rank
-    assert f"| vl_1b, dense | 1 | {whole['off'] / 1e6:,.0f} |" in page
-    assert [row["block"] for row in found["towers"]] == ["SigLIP"]
-    assert all(row["bytes"]["block"] < 0.1 * row["bytes"]["off"] for row in found["towers"])
-    (cost,) = found["cost"]
-    assert cost["relative"]["off"] == [1.0, 1.0, 1.0]
-
-
 @pytest.mark.parametrize(("precision", "bytes_each"), [("bf16", 18), ("fp32", 16)])
 def test_the_state_has_no_second_copies(tmp_path, precision, bytes_each):
     """bf16: weights 2, gradients 4, masters 4, moments 8. fp32: weights 4, gradients 4, moments 8."""

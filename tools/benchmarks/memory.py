@@ -13,11 +13,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
 from benchmarks.clock import clock_of
+from benchmarks.flat import lay_flat
+from benchmarks.gpus import GPUS, gpu_ops
 from benchmarks.paired import Ratio, paired_ratio, take_turns
 from benchmarks.record import circumstances, heading, write_json
 from torch import Tensor, nn
@@ -41,13 +42,6 @@ from megavl.runtime.recompute import recomputing
 from megavl.runtime.selective import Selective
 
 MODES = ("off", "selective", "block")
-# Those that a GPU of compute capability 9.0 has with torch and Triton.
-GPU_OPS = {
-    "attention": "varlen_attn",
-    "grouped_linear": "grouped_mm",
-    "expert_mlp": "torch",
-    **dict.fromkeys(("rms_norm", "swiglu", "rotary", "cross_entropy", "permutation"), "triton"),
-}
 
 
 def run(args: argparse.Namespace) -> None:
@@ -108,17 +102,13 @@ def kept_bytes(forward: Callable[[Tensor], Tensor], *shape: int) -> int:
 @contextmanager
 def _fake_gpu() -> Iterator[Ops]:
     """Fake tensors, bf16 by default, and the operators of a GPU. Kernels of Triton are not launched."""
-    from triton.runtime.jit import JITFunction
+    from benchmarks.triton_launches import noted_launches
 
+    ops = gpu_ops(GPUS["hopper"], triton=True, wanted=[("expert_mlp", "torch")])
     before = torch.get_default_dtype()
-    with (
-        mock.patch.object(torch.cuda, "get_device_capability", lambda device: (9, 0)),
-        mock.patch.object(torch.cuda, "get_device_name", lambda device: "Hopper"),
-    ):
-        ops = choose(torch.device("cuda"), GPU_OPS.items())
     torch.set_default_dtype(torch.bfloat16)
     try:
-        with FakeTensorMode(), ops.products, mock.patch.object(JITFunction, "run", lambda *args, **kwargs: None):
+        with FakeTensorMode(), ops.products, noted_launches(lambda tensors: None):
             yield ops
     finally:
         torch.set_default_dtype(before)
@@ -146,6 +136,7 @@ def block_forward(
     if mode == "selective":
         ops, tp = selective.ops(ops), selective.tensor_axis(tp)
     block = Block(decoder, layer, tp, ExpertAxis(), ops)
+    lay_flat(block)
     for parameter in block.parameters():
         nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
     width = decoder.head_width if decoder.mla is None else decoder.mla.rope_width
