@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from megavl.config.model import SamConfig
 from megavl.model.run_block import RunBlock, call_block
+from megavl.ops.small_products import attend
 
 
 class SamAttention(nn.Module):
@@ -60,7 +61,7 @@ class SamAttention(nn.Module):
         q = torch.cat((q * head_width**-0.5, self.relative_scores(q)), dim=-1)  # [B, heads, N, d + 2 * C]
         k = torch.cat((k, self.places(k)), dim=-1)  # [B, heads, N, d + 2 * C]
         v = F.pad(v, (0, 2 * (self.side + self.spare)))  # [B, heads, N, d + 2 * C]: fused kernels want one width
-        attended = F.scaled_dot_product_attention(q, k, v, scale=1.0)[..., :head_width]  # [B, heads, N, d]
+        attended = attend(q, k, v, scale=1.0)[..., :head_width]  # [B, heads, N, d]
         merged = attended.transpose(1, 2).flatten(2)  # [B, N, W]
         return self.proj(merged).unflatten(1, (self.side, self.side))  # [B, side, side, W]
 

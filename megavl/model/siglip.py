@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from megavl.config.model import SiglipConfig
 from megavl.model.run_block import RunBlock, call_block
+from megavl.ops.small_products import attend
 
 
 class SiglipAttention(nn.Module):
@@ -25,7 +26,7 @@ class SiglipAttention(nn.Module):
         head_width = x.shape[2] // self.heads
         qkv = self.qkv(x).unflatten(2, (3, self.heads, head_width))  # [I, N, 3, heads, d]
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [I, heads, N, d] each
-        attended = F.scaled_dot_product_attention(q, k, v)  # [I, heads, N, d]
+        attended = attend(q, k, v)  # [I, heads, N, d]
         return self.proj(attended.transpose(1, 2).flatten(2))  # [I, N, W]
 
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megavl.ops.alignment import aligned, with_aligned_gradient
+from megavl.ops.small_products import attend
 
 PackedAttention = Callable[[Tensor, Tensor, Tensor, Tensor, Sequence[int]], Tensor]
 # q, k, v, cu_seqlens, length of the longest document.
@@ -26,20 +27,26 @@ _HEAD_WIDTH_MULTIPLE, _MAX_HEAD_WIDTH = 8, 256
 
 
 def reference_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, lengths: Sequence[int]) -> Tensor:
-    """One causal `scaled_dot_product_attention` per document: exact, any device and dtype."""
-    grouped = q.shape[1] != k.shape[1]
+    """One causal `scaled_dot_product_attention` per document: exact, any device and dtype.
+
+    torch's fused kernel for CPUs serves values as wide as the keys; narrower ones are filled up with zeros. Of 192 and
+    128 channels, forward and backward then take a sixth (bf16) to a half (fp32) of the time at 4096 tokens, and up to
+    1.4 times the time in fp32 at 64 to 256.
+    """
+    grouped, value_width = q.shape[1] != k.shape[1], v.shape[2]
+    v = F.pad(v, (0, q.shape[2] - value_width)) if value_width < q.shape[2] else v  # [T, H_kv, d]
     # The values may be a slice of a wider tensor, and a document is a slice of the rows: either can be misaligned, and
     # so can the gradients.
     documents = zip(*(x.split(list(lengths)) for x in (q, k, v)), strict=True)
-    attended = [  # each [1, H, length, d_v]
+    attended = [  # each [1, H, length, d]
         with_aligned_gradient(
-            F.scaled_dot_product_attention(
+            attend(
                 *(aligned(x).transpose(0, 1).unsqueeze(0) for x in document), is_causal=True, enable_gqa=grouped
             )
         )
         for document in documents
     ]
-    return torch.cat(attended, dim=2).squeeze(0).transpose(0, 1)  # [T, H, d_v]
+    return torch.cat(attended, dim=2).squeeze(0).transpose(0, 1)[..., :value_width]  # [T, H, d_v]
 
 
 def fused_attention(kernel: VarlenKernel) -> PackedAttention:

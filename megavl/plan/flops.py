@@ -50,7 +50,9 @@ class FlopCounter:
                 trained = flow.trained and self.trains(flow.name)
                 return self._product(flow, live, trained), live or trained
             case Attention(positions=()):
-                return self._attend(flow, flow.key_width + flow.value_width, live), live
+                attended = self._attend(flow, flow.key_width + flow.value_width, live)
+                filled = self._attend(flow, flow.key_width - flow.value_width, live)
+                return attended + filled.as_overhead(), live
             case Attention():
                 return self._attend_with_positions(flow, live)
             case BalanceLoss():

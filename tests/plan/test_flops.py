@@ -70,8 +70,13 @@ def test_whole_weights_are_repeated_without_sequence_parallelism():
 
 
 def test_attention_has_two_gradients():
-    assert counter().work(Attention(4, 2), live=False) == (Work(12), False)
-    assert counter().work(Attention(4, 2), live=True) == (Work(12, 24), True)
+    assert counter().work(Attention(4, 4), live=False) == (Work(16), False)
+    assert counter().work(Attention(4, 4), live=True) == (Work(16, 32), True)
+
+
+def test_the_zeros_beside_narrow_values_are_overhead():
+    assert counter().work(Attention(4, 2), live=False) == (Work(12, overhead=4), False)
+    assert counter().work(Attention(4, 2), live=True) == (Work(12, 24, overhead=12), True)
 
 
 def test_the_balance_loss_is_overhead():
