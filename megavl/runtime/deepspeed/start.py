@@ -6,7 +6,7 @@ import warnings
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime import bf16_optimizer
+from deepspeed.runtime import bf16_optimizer, compiler
 
 
 def device_type() -> str:
@@ -24,4 +24,7 @@ def start_deepspeed(backend: str) -> None:
     deepspeed.ops.__compatible_ops__ = {}
     # Its bf16 optimizer collects garbage and prints the memory in use before and after each parameter group.
     bf16_optimizer.see_memory_usage = lambda *_, **__: None
+    # It imports its Muon whatever the optimizer is, whose functions are compiled where they are defined: torch's compiler
+    # takes 0.8 s to import on every rank.
+    compiler.compile = lambda: compiler.dummy_decorator
     deepspeed.init_distributed(backend)
