@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from megavl.ops.small_products import faster_in_fp32
+
 
 class Groups:
     """How many rows each expert has, in the form that an implementation reads, found once for all products of a layer.
@@ -53,8 +55,42 @@ def _served(x: Tensor, weight: Tensor) -> bool:
 
 def reference_grouped_linear(x: Tensor, weight: Tensor, groups: Groups) -> Tensor:
     """One product per expert that has rows: exact, any device and dtype."""
-    experts = zip(x.split(groups.sizes), weight.unbind(), strict=True)
-    return torch.cat([F.linear(rows, matrix) for rows, matrix in experts if len(rows)])  # [N, d_out]
+    if not faster_in_fp32(x, weight[0].numel()):
+        return _PerExpert.apply(x, weight, groups.sizes)
+    return _PerExpert.apply(x.float(), weight.float(), groups.sizes).to(x.dtype)
+
+
+class _PerExpert(Function):
+    """Each product writes into its place of the result or of the gradient: autograd would compute the gradient of each
+    expert by itself and stack them."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, sizes: list[int]) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.sizes = sizes
+        y = x.new_empty(len(x), weight.shape[1])  # [N, d_out]
+        for rows, matrix, out in zip(x.split(sizes), weight, y.split(sizes), strict=True):
+            if len(rows):
+                torch.mm(rows, matrix.t(), out=out)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, weight = ctx.saved_tensors
+        grads, for_x, for_weight = grad.split(ctx.sizes), None, None
+        if ctx.needs_input_grad[0]:
+            for_x = torch.empty_like(x)  # [N, d_in]
+            for rows, matrix, out in zip(grads, weight, for_x.split(ctx.sizes), strict=True):
+                if len(rows):
+                    torch.mm(rows, matrix, out=out)
+        if ctx.needs_input_grad[1]:  # experts may be frozen
+            for_weight = torch.empty_like(weight)  # [E, d_out, d_in]
+            for rows, inputs, out in zip(grads, x.split(ctx.sizes), for_weight, strict=True):
+                if len(rows):
+                    torch.mm(rows.t(), inputs, out=out)
+                else:
+                    out.zero_()
+        return for_x, for_weight, None
 
 
 class _GroupedMm(Function):
