@@ -71,8 +71,8 @@ def main() -> None:
         print(f"\n{describe_data(config)}")
         return
 
-    # Imported here: a dry run needs neither torch nor DeepSpeed, whose import takes seconds. What they create stays, and
-    # looking for garbage in it would take a sixth of that time.
+    # Imported here: a dry run needs neither torch nor DeepSpeed, whose import takes seconds. What they create
+    # stays, and searching it for garbage would take a fifth of that time.
     gc.disable()
     from megavl.checkpoint.error import CheckpointError
     from megavl.parallel.agree import RunError

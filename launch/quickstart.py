@@ -92,7 +92,7 @@ MODELS = {
         datasets={"text": "text", "multimodal": "multimodal", "heldout": "heldout_multimodal"},
         trained=("text", "multimodal"),
         before=Topology("TP2 x PP2 + sequence"),
-        after=Topology("PP2 x DP2", "parallel.tensor=1 parallel.sequence=false"),
+        after=Topology("PP2 x DP2", "parallel.tensor=1 parallel.sequence=false train.micro_batch=2"),
         export=(
             "convert_checkpoint.py to-hf --checkpoint {checkpoint} --output {run}/hf --layout transformers",
             "check_export.py --checkpoint {checkpoint} --hf {run}/hf --data {data}/heldout "

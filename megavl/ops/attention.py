@@ -40,9 +40,7 @@ def reference_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, len
     documents = zip(*(x.split(list(lengths)) for x in (q, k, v)), strict=True)
     attended = [  # each [1, H, length, d]
         with_aligned_gradient(
-            attend(
-                *(aligned(x).transpose(0, 1).unsqueeze(0) for x in document), is_causal=True, enable_gqa=grouped
-            )
+            attend(*(aligned(x).transpose(0, 1).unsqueeze(0) for x in document), is_causal=True, enable_gqa=grouped)
         )
         for document in documents
     ]

@@ -48,6 +48,20 @@ def test_reference_is_masked_softmax(kv_heads, value_width):
     assert error < 5e-6  # measured 4.8e-7
 
 
+def test_gradients_of_narrow_values_in_fp64():
+    qkv, cu_seqlens = random_qkv(2, 2, dtype=torch.float64, value_width=5)
+    assert torch.autograd.gradcheck(lambda *x: reference_attention(*x, cu_seqlens, LENGTHS), qkv)
+
+
+def test_narrow_values_take_the_fused_kernel_of_a_cpu():
+    qkv, cu_seqlens = random_qkv(2, 2, value_width=5)
+    with torch.profiler.profile() as profile:
+        reference_attention(*qkv, cu_seqlens, LENGTHS)
+    counts = {event.key: event.count for event in profile.key_averages()}
+    assert counts["aten::_scaled_dot_product_flash_attention_for_cpu"] == len(LENGTHS)
+    assert "aten::_scaled_dot_product_attention_math" not in counts
+
+
 def test_a_kernel_gets_values_as_wide_as_queries():
     """And the result is that of the narrow values, gradients included."""
     widths = []

@@ -52,6 +52,13 @@ def test_the_reference_is_one_product_per_row(counts):
     assert all(for_weight[expert].abs().max() == 0 for expert, count in enumerate(counts) if count == 0)
 
 
+def test_frozen_experts_have_no_gradient_in_the_loop():
+    x, weight, counts, upstream = inputs(COUNTS["some"], 5, 9, torch.float64)
+    y = reference_grouped_linear(x, weight.detach(), Groups(counts))
+    (frozen,) = torch.autograd.grad(y, x, upstream)
+    assert torch.equal(frozen, results(reference_grouped_linear, x, weight, counts, upstream)[1])
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("counts", [*COUNTS.values(), [300, 0, 1, 129, 0, 64, 0, 18]], ids=[*COUNTS, "many"])
 @pytest.mark.parametrize("clears_empty", [False, True])

@@ -6,6 +6,7 @@ Modules are parsed, never imported, so reading them has no side effects.
 import ast
 import re
 import sysconfig
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,14 +109,14 @@ def _module_blocks(name: str, tree: ast.Module) -> Iterator[Block]:
 
 
 def _measures(source: str, tree: ast.Module) -> dict[str, int]:
-    nodes = list(ast.walk(tree))
+    nodes = Counter(map(type, ast.walk(tree)))
     return {
         "lines": source.count("\n"),
-        "functions": sum(isinstance(node, ast.FunctionDef) for node in nodes),
-        "classes": sum(isinstance(node, ast.ClassDef) for node in nodes),
-        "imports": sum(isinstance(node, ast.Import | ast.ImportFrom) for node in nodes),
-        "loops": sum(isinstance(node, ast.For | ast.While) for node in nodes),
-        "returns": sum(isinstance(node, ast.Return) for node in nodes),
+        "functions": nodes[ast.FunctionDef],
+        "classes": nodes[ast.ClassDef],
+        "imports": nodes[ast.Import] + nodes[ast.ImportFrom],
+        "loops": nodes[ast.For] + nodes[ast.While],
+        "returns": nodes[ast.Return],
     }
 
 
