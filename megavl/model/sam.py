@@ -25,8 +25,8 @@ class SamAttention(nn.Module):
     is 0.8 GB in fp32, for each image and global block. C is `side` rounded up to a multiple of 8: kernels read bf16 in
     units of 16 bytes, and a window of 14 would misalign the rows of every operand.
 
-    On a CPU a bias as `attn_mask` is slower too, forward and backward at full size: windows of an image 1.4 times in fp32
-    and 2.1 times in bf16, a global block 1.2 and 3.7 times.
+    On a CPU a bias as `attn_mask` is slower too, forward and backward at full size: 1.4 times for the windows of an
+    image in fp32 and 2.1 times in bf16, 1.2 and 3.7 times for a global block.
     """
 
     def __init__(self, config: SamConfig, side: int):

@@ -1,8 +1,8 @@
 """bf16 products on a CPU that are faster in fp32: small ones, and all where the CPU has no bf16 unit.
 
 torch hands each bf16 product of a CPU to oneDNN, whose set-up takes about 10 us; MKL's fp32 product has next to none.
-The CPU's fused attention calls one for each head and block of keys: 25 tokens of width 24 take 2.8 times as long in bf16
-as in fp32. Measured on a Xeon with AMX, where bf16 is faster from about 2^14 elements on.
+The CPU's fused attention calls one for each head and block of keys: 25 tokens of width 24 take 2.8 times as long in
+bf16 as in fp32. Measured on a Xeon with AMX, where bf16 is faster from about 2^14 elements on.
 """
 
 import torch

@@ -24,7 +24,7 @@ def start_deepspeed(backend: str) -> None:
     deepspeed.ops.__compatible_ops__ = {}
     # Its bf16 optimizer collects garbage and prints the memory in use before and after each parameter group.
     bf16_optimizer.see_memory_usage = lambda *_, **__: None
-    # It imports its Muon whatever the optimizer is, and Muon's functions are compiled where they are defined: every rank
-    # would import torch's compiler, which takes 0.8 s.
+    # It imports its Muon whatever the optimizer is, and Muon's functions are compiled where they are defined: every
+    # rank would import torch's compiler, which takes 0.8 s.
     compiler.compile = lambda: compiler.dummy_decorator
     deepspeed.init_distributed(backend)
