@@ -92,6 +92,7 @@ def run_config(
     train: dict | None = None,
     parallel: dict | None = None,
     balance: dict | None = None,
+    ops: dict | None = None,
 ) -> RunConfig:
     """The tiny run, checked for `world` ranks."""
     config = make_run(
@@ -102,6 +103,7 @@ def run_config(
         optim={"lr": 1e-2, "eps": 1e-4, "grad_clip": 0.5, "weight_decay": 0.1} | (optim or {}),
         balance=balance or {},
         train={"steps": STEPS, "global_batch": GLOBAL_BATCH, "precision": "fp32"} | (train or {}),
+        ops=ops or {},
     )
     check(config, world)
     return config
@@ -165,12 +167,12 @@ def _micro_batch(step: int, numbers: list[int], model: ModelConfig, mesh: Mesh) 
 
 def step_batch(step: int, config: RunConfig, mesh: Mesh) -> StepBatch:
     """This rank's part of a global batch that does not depend on the topology."""
-    model = config.model
-    share = GLOBAL_BATCH // mesh.dp.size
-    numbers = list(range(GLOBAL_BATCH))[mesh.dp.rank * share : (mesh.dp.rank + 1) * share]
+    model, packs = config.model, config.train.global_batch
+    share = packs // mesh.dp.size
+    numbers = list(range(packs))[mesh.dp.rank * share : (mesh.dp.rank + 1) * share]
     size = config.train.micro_batch
-    supervised = sum((_pack(step, number, model)[1] != IGNORE_INDEX).sum().item() for number in range(GLOBAL_BATCH))
-    grids = [grid for number in range(GLOBAL_BATCH) for grid in _grids(step, number, model)]
+    supervised = sum((_pack(step, number, model)[1] != IGNORE_INDEX).sum().item() for number in range(packs))
+    grids = [grid for number in range(packs) for grid in _grids(step, number, model)]
     return StepBatch(
         step=step,
         kind="multimodal" if grids else "text",
@@ -178,7 +180,7 @@ def step_batch(step: int, config: RunConfig, mesh: Mesh) -> StepBatch:
             _micro_batch(step, numbers[first : first + size], model, mesh) for first in range(0, share, size)
         ),
         supervised_tokens=supervised,
-        tokens=GLOBAL_BATCH * SEQ_LEN,
+        tokens=packs * SEQ_LEN,
         images=len(grids),
         tiles=sum(grid.tiles for grid in grids),
         squared_tokens=0,
@@ -222,12 +224,12 @@ class Trained:
     weights: dict[str, Tensor]
 
 
-def train(config: RunConfig, checkpoints: str | None = None) -> Trained:
-    """With `checkpoints`, begins at the newest one there and leaves one behind."""
+def train(config: RunConfig, checkpoints: str | None = None, ops: Ops | None = None) -> Trained:
+    """With `checkpoints`, begins at the newest one there and leaves one behind; without, `ops` are those of `build`."""
     if checkpoints:
         replica, first = resume(config, Path(checkpoints))
     else:
-        replica, first = build(config), 0
+        replica, first = build(config, ops), 0
     steps, evaluated = [], []
     for step in range(first, config.train.steps):
         batch = step_batch(step, config, replica.mesh)

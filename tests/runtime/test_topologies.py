@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -206,23 +207,28 @@ IN_BF16 = [
 ]
 
 
-@pytest.fixture(scope="module")
-def trained(request, pool) -> Callable[[Case], tuple[Trained, ...]]:
-    """What every rank knows after a case. The ranks of a world start once, for all of its cases that are selected and,
-    in a world of one, for the same runs in a single process."""
+def by_world(
+    request: pytest.FixtureRequest, train: Callable[[int, list], list[list[Trained]]]
+) -> Callable[[Any], tuple[Trained, ...]]:
+    """What every rank knows after a case: of all cases of a file that are selected and, in a world of one, of the same
+    runs in a single process. `train` gets all cases of a world at once, so that its ranks start once."""
     items = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
     asked = [item.callspec.params["case"] for item in items]
-    by_world = defaultdict(dict)
+    worlds = defaultdict(dict)
     for case in (*asked, *(case.alone for case in asked)):
-        by_world[case.world][str(case)] = case
+        worlds[case.world][str(case)] = case
 
     @cache
     def run(world: int) -> dict[str, tuple[Trained, ...]]:
-        cases = by_world[world]
-        by_rank = pool.run(world, train_each, [case.config for case in cases.values()])
-        return dict(zip(cases, zip(*by_rank, strict=True), strict=True))
+        cases = worlds[world]
+        return dict(zip(cases, zip(*train(world, list(cases.values())), strict=True), strict=True))
 
     return lambda case: run(case.world)[str(case)]
+
+
+@pytest.fixture(scope="module")
+def trained(request, pool) -> Callable[[Case], tuple[Trained, ...]]:
+    return by_world(request, lambda world, cases: pool.run(world, train_each, [case.config for case in cases]))
 
 
 def compare(trained, case: Case, record_property) -> tuple[float, float, float]:
