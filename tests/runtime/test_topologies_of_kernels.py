@@ -100,9 +100,9 @@ IN_FP32 = [
 ]
 IN_BF16 = [
     Case(2, "vl", {"zero": 1}, DENSE | ROTARY | ATTENTION, "bf16"),
-    Case(1, "tiny", {}, DENSE | EXPERTS, "bf16", steps=2),
+    Case(1, "tiny", {}, DENSE | EXPERTS, "bf16", packs=1),
     Case(2, "tiny", {"expert": 2}, EXPERTS | ATTENTION, "bf16", steps=2),
-    Case(1, "small", {}, GROUPED, "bf16", steps=2),
+    Case(1, "small", {}, GROUPED, "bf16", packs=1),
     Case(2, "small", {"expert": 2}, GROUPED, "bf16", steps=2),
     Case(2, "tiny", {"tensor": 2, "expert_width": "cut"}, {"grouped_linear": "grouped_mm"}, "bf16", steps=2),
     Case(1, "small", {}, ATTENTION, "bf16", steps=2),
