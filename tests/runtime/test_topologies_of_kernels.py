@@ -201,7 +201,7 @@ def test_bf16_equals_one_process_with_torch_within_its_rounding(trained, record_
     loss, norm, _ = compare(trained, case, record_property)
     check_serves(trained, case)
     assert loss < 5e-4  # measured 6.8e-5
-    assert norm < 2e-2  # measured 3.1e-3
+    assert norm < 2e-2  # measured 3.0e-3
 
 
 def test_a_mistake_in_a_kernel_is_noticed(interpreted_run, record_property):
