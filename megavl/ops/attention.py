@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import Function
 
 from megavl.ops.alignment import aligned, with_aligned_gradient
 from megavl.ops.small_products import attend
@@ -47,11 +48,34 @@ def reference_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, len
     return torch.cat(attended, dim=2).squeeze(0).transpose(0, 1)[..., :value_width]  # [T, H, d_v]
 
 
+class _Widened(Function):
+    @staticmethod
+    def forward(ctx, v: Tensor, before: int) -> Tensor:
+        ctx.before = before
+        return v.as_strided((*v.shape[:2], before + v.shape[2]), v.stride(), v.storage_offset() - before)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad[..., ctx.before :], None
+
+
+def _widened(v: Tensor, before: int) -> Tensor:
+    """Values with `before` columns in front of them: [T, H_kv, d_v] -> [T, H_kv, before + d_v].
+
+    The values of latent attention follow channels of their head's key in memory. These are taken as they are: what they
+    contribute is cut off, so they get no gradient. In front of other values are zeros, which takes a copy.
+    """
+    row = v.stride(1)
+    if v.stride(2) == 1 and row >= before + v.shape[2] and v.storage_offset() % row >= before:
+        return _Widened.apply(v, before)
+    return F.pad(v, (before, 0))
+
+
 def fused_attention(kernel: VarlenKernel) -> PackedAttention:
     """`kernel` for the dtypes and head widths that it has, the reference for all others (fp32 above all).
 
-    A kernel has one width for queries, keys and values; narrower values are filled up with zeros, and so is what comes
-    of them, which is cut off again.
+    A kernel has one width for queries, keys and values. Narrower values get columns in front, and those of the result
+    are cut off.
     """
 
     def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -60,8 +84,8 @@ def fused_attention(kernel: VarlenKernel) -> PackedAttention:
             return reference_attention(q, k, v, cu_seqlens, lengths)
         if v.shape[2] == width:
             return kernel(aligned(q), aligned(k), aligned(v), cu_seqlens, max(lengths))  # [T, H, d]
-        wide = F.pad(v, (0, width - v.shape[2]))  # [T, H_kv, d]
-        attended = kernel(aligned(q), aligned(k), wide, cu_seqlens, max(lengths))  # [T, H, d]
-        return attended[..., : v.shape[2]]  # [T, H, d_v]
+        before = width - v.shape[2]
+        attended = kernel(aligned(q), aligned(k), aligned(_widened(v, before)), cu_seqlens, max(lengths))  # [T, H, d]
+        return attended[..., before:]  # [T, H, d_v]
 
     return attention

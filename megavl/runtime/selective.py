@@ -114,7 +114,7 @@ def _attend_to_copies(
     attention: PackedAttention, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, lengths: Sequence[int]
 ) -> Tensor:
     """Attention with a copy of the values if they are columns of a joined product: its queries and keys, which were
-    rotated since, would be kept with them. Narrower values than keys are copied by the kernels, which fill them up."""
+    rotated since, would be kept with them. Narrower values than keys are columns of a product without queries."""
     return attention(q, k, v.contiguous() if v.shape[2] == k.shape[2] else v, cu_seqlens, lengths)
 
 

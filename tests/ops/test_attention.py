@@ -79,6 +79,48 @@ def test_a_kernel_gets_values_as_wide_as_queries():
         torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-2)  # measured 7.8e-3: one step of bfloat16
 
 
+def test_values_that_follow_keys_in_memory_are_widened_without_a_copy():
+    """Values of latent attention. The columns in front of them count neither in the result nor in a gradient."""
+    got = []
+
+    def kernel(q, k, v, cu_seqlens, longest):
+        got.append((v.data_ptr(), v.shape, v.stride()))
+        return reference_attention(q, k, v, cu_seqlens, LENGTHS)
+
+    def from_joint(attention):
+        """Of q, k and of the product that the values, 16 columns of 32, are the last of."""
+        (q, k, kv), cu_seqlens = random_qkv(4, 4, 24, torch.bfloat16, value_width=32)
+
+        def attend(q, k, kv, *documents):
+            return attention(q, k, kv[..., 16:], *documents)
+
+        return kv, outputs_and_gradients(attend, (q, k, kv), cu_seqlens)
+
+    kv, found = from_joint(fused_attention(kernel))
+    _, expected = from_joint(reference_attention)
+    assert got == [(kv.data_ptr() + 2 * (16 - 8), (sum(LENGTHS), 4, 24), kv.stride())]
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-2)  # measured 7.8e-3: one step of bfloat16
+    assert not found[-1][..., :16].any() and found[-1][..., 16:].any()
+
+
+@pytest.mark.parametrize("begin", [0, 4])
+def test_values_without_enough_columns_in_front_are_copied(begin):
+    """At the start of a row the columns in front would be those of another head, and of the first one none at all."""
+    got = []
+
+    def kernel(q, k, v, cu_seqlens, longest):
+        got.append(v)
+        return reference_attention(q, k, v, cu_seqlens, LENGTHS)
+
+    (q, k, kv), cu_seqlens = random_qkv(4, 4, 24, torch.bfloat16, value_width=32)
+    v = kv[..., begin : begin + 16]
+    found = fused_attention(kernel)(q, k, v, cu_seqlens, LENGTHS)
+    (wide,) = got
+    assert torch.equal(wide[..., 8:], v) and not wide[..., :8].any()
+    torch.testing.assert_close(found, reference_attention(q, k, v, cu_seqlens, LENGTHS), rtol=0, atol=2e-2)  # as above
+
+
 def test_a_kernel_gets_columns_of_a_joint_product_as_they_are():
     """Rows further apart than they are wide, without a copy."""
     got = []
@@ -158,14 +200,21 @@ def test_a_kernel_gets_what_it_can_compute(dtype, width, fused):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="fused attention needs a CUDA device")
-@pytest.mark.parametrize(("kv_heads", "width", "value_width"), [(4, 64, 64), (2, 64, 64), (4, 192, 128)])
-def test_fused_kernel_on_cuda(kv_heads, width, value_width):
+@pytest.mark.parametrize(
+    ("kv_heads", "width", "value_width", "before"),
+    [(4, 64, 64, 0), (2, 64, 64, 0), (4, 192, 128, 0), (4, 192, 128, 128)],
+)
+def test_fused_kernel_on_cuda(kv_heads, width, value_width, before):
+    """before: columns in front of the values in memory"""
     device = torch.device("cuda")
-    half, cu_seqlens = random_qkv(4, kv_heads, width, torch.bfloat16, device, value_width)
+    half, cu_seqlens = random_qkv(4, kv_heads, width, torch.bfloat16, device, before + value_width)
     full = [x.detach().float().requires_grad_() for x in half]
-    attention = choose(device).attention
-    fused = outputs_and_gradients(attention, half, cu_seqlens)
-    exact = outputs_and_gradients(reference_attention, full, cu_seqlens)
+
+    def of_columns(attention):
+        return lambda q, k, v, *documents: attention(q, k, v[..., before:], *documents)
+
+    fused = outputs_and_gradients(of_columns(choose(device).attention), half, cu_seqlens)
+    exact = outputs_and_gradients(of_columns(reference_attention), full, cu_seqlens)
     for ours, theirs in zip(fused, exact, strict=True):
         # bfloat16 holds 8 bits: one rounding of the result, some of the factors
         torch.testing.assert_close(ours.float(), theirs, rtol=2e-2, atol=2e-2)
