@@ -66,11 +66,12 @@ class Case:
     precision: str = "fp32"
     packs: int = 2
     steps: int = 1
+    recompute: str = "off"
 
     def __str__(self) -> str:
         sizes = " ".join(f"{key}={value}" for key, value in ({"world": self.world} | self.parallel).items())
         ops = ",".join(self.ops) or "torch"
-        return f"{self.model} {sizes} {ops} {self.precision} {self.packs}x{self.steps}"
+        return f"{self.model} {sizes} {ops} {self.precision} {self.packs}x{self.steps} recompute={self.recompute}"
 
     @property
     def alone(self) -> "Case":
@@ -83,7 +84,12 @@ class Case:
             self.world,
             model=MODELS[self.model],
             optim={"lr": 1e-3 if self.precision == "bf16" else 1e-2},
-            train={"steps": self.steps, "global_batch": self.packs, "precision": self.precision},
+            train={
+                "steps": self.steps,
+                "global_batch": self.packs,
+                "precision": self.precision,
+                "recompute": self.recompute,
+            },
             parallel=self.parallel,
             balance={} if self.model == "vl" else {"auxiliary_weight": 0.5},
             ops=self.ops,
@@ -93,17 +99,17 @@ class Case:
 IN_FP32 = [
     Case(1, "vl", {}, DENSE | ROTARY, packs=1),
     Case(2, "vl", {"tensor": 2, "sequence": True}, DENSE | ROTARY, packs=1),
-    Case(2, "vl", {"pipeline": 2}, DENSE, steps=2),
+    Case(2, "vl", {"pipeline": 2}, DENSE, steps=2, recompute="selective"),
     Case(1, "small", {}, ROTARY, packs=1),
     Case(2, "small", {"tensor": 2, "sequence": True}, ROTARY | {"permutation": "triton"}, packs=1),
-    Case(2, "tiny", {"expert": 2}, {"permutation": "triton", "rms_norm": "triton"}, steps=2),
+    Case(2, "tiny", {"expert": 2}, {"permutation": "triton", "rms_norm": "triton"}),
 ]
 IN_BF16 = [
     Case(2, "vl", {"zero": 1}, DENSE | ROTARY | ATTENTION, "bf16"),
     Case(1, "tiny", {}, DENSE | EXPERTS, "bf16", packs=1),
-    Case(2, "tiny", {"expert": 2}, EXPERTS | ATTENTION, "bf16", steps=2),
+    Case(2, "tiny", {"expert": 2}, EXPERTS | ATTENTION, "bf16", steps=2, recompute="selective"),
     Case(1, "small", {}, GROUPED, "bf16", packs=1),
-    Case(2, "small", {"expert": 2}, GROUPED, "bf16", steps=2),
+    Case(2, "small", {"expert": 2}, GROUPED, "bf16"),
     Case(2, "tiny", {"tensor": 2, "expert_width": "cut"}, {"grouped_linear": "grouped_mm"}, "bf16", steps=2),
     Case(1, "small", {}, ATTENTION, "bf16", steps=2),
     Case(2, "small", {"tensor": 2, "sequence": True}, ATTENTION, "bf16", steps=2),
