@@ -23,8 +23,8 @@ what recomputation costs. It needs no GPU.
 
     python tools/benchmark.py state --config launch/recipes/vl_debug.yaml
 
-counts the bytes of weights, gradients and optimizer for each parameter, and the most while the optimizer steps, under
-the same launchers as launch/pretrain.py.
+counts the bytes of weights, gradients and optimizer state for each parameter, and their peak in the optimizer's step,
+under the same launchers as launch/pretrain.py.
 
     python tools/benchmark.py data [--subjects text images loader packed] [--megatron PATH]
 

@@ -5,7 +5,7 @@ A flow is one of
 - a `Parameter`: activations are multiplied with it, scaled with it, or it is added or looked up;
 - `Attention` or a `BalanceLoss`: products of activations with each other;
 - a tuple of flows: each takes the output of the one before it;
-- a `Block`: a tuple of flows that may be recomputed together;
+- a `Block`: a tuple of flows that may be recomputed as a whole;
 - `Branches`: flows that take the same input and whose outputs are joined.
 
 Residual connections are not shown: whatever reaches the end of a branch also reaches the sum with its input.

@@ -184,10 +184,12 @@ class TrainConfig(Section):
     seed: NonNegativeInt = 0
     recompute: Literal["off", "selective", "block"] = Field(
         "off",
-        description="what of the decoder the backward pass computes again: selective: norms, SwiGLU and the experts' "
-        "rows, but no product; block: whole blocks",
+        description="part of the decoder that the backward pass recomputes: selective: norms, SwiGLU, rows of routed "
+        "experts and all-gathers, but no matrix product; block: whole blocks",
     )
-    recompute_towers: bool = Field(False, description="whether the blocks of SigLIP and SAM are computed again")
+    recompute_towers: bool = Field(
+        False, description="whether the backward pass recomputes the blocks of SigLIP and SAM"
+    )
     timeout_s: PositiveFloat = Field(
         600.0, le=_MONTH_S, description="seconds that a collective of the training may take before the run aborts"
     )

@@ -48,9 +48,9 @@ def cases_of(config: RunConfig) -> dict[str, Case]:
         }
     # The reference of the cross entropy in fp32 takes 20 bytes for each logit; its rows do not depend on one another.
     supervised_tokens = min(tokens, _MOST_ROWS_OF_LOGITS)
-    halves = tokens // 2, tokens // 4  # of unequal documents, as a pack has them
+    first, second = tokens // 2, tokens // 4  # documents of unequal length, as in a pack
     return experts | {
-        "attention": attention_case((*halves, tokens - sum(halves)), *attention, dtype=dtype),
+        "attention": attention_case((first, second, tokens - first - second), *attention, dtype=dtype),
         "rms_norm": norm_case(stream_tokens, decoder.width, decoder.norm_eps, dtype),
         "swiglu": swiglu_case(rows, hidden, dtype),
         "rotary": rotary,

@@ -20,7 +20,7 @@ from megavl.ops.router import RouterLogits
 from megavl.ops.trial import Result, Results
 
 AUTO = "auto"
-# The candidates of this op are made of the implementations of others.
+# The candidates of the first op are built from the implementations of the others.
 _LAYER, _PARTS = "expert_mlp", ("grouped_linear", "swiglu")
 
 

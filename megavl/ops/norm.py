@@ -14,22 +14,20 @@ class _RmsNorm(Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide = x.float()
-        mean = (
-            torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1])
-        )  # of the squares, [T, 1]
-        scale = mean.add_(eps).rsqrt_()  # [T, 1]
+        mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1])  # [T, 1]
+        scale = mean_square.add_(eps).rsqrt_()  # [T, 1]
         ctx.save_for_backward(x, weight, scale)
         return weight * (wide * scale).to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         x, weight, scale = ctx.saved_tensors
-        grad, weight_ = grad.float(), weight.float()
+        grad, wide_weight = grad.float(), weight.float()
         normed = x.float() * scale  # [T, D]
         product = grad * normed  # [T, D]
         for_weight = product.sum(0)  # [D]
-        mean = product.mul_(weight_).sum(-1, keepdim=True).div_(x.shape[-1])  # [T, 1]
-        for_x = torch.mul(grad, weight_, out=product).addcmul_(normed, mean, value=-1.0).mul_(scale)  # [T, D]
+        mean = product.mul_(wide_weight).sum(-1, keepdim=True).div_(x.shape[-1])  # [T, 1]
+        for_x = torch.mul(grad, wide_weight, out=product).addcmul_(normed, mean, value=-1.0).mul_(scale)  # [T, D]
         return for_x.to(x.dtype), for_weight.to(weight.dtype), None
 
 

@@ -1,4 +1,4 @@
-"""Products of tokens with the weight of a router, exact to fp32.
+"""Products of tokens with the weight of a router, with the precision of fp32.
 
 Every implementation has one signature, `RouterLogits`:
     h:      [T, D]
@@ -31,8 +31,8 @@ def wide_mm(left: Tensor, right: Tensor) -> Tensor:
 
 
 class _WideLogits(Function):
-    """A product of two bf16 numbers is exact in fp32, so no operand is copied. An fp32 gradient is the sum of two bf16
-    matrices but for 2^-17 of its values; they multiply side by side."""
+    """Products without fp32 copies of the operands: a product of two bf16 numbers is exact in fp32. The fp32 gradient
+    is, up to a relative error of 2^-17, the sum of two bf16 matrices, which are multiplied side by side."""
 
     @staticmethod
     def forward(ctx, h: Tensor, weight: Tensor, product: WideProduct) -> Tensor:

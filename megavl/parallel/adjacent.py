@@ -2,7 +2,7 @@
 
 DeepSpeed's flat buffers hold the parameters of an optimizer group in the order of their names, so the weights of layers
 that share an input follow each other there. One product with all of them takes the place of one for each; the gradient
-of the input is then summed within the product, in fp32, and not by additions of rounded parts.
+of the input is then summed in fp32 within one product, and rounded once.
 """
 
 from collections.abc import Sequence

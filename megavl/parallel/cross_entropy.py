@@ -14,8 +14,8 @@ from torch.autograd import Function
 
 from megavl.parallel.groups import Axis
 
-# Logits that stand at once: 1,310 rows of a 102,400-word vocabulary in bf16. The gradient of W is rounded once for each
-# chunk of rows, so there are few.
+# Most bytes of logits in memory: 1,310 rows of a 102,400-word vocabulary in bf16. The gradient of W is rounded after
+# each chunk of rows, so chunks are large.
 _CHUNK_BYTES = 2**28
 
 
@@ -41,7 +41,7 @@ def _over_ranks(maximum: Tensor, total: Tensor, label_logit: Tensor, axis: Axis)
 def _loss_of(
     logits: Tensor, labels: Tensor, ignore_index: int, axis: Axis, local: LocalCrossEntropy, gradient: bool
 ) -> Tensor:
-    """Summed loss, float32 []; with `gradient` the logits are overwritten with theirs."""
+    """Summed loss of some rows, float32 []; with `gradient` the logits are overwritten with their gradient."""
     vocab = logits.shape[1]
     supervised = labels != ignore_index
     columns = labels - axis.rank * vocab
@@ -57,8 +57,8 @@ def _loss_of(
 
 
 class _SummedCrossEntropy(Function):
-    """Works on some rows at a time, and computes the gradients in the forward pass: the logits of all rows never stand
-    at once, and none outlives the forward pass."""
+    """Computes the logits of one chunk of rows at a time, and the gradients in the forward pass: memory never holds the
+    logits of all rows, and none after the forward pass."""
 
     @staticmethod
     def forward(
@@ -91,6 +91,8 @@ class _SummedCrossEntropy(Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         gradients = [None if gradient is None else gradient.mul_(grad) for gradient in ctx.gradients]
+        # Autograd copies the gradient of a parameter that something else refers to.
+        del ctx.gradients
         return *gradients, None, None, None, None, None
 
 
@@ -106,15 +108,17 @@ def summed_cross_entropy(
     """Sum over the supervised tokens of -log softmax(x W^T)[label], in nats.
 
     Args:
-        x: [T, d], float or bfloat16; its gradient is that of this rank's columns
+        x: [T, d], float or bfloat16; its gradient is the part that comes from this rank's columns
         weight: [V / tp, d], this rank's rows of W
         labels: int64 [T], ids of the full vocabulary
         ignore_index: label of a position where nothing is supervised
         axis: over which the vocabulary is cut
         local: implementation of what a rank computes from its own columns
-        chunk_bytes: logits that stand at once
+        chunk_bytes: most bytes of logits in memory
 
     Returns:
         float32 [], equal on all ranks of the axis
     """
+    if not torch.is_grad_enabled():
+        x, weight = x.detach(), weight.detach()  # `needs_input_grad` disregards no_grad
     return _SummedCrossEntropy.apply(x, weight, labels, ignore_index, axis, local, chunk_bytes)

@@ -35,8 +35,8 @@ class TensorAxis(Axis):
 
     sequence:      activations between the parallel regions are cut along the tokens
     shares_images: each rank encodes a part of a micro-batch's images
-    call:          (function, *inputs) -> function(*inputs), for the all-gathers of tokens that selective recomputation
-                   does again in the backward pass
+    call:          (function, *inputs) -> function(*inputs), which calls the all-gathers of tokens; selective
+                   recomputation replaces it, to repeat them in the backward pass
     """
 
     sequence: bool = False

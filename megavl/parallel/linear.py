@@ -63,11 +63,11 @@ def column_linears(x: Tensor, layers: Sequence[ColumnLinear]) -> list[Tensor]:
 
 
 def enter_with_rows(x: Tensor, rows: Tensor, tp: TensorAxis) -> Tensor:
-    """Enter a parallel region with some tokens alone.
+    """Enter a parallel region with some of the tokens only.
 
     Args:
         x: [T, d], or [T / tp, d] under sequence parallelism
-        rows: int64 [S], rising, of [T, d]
+        rows: int64 [S], ascending indices of these tokens among all T
 
     Returns:
         [S, d]

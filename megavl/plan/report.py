@@ -38,7 +38,7 @@ def _run(config: RunConfig, world: int) -> str:
         (
             f"{config.model.name} on {world} ranks: {tensor} x pipeline {parallel.pipeline} x data {dp}"
             f"{experts}, ZeRO-{parallel.zero}, {train.precision}, recompute {train.recompute}"
-            + (" and towers" if train.recompute_towers else ""),
+            + (", towers recomputed" if train.recompute_towers else ""),
             counts,
             f"step: {train.global_batch} packs of {seq_len} tokens = {tokens:,} tokens; each rank runs {micro_batches} "
             f"micro-batches of {train.micro_batch * seq_len:,} tokens",

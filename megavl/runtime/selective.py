@@ -1,7 +1,7 @@
-"""Selective recomputation: the backward pass computes again what costs little, and no product.
+"""Selective recomputation: the backward pass recomputes what costs little, and no matrix product.
 
 A product keeps its input for the gradient of its weight. The outputs of norms and of SwiGLU, the rows of routed experts
-and the tokens that sequence parallelism gathers can be computed again from tensors that are kept anyway. So autograd
+and the tokens that sequence parallelism gathers can be recomputed from tensors that autograd keeps anyway, so autograd
 keeps the function and its inputs in place of such an output. Megatron-LM does the same by other means
 (`CheckpointWithoutOutput`, and its linear layers under sequence parallelism).
 """
@@ -24,11 +24,11 @@ from megavl.parallel.groups import TensorAxis
 
 
 class Derived:
-    """A tensor that autograd does not keep, as the function and the inputs that give it.
+    """A tensor that autograd does not keep, represented by the function and the inputs that compute it.
 
     Args:
         function: deterministic; it must return a tensor of the same strides each time
-        inputs: its arguments; a `Derived` stands for its tensor
+        inputs: its arguments, with a `Derived` in place of a tensor that is recomputed itself
     """
 
     def __init__(self, function: Callable[..., Tensor], inputs: list[Any]):
@@ -36,7 +36,7 @@ class Derived:
         self._tensor: Tensor | None = None
 
     def tensor(self) -> Tensor:
-        """Computed by the first call. It lives until autograd has released every node that keeps this object, so that
+        """The first call computes it. It lives until autograd has released every node that keeps this object, so
         several products share one computation."""
         if self._tensor is None:
             with torch.no_grad():
@@ -51,7 +51,7 @@ class Selective:
     """How decoder blocks are called, and the operators and the tensor axis that they get."""
 
     def __init__(self):
-        # Of the block that is running: outputs, which keep their storages from being used again, and what gives them.
+        # Outputs in the running block by their storage. Holding an output keeps its storage, and so its id, from reuse.
         self._outputs: dict[int, tuple[Tensor, Derived]] | None = None
 
     def run_block(self, block: Block, h: Tensor, layout: PackLayout) -> Tensor:
@@ -64,7 +64,7 @@ class Selective:
             self._outputs = None
 
     def ops(self, ops: Ops) -> Ops:
-        """`ops` with outputs that can be computed again."""
+        """`ops` whose outputs can be recomputed."""
         expert_mlp = ops.expert_mlp
         if isinstance(expert_mlp, ComposedExpertMlp):
             expert_mlp = ComposedExpertMlp(expert_mlp.grouped_linear, partial(self.call, expert_mlp.swiglu))
@@ -79,11 +79,11 @@ class Selective:
         )
 
     def tensor_axis(self, tp: TensorAxis) -> TensorAxis:
-        """`tp` whose `call` can be done again."""
+        """`tp` whose all-gathers of tokens can be repeated."""
         return replace(tp, call=self.call)
 
     def call(self, function: Callable[..., Tensor], *inputs: Any) -> Tensor:
-        """function(*inputs), which a product in a block may compute again instead of keeping it."""
+        """function(*inputs). Products in a block recompute it instead of keeping it."""
         output = function(*inputs)
         self._record(output, function, inputs)
         return output
@@ -100,7 +100,7 @@ class Selective:
             self._outputs[_storage(output)] = output, derived
 
     def _kept(self, x: Tensor) -> Tensor | Derived:
-        """What stands for an input: not the tensor itself if that can be computed again."""
+        """What a `Derived` keeps of an input: not the tensor itself if that can be recomputed."""
         recorded = self._outputs.get(_storage(x))
         return x.detach() if recorded is None else _view(x, *recorded)
 
@@ -113,8 +113,9 @@ class Selective:
 def _attend_to_copies(
     attention: PackedAttention, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, lengths: Sequence[int]
 ) -> Tensor:
-    """Attention with a copy of the values if they are columns of a joined product: its queries and keys, which were
-    rotated since, would be kept with them. Narrower values than keys are columns of a product without queries."""
+    """Attention that keeps a copy of values that are columns of a joint product. The columns themselves would keep all
+    of the product, with the queries and keys before their rotation. Values narrower than keys are columns of a product
+    without queries, and need no copy."""
     return attention(q, k, v.contiguous() if v.shape[2] == k.shape[2] else v, cu_seqlens, lengths)
 
 

@@ -111,7 +111,45 @@ class LargestTensor(TorchDispatchMode):
         return out
 
 
-def test_all_logits_never_stand_at_once():
+def operands() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    x, weight = (torch.randn(size, 16, generator=generator).requires_grad_() for size in (T, V))
+    return x, weight
+
+
+class Products(TorchDispatchMode):
+    """Number of matrix products while entered."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten.mm.default
+        return function(*args, **(kwargs or {}))
+
+
+def test_without_gradients_only_the_logits_are_computed():
+    """`needs_input_grad` is set for a parameter also where autograd is off."""
+    x, weight = operands()
+    counts = []
+    for enabled in (True, False):
+        with torch.set_grad_enabled(enabled), Products() as products:
+            summed_cross_entropy(x, weight, case()[1], IGNORE_INDEX, Axis(), REFERENCE_CROSS_ENTROPY)
+        counts.append(products.count)
+    assert counts == [3, 1]
+
+
+def test_the_gradient_of_the_weight_is_not_copied():
+    x, weight = operands()
+    loss = summed_cross_entropy(x, weight, case()[1], IGNORE_INDEX, Axis(), REFERENCE_CROSS_ENTROPY)
+    address = loss.grad_fn.gradients[1].data_ptr()
+    loss.backward()
+    assert weight.grad.data_ptr() == address
+    assert not hasattr(loss.grad_fn, "gradients")  # or it would live as long as the loss
+
+
+def test_memory_never_holds_all_logits():
     for rows, logits in ((T, T * V), (2, 2 * V)):
         with LargestTensor() as largest:
             gradients(torch.float32, rows)

@@ -1,4 +1,4 @@
-"""Parameters end to end in one buffer, as DeepSpeed lays them out, and the names of those that a weight spans."""
+"""Parameters end to end in one buffer, as DeepSpeed lays them out, and the names of the parameters in a weight."""
 
 from collections.abc import Mapping
 
@@ -19,7 +19,7 @@ def lay_flat(module: nn.Module) -> dict[int, str]:
 
 
 def name_of(weight: Tensor, names: Mapping[int, str]) -> str:
-    """Of one parameter, or of several that are multiplied as one: "attn.q_proj + k_proj"."""
+    """Name of a parameter, or of several that are multiplied as one: "attn.q_proj + k_proj"."""
     begin = weight.storage_offset()
     first, *others = (name for offset, name in names.items() if begin <= offset < begin + weight.numel())
     return " + ".join((first, *(name.rpartition(".")[2] for name in others)))

@@ -17,6 +17,7 @@ from unittest import mock
 
 import torch
 from benchmarks.attribution import REST, Attribution, Products
+from benchmarks.blocks import kinds_of_blocks
 from benchmarks.bound import Work, backward_bound, forward_bound, residual_bound
 from benchmarks.flat import lay_flat, name_of
 from benchmarks.gpus import GPUS, Gpu, gpu_ops
@@ -71,15 +72,9 @@ def gpu_row(gpu: Gpu, args: argparse.Namespace) -> dict[str, Any]:
         "blocks": [
             block_row(PRESETS[preset], layer, args.tokens, args.documents, gpu, ops)
             for preset in args.presets
-            for layer in kinds_of_blocks(PRESETS[preset].decoder)
+            for layer in kinds_of_blocks(PRESETS[preset].decoder).values()
         ],
     }
-
-
-def kinds_of_blocks(decoder: DecoderConfig) -> list[int]:
-    """The index of the first block with a dense feed-forward layer and of the first with experts."""
-    first = {decoder.has_experts(layer): layer for layer in reversed(range(decoder.layers))}
-    return sorted(first.values())
 
 
 @dataclass(eq=False)

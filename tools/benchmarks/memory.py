@@ -1,8 +1,8 @@
 """Bytes that autograd keeps of one block from its forward to its backward pass, under each kind of recomputation.
 
 The tensors are fake: shapes and dtypes without memory, so every preset runs at full width, with the operators of a GPU.
-The output of a block is the input of the next one, and so counts here; its input does not. What recomputation costs is
-timed on real tensors in fp32, with the operators of this machine and a quarter of every width.
+The output of a block is the input of the next one, so it counts here and the input does not. The cost of recomputation
+is timed on real tensors in fp32, with the operators of this machine and a quarter of every width.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from benchmarks.blocks import kinds_of_blocks
 from benchmarks.clock import clock_of
 from benchmarks.flat import lay_flat
 from benchmarks.gpus import GPUS, gpu_ops
@@ -90,7 +91,7 @@ def _storage(x: Tensor) -> int:
 
 
 def kept_bytes(forward: Callable[[Tensor], Tensor], *shape: int) -> int:
-    """What is kept after forward(x), whose output must be in use; x: bf16 of `shape`, requiring a gradient."""
+    """Bytes that are in use after forward(x), its output included; x: bf16 of `shape`, requiring a gradient."""
     x = torch.empty(shape, requires_grad=True)
     with Storages() as storages:
         out = forward(x.view_as(x))
@@ -146,15 +147,10 @@ def block_forward(
     return lambda h: run_block(block, h, layout)
 
 
-def kinds_of_blocks(decoder: DecoderConfig) -> dict[str, int]:
-    """The index of the first block of each kind."""
-    return {"experts" if decoder.has_experts(layer) else "dense": layer for layer in reversed(range(decoder.layers))}
-
-
 def kept_rows(model: ModelConfig, tokens: int, tensor: int) -> Iterator[dict[str, Any]]:
     """Bytes of a decoder block of each kind on one of `tensor` ranks, in JSON types."""
     decoder = model.decoder
-    for kind, layer in sorted(kinds_of_blocks(decoder).items()):
+    for kind, layer in kinds_of_blocks(decoder).items():
         row = {"model": model.name, "kind": kind, "tensor": tensor, "bytes": {}}
         for mode in MODES:
             with _tensor_axis(tensor) as tp, _fake_gpu() as ops:
@@ -195,7 +191,7 @@ def cost_rows(model: ModelConfig, tokens: int, rounds: int) -> Iterator[dict[str
         forward(h).backward(h.detach())
         return (read() - before).cpu_s
 
-    for kind, layer in sorted(kinds_of_blocks(decoder).items()):
+    for kind, layer in kinds_of_blocks(decoder).items():
         h = torch.randn(tokens, decoder.width, requires_grad=True)
         works = {}
         for mode in MODES:

@@ -1,4 +1,4 @@
-"""Bytes of a run's state for each parameter, and the most while the optimizer steps, without activations.
+"""Bytes of a run's state for each parameter, and their peak in the optimizer's step, without activations.
 
 The state is what a rank holds between two steps: weights, gradients, masters and moments. All tensors that exist are
 counted, whoever made them.
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 class Allocations(TorchDispatchMode):
-    """Follows the storages that operations make while it is entered.
+    """While entered, follows the storages that operations allocate.
 
     bytes: of those that are in use
     peak:  the most that were
@@ -80,7 +80,7 @@ class Allocations(TorchDispatchMode):
 
 
 def tensor_bytes() -> int:
-    """Of the storages of all tensors of this process, gradients included."""
+    """Bytes of the storages of all tensors of this process, gradients included."""
     gc.collect()
     tensors = [each for each in gc.get_objects() if isinstance(each, Tensor) and each.layout == torch.strided]
     tensors += [each.grad for each in tensors if each.is_leaf and each.grad is not None]
@@ -88,7 +88,7 @@ def tensor_bytes() -> int:
 
 
 def measure(config: RunConfig, env: Env) -> dict[str, Any]:
-    """State after a step and the passes of another one, and the most while that one updates, in JSON types."""
+    """State after one step and the passes of a second one, and the peak in the update of the second, in JSON types."""
     mesh = mesh_of(config, env.world, env.device)
     batch = made_up_step(config, mesh, "text", 0, grid_of(config, None), documents=1)
     before = tensor_bytes()
@@ -112,7 +112,7 @@ def page(found: dict[str, Any]) -> Iterator[str]:
     """The result in Markdown."""
     yield heading(found)
     yield ""
-    yield "| model | ranks | ZeRO | precision | parameters of a rank | state, bytes a parameter | most in an update |"
+    yield "| model | ranks | ZeRO | precision | parameters of a rank | state, bytes a parameter | peak in an update |"
     yield "|---|---|---|---|---|---|---|"
     each, most = (found[name] / found["parameters"] for name in ("state_bytes", "peak_bytes"))
     yield (

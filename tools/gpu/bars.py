@@ -29,7 +29,7 @@ def on_hopper(device: torch.device) -> bool:
 
 
 def judge(bars: Sequence[Bar], values: Mapping[str, Any]) -> tuple[str, list[str]]:
-    """What is said of the values, and those that are below their bars. A value that is missing is not judged."""
+    """Words on each bar for the line of a finding, and a failure for each missed bar. Missing values are not judged."""
     known = [bar for bar in bars if values.get(bar.value) is not None]
     said = [f"; bar {_shown(bar, bar.least)}: {'met' if not _missed(bar, values) else 'missed'}" for bar in known]
     return "".join(said), list(_failures(known, values))

@@ -28,7 +28,7 @@ _MOST_BLOCKS = {"vl_7b": 6, "vl2_small": 4, "vl_1b": 24, "vl2_tiny": 12}
 _MFU, _SPEED = "{:.1%} MFU", "{:,.0f} tokens/s"
 # Of text steps with several documents in each pack.
 _BARS = {"vl_7b": (Bar("mfu", 0.55, _MFU),), "vl2_small": (Bar("tokens_per_s", 75_000, _SPEED),)}
-# Lowest MFU of a multimodal step of VL-7B, of that of its text step; slices whose host must keep ahead of the device.
+# Lowest MFU of a multimodal step of VL-7B over the MFU of its text step; slices that the host must not slow down.
 _LEAST_SHARE, _DEVICE_BOUND = 0.8, ("vl2_small",)
 _WARMUP, _STEPS = 2, 3
 # Products in the report's table; the JSON has the failures of all products.

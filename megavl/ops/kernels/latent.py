@@ -1,7 +1,7 @@
-"""Rotary positions of latent attention in Triton: queries and keys put together in one launch, forward and backward.
+"""Rotary positions of latent attention in Triton: one launch assembles queries and keys, one their gradients.
 
-A program has one token. Values are a view of `kv`, whose gradient the backward pass writes once, for keys and values
-together. The backward pass keeps nothing but the tables.
+Each program handles one token. Values are a view of `kv`, whose gradient the backward pass writes once, for keys and
+values together. Only the tables are kept for the backward pass.
 """
 
 import torch

@@ -124,7 +124,7 @@ def warps(block: int) -> int:
 
 
 def multiprocessors(device: torch.device) -> int:
-    """Of a CUDA device; a CPU, which interprets the kernels, counts as one."""
+    """Number of multiprocessors of a CUDA device; 1 for a CPU, which interprets the kernels."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 

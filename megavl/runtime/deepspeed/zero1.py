@@ -56,7 +56,7 @@ class Zero1:
         self._groups = [_group(optimizer, index, mesh) for index in range(len(optimizer.bf16_groups))]
         for group in self._groups:
             group.masters_part.grad = group.gradients_part
-        # (group, parameter) by index: those that have a gradient in this step. The buffers of the others are stale.
+        # Indices (group, parameter) of the gradients of this step. All other buffers hold values of earlier steps.
         self._written: set[tuple[int, int]] = set()
         optimizer._update_hp_grad = self.accumulate
         optimizer.reduce_gradients = self.reduce
@@ -65,8 +65,8 @@ class Zero1:
 
     @torch.no_grad()
     def accumulate(self, parameter: nn.Parameter, group: int, index: int, clear_lp_grads: bool) -> None:
-        """Add the gradient of a parameter to its fp32 buffer, which the first one of a step overwrites. One kernel: no
-        fp32 copy of the gradient is made, and the buffer is not cleared before."""
+        """Add the gradient of a parameter to its fp32 buffer; the first gradient of a step overwrites the buffer.
+        Either is one kernel, without an fp32 copy of the gradient."""
         if parameter.grad is None:
             return
         total = self._optimizer.fp32_groups_gradients[group][index]
@@ -79,8 +79,8 @@ class Zero1:
 
     @torch.no_grad()
     def reduce(self, pipeline_parallel: bool) -> None:
-        """Sum the gradients over the data axis; each rank receives its own part alone. `step` divides them. What has no
-        gradient in this step, such as the towers in a text step, gets zeros."""
+        """Sum the gradients over the data axis; each rank receives its own part alone. `step` divides them. Parameters
+        without a gradient in this step, such as those of the towers in a text step, get zeros."""
         gradients = self._optimizer.fp32_groups_gradients
         indices = ((group, index) for group, each in enumerate(gradients) for index in range(len(each)))
         if missing := [gradients[group][index] for group, index in indices if (group, index) not in self._written]:

@@ -21,10 +21,10 @@ def test_kept_bytes_are_those_of_a_block(tmp_path):
     whole, on_two = (row["bytes"] for row in found["kept"])
     unit, hidden = 2 * tokens * width, 2 * tokens * PRESETS["vl_1b"].decoder.mlp_width
     assert whole["block"] == unit and on_two["block"] == unit / 2
-    # Two normalised inputs, rotated q and k, the joined product of q, k, v, the attended values, both sums of the
+    # Two normalised inputs, rotated q and k, the joint product of q, k, v, the attended values, both sums of the
     # residual stream; gate, up, SwiGLU. The rest are statistics of norms and attention.
     assert 10 * unit + 3 * hidden < whole["off"] < 1.01 * (10 * unit + 3 * hidden)
-    # Of the joined product a copy of v is left. Gathered inputs are whole on each rank.
+    # Of the joint product a copy of v is left. Gathered inputs are whole on each rank.
     assert whole["off"] - whole["selective"] == 2 * unit + 2 * unit + hidden
     assert on_two["off"] - on_two["selective"] == 2 * unit + (2 * unit + hidden) / 2
     assert f"| vl_1b, dense | 1 | {whole['off'] / 1e6:,.0f} |" in page
