@@ -106,8 +106,11 @@ class Selective:
 
     def _pack(self, x: Tensor) -> Tensor | Derived:
         recorded = self._outputs.get(_storage(x))
-        # A parameter must be kept as itself: ZeRO-3 exchanges its data.
-        return x if recorded is None else _view(x, *recorded)
+        if recorded is not None:
+            return _view(x, *recorded)
+        # A parameter must be kept as itself: ZeRO-3 exchanges its data. A node that keeps its own output as itself is a
+        # reference cycle, which is freed by a backward pass only.
+        return x if x.is_leaf else x.detach()
 
 
 def _attend_to_copies(

@@ -114,6 +114,22 @@ def test_without_a_gradient_nothing_is_recorded():
     assert alive == [False, True]
 
 
+@pytest.mark.parametrize("used", [True, False], ids=["used", "unused"])
+def test_a_graph_without_a_backward_pass_is_freed(used):
+    """The node of an exponential keeps its own output."""
+    references = []
+
+    def block(h: Tensor, _layout: None) -> Tensor:
+        exponential = h.exp()
+        references.append(StorageWeakRef(exponential.untyped_storage()))
+        return exponential * 2 if used else h * 2
+
+    out = Selective().run_block(block, torch.ones(3, requires_grad=True), None)
+    assert references[0].expired() != used
+    del out
+    assert references[0].expired()
+
+
 class Product(Function):
     """Keeps both operands, as the grouped products do."""
 
