@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from megavl.ops.dispatch import Ops
 
-# Whatever no operator encloses: residual additions, sums of gradients, sorting of rows.
+# What no operator encloses: residual additions, sums and concatenations of gradients.
 REST = "rest"
 
 
