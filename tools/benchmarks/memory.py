@@ -22,12 +22,10 @@ from benchmarks.flat import lay_flat
 from benchmarks.gpus import GPUS, gpu_ops
 from benchmarks.paired import Ratio, paired_ratio, take_turns
 from benchmarks.record import circumstances, heading, write_json
+from benchmarks.storages import Storages
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from megavl.config.model import DecoderConfig, ModelConfig
 from megavl.config.presets import PRESETS
@@ -63,38 +61,12 @@ def run(args: argparse.Namespace) -> None:
         write_json(args.json, found)
 
 
-class Storages(TorchDispatchMode):
-    """The storages that operators allocate while it is entered."""
-
-    def __init__(self):
-        super().__init__()
-        self._sizes: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def __torch_dispatch__(self, operation: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        out = operation(*args, **(kwargs or {}))
-        given = {_storage(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
-        for x in tree_leaves(out):
-            # A view, or what an operator writes in place, is of a storage that was there before.
-            if isinstance(x, Tensor) and _storage(x) not in given:
-                self._sizes[_storage(x)] = StorageWeakRef(x.untyped_storage()), x.untyped_storage().nbytes()
-        return out
-
-    @property
-    def bytes(self) -> int:
-        """Of those that are still in use."""
-        gc.collect()
-        return sum(size for reference, size in self._sizes.values() if not reference.expired())
-
-
-def _storage(x: Tensor) -> int:
-    return StorageWeakRef(x.untyped_storage()).cdata
-
-
 def kept_bytes(forward: Callable[[Tensor], Tensor], *shape: int) -> int:
     """Bytes that are in use after forward(x), its output included; x: bf16 of `shape`, requiring a gradient."""
     x = torch.empty(shape, requires_grad=True)
     with Storages() as storages:
         out = forward(x.view_as(x))
+    gc.collect()
     kept = storages.bytes
     del out
     return kept

@@ -7,17 +7,15 @@ counted, whoever made them.
 import argparse
 import gc
 import sys
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
 import torch
 from benchmarks.packs import grid_of, made_up_step
 from benchmarks.record import circumstances, heading, write_json
+from benchmarks.storages import Storages
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from megavl.config.error import ConfigError
 from megavl.config.load import load_run
@@ -44,41 +42,6 @@ def run(args: argparse.Namespace) -> None:
             write_json(args.json, found)
 
 
-class Allocations(TorchDispatchMode):
-    """While entered, follows the storages that operations allocate.
-
-    bytes: of those that are in use
-    peak:  the most that were
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = self.peak = 0
-        self._used: dict[int, weakref.ref] = {}
-
-    def __torch_dispatch__(self, operation: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        given = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-        out = operation(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            # A view, or what an operation writes in place, is of a storage that was there before.
-            if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in given:
-                self._follow(leaf.untyped_storage())
-        return out
-
-    def _follow(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._used:
-            return
-
-        def freed(_: weakref.ref) -> None:
-            del self._used[key]
-            self.bytes -= size
-
-        self._used[key] = weakref.ref(storage, freed)
-        self.bytes += size
-        self.peak = max(self.peak, self.bytes)
-
-
 def tensor_bytes() -> int:
     """Bytes of the storages of all tensors of this process, gradients included."""
     gc.collect()
@@ -96,7 +59,7 @@ def measure(config: RunConfig, env: Env) -> dict[str, Any]:
     replica.step(batch, config.optim.lr)
     replica.pipeline.train(batch)
     state_bytes = tensor_bytes() - before
-    with Allocations() as allocations:
+    with Storages() as storages:
         replica.engine.step()
     return {
         "model": config.model.name,
@@ -104,7 +67,7 @@ def measure(config: RunConfig, env: Env) -> dict[str, Any]:
         "zero": config.parallel.zero,
         "parameters": sum(parameter.numel() for parameter in replica.stages.parameters()),
         "state_bytes": state_bytes,
-        "peak_bytes": state_bytes + allocations.peak,
+        "peak_bytes": state_bytes + storages.peak,
     }
 
 
