@@ -151,6 +151,24 @@ def _zero(config: RunConfig) -> list[str]:
     return []
 
 
+def _compile(config: RunConfig) -> list[str]:
+    if not config.train.compile:
+        return []
+    problems = []
+    if config.train.recompute == "selective":
+        problems.append(
+            "train.compile = true with train.recompute = selective: a compiled block itself chooses which tensors it "
+            "keeps, and selective recomputation would find none to replace; set train.recompute to off or block, or "
+            "train.compile=false"
+        )
+    if config.parallel.zero == 3:
+        problems.append(
+            "train.compile = true with parallel.zero = 3: ZeRO-3 fetches and frees parameters in hooks of every layer, "
+            "which would cut each block into many graphs; use parallel.zero=2 or lower, or train.compile=false"
+        )
+    return problems
+
+
 def _vision(config: RunConfig) -> list[str]:
     parallel = config.parallel
     if parallel.vision == "replicated" or parallel.zero < 3 or parallel.tensor == 1:
@@ -228,6 +246,7 @@ _RUN_RULES = (
     _stages,
     _schedule,
     _zero,
+    _compile,
     _vision,
     _positions,
     _sampler,

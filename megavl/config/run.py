@@ -190,6 +190,7 @@ class TrainConfig(Section):
     recompute_towers: bool = Field(
         False, description="whether the backward pass recomputes the blocks of SigLIP and SAM"
     )
+    compile: bool = Field(False, description="whether torch compiles the blocks of the decoder")
     timeout_s: PositiveFloat = Field(
         600.0, le=_MONTH_S, description="seconds that a collective of the training may take before the run aborts"
     )

@@ -22,6 +22,8 @@ from megavl.ops.trial import Result, Results
 AUTO = "auto"
 # The candidates of the first op are built from the implementations of the others.
 _LAYER, _PARTS = "expert_mlp", ("grouped_linear", "swiglu")
+# Ops whose reference Inductor fuses with what is next to them.
+_FUSIBLE = ("rms_norm", "swiglu", "rotary")
 
 
 class OpsError(ValueError):
@@ -73,6 +75,7 @@ def choose(
     device: torch.device,
     wanted: Iterable[tuple[str, str]] = (),
     trial: Callable[[Mapping[str, Mapping[str, Any]], Sequence[str]], Results] | None = None,
+    compiles: bool = False,
 ) -> Ops:
     """The implementation of each op.
 
@@ -82,6 +85,7 @@ def choose(
             first candidate that serves the device, or the fastest one of the trial
         trial: tries the candidates of the ops that are "auto", as `Trial` does; None tries nothing. It is called twice,
             because the layer of the experts is tried with the grouped products and the activation that were chosen
+        compiles: the blocks are compiled: what can be fused with its neighbours is "torch" where it is "auto"
 
     Raises:
         OpsError: a candidate that is wanted does not serve the device
@@ -89,13 +93,17 @@ def choose(
     """
     available = {op: _available(op, device) for op in CANDIDATES}
     forced = {op: name for op, name in wanted if name != AUTO}
+    why_forced = {op: f"forced by ops.{op}" for op in forced}
+    if compiles:
+        forced = dict.fromkeys(_FUSIBLE, REFERENCE) | forced
+        why_forced = dict.fromkeys(_FUSIBLE, "compiled with its neighbours") | why_forced
     _refuse_unavailable(forced, available)
 
     def choose_each(ops: Mapping[str, _Available], parts: Sequence[str] = ()) -> dict[str, tuple[str, str]]:
         free = {op: each.implementations for op, each in ops.items() if op not in forced}
         results = {} if trial is None else trial(free, parts)
         return {
-            op: (forced[op], f"forced by ops.{op}") if op in forced else _choice(op, each, results.get(op, ()))
+            op: (forced[op], why_forced[op]) if op in forced else _choice(op, each, results.get(op, ()))
             for op, each in ops.items()
         }
 

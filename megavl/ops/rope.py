@@ -94,10 +94,13 @@ class _Rotation(Function):
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor, channels: Callable[[Tensor], Sequence[Tensor]]) -> Tensor:
     """[T, H, d] in the dtype of x."""
     wide = x.float()
-    out = torch.empty_like(wide, memory_format=torch.contiguous_format)
+    both = cos.new_empty(len(cos), 1, x.shape[2])  # [T, 1, d], the cosine of each channel
+    for place in channels(both):
+        place.copy_(cos)
+    out = wide * both
     first, second = channels(wide)  # [T, H, d / 2] each
-    for place, own, other, sign in zip(channels(out), (first, second), (second, first), (-1.0, 1.0), strict=True):
-        torch.mul(own, cos, out=place).addcmul_(other, sin, value=sign)
+    for place, other, sign in zip(channels(out), (second, first), (-1.0, 1.0), strict=True):
+        place.addcmul_(other, sin, value=sign)
     return out.to(x.dtype)
 
 

@@ -43,7 +43,7 @@ class ColumnLinear(nn.Module):
 def column_linears(x: Tensor, layers: Sequence[ColumnLinear]) -> list[Tensor]:
     """Products of one input with several column-parallel weights. They enter the parallel region together: one
     all-gather under sequence parallelism, else none, and one collective for the gradient of the input. Weights that lie
-    end to end in memory are multiplied as one, forward and backward.
+    end to end in memory are multiplied as one, forward and backward, except in a compiled graph.
 
     The layers are not called, so their hooks do not run. Under ZeRO-3 DeepSpeed gathers a weight when it is first read,
     and from then on together with the calling module's own; that first read must be inside the engine's forward.
@@ -57,7 +57,8 @@ def column_linears(x: Tensor, layers: Sequence[ColumnLinear]) -> list[Tensor]:
     """
     x = enter_parallel(x, layers[0].tp)  # [T, d_in]
     weights = [layer.weight for layer in layers]
-    if len(weights) > 1 and are_adjacent(weights, dim=0):
+    # A compiled graph serves every block of its kind, wherever its weights lie.
+    if len(weights) > 1 and not torch.compiler.is_compiling() and are_adjacent(weights, dim=0):
         return [*split_columns(F.linear(x, join_rows(weights)), [len(weight) for weight in weights])]
     return [F.linear(x, weight) for weight in weights]
 

@@ -18,7 +18,7 @@ def choose_ops(config: RunConfig, mesh: Mesh, env: Env) -> Ops:
         RunError: an implementation that is asked for does not serve the device of some rank.
     """
     # Before the trial, which is collective.
-    ops = on_every_rank(lambda: choose(env.device, config.ops), mesh.control)
+    ops = on_every_rank(lambda: choose(env.device, config.ops, compiles=config.train.compile), mesh.control)
     if env.device.type != "cuda":
         return ops
 
@@ -33,7 +33,7 @@ def choose_ops(config: RunConfig, mesh: Mesh, env: Env) -> Ops:
         measures=env.local_rank == 0,
         share=share,
     )
-    return choose(env.device, config.ops, trial)
+    return choose(env.device, config.ops, trial, config.train.compile)
 
 
 def agreed(of_nodes: list[Results]) -> Results:

@@ -16,6 +16,7 @@ from megavl.ops.dispatch import Ops
 from megavl.ops.zero_gradient import with_zero_gradients
 from megavl.parallel.groups import Mesh, TensorAxis
 from megavl.plan.schedule import stages_of
+from megavl.runtime.compiled import check_compiler, compilable, compile_blocks, hiding_documents
 from megavl.runtime.deepspeed.alignment import UNIT_ELEMENTS
 from megavl.runtime.optim import freeze, groups_of
 from megavl.runtime.recompute import recomputing
@@ -69,6 +70,9 @@ def build_stages(
     auxiliary_scale = config.balance.auxiliary_weight * mesh.dp.size / config.train.global_batch
     run_tower_block = recomputing(ops.products) if config.train.recompute_towers else call_block
     run_block, ops, tp = _recompute(config.train.recompute, ops, mesh.tp)
+    if config.train.compile:
+        check_compiler(device)
+        run_block, ops = hiding_documents(run_block), compilable(ops)
     for index in stages_of(mesh.pp.rank, config.parallel):
         with device:
             vlm = VLM(
@@ -82,6 +86,8 @@ def build_stages(
                 run_block=run_block,
                 run_tower_block=run_tower_block,
             )
+        if config.train.compile:
+            compile_blocks(vlm.blocks.values())
         initialise(vlm, config.model, config.train.seed)
         freeze(vlm.named_parameters(), config.optim)
         with device:
