@@ -78,6 +78,11 @@ class Case:
         )
 
 
+COMPILED = [
+    Case(1, "vl", {"zero": 0}, {"micro_batch": 3, "compile": True, "recompute": "block"}),
+    Case(2, "vl", {"tensor": 2, "sequence": True}, {"micro_batch": 2, "compile": True}),
+    Case(2, "base", {"pipeline": 2}, {"micro_batch": 6, "compile": True}),
+]
 TABLE = [
     Case(1, "vl", {"zero": 0}, {"recompute": "selective", "recompute_towers": True}),
     Case(1, "vl", {"zero": 1}, {"micro_batch": 3}),
@@ -267,7 +272,7 @@ def check_loads(trained, case: Case) -> None:
         assert torch.equal(ours.bias, theirs.bias) if case.model == "base" else ours.bias is None
 
 
-@pytest.mark.parametrize("case", TABLE + UNDER_RULES, ids=str)
+@pytest.mark.parametrize("case", TABLE + UNDER_RULES + COMPILED, ids=str)
 def test_fp32_equals_one_process(trained, record_property, case):
     loss, norm, weights = compare(trained, case, record_property)
     assert loss < 1e-6  # measured 2.1e-7
