@@ -85,7 +85,8 @@ def choose(
             first candidate that serves the device, or the fastest one of the trial
         trial: tries the candidates of the ops that are "auto", as `Trial` does; None tries nothing. It is called twice,
             because the layer of the experts is tried with the grouped products and the activation that were chosen
-        compiles: the blocks are compiled: what can be fused with its neighbours is "torch" where it is "auto"
+        compiles: the blocks are compiled: norms, rotation and activation outside of the routed experts are then
+            "torch" where they are "auto"
 
     Raises:
         OpsError: a candidate that is wanted does not serve the device
@@ -93,17 +94,13 @@ def choose(
     """
     available = {op: _available(op, device) for op in CANDIDATES}
     forced = {op: name for op, name in wanted if name != AUTO}
-    why_forced = {op: f"forced by ops.{op}" for op in forced}
-    if compiles:
-        forced = dict.fromkeys(_FUSIBLE, REFERENCE) | forced
-        why_forced = dict.fromkeys(_FUSIBLE, "compiled with its neighbours") | why_forced
     _refuse_unavailable(forced, available)
 
     def choose_each(ops: Mapping[str, _Available], parts: Sequence[str] = ()) -> dict[str, tuple[str, str]]:
         free = {op: each.implementations for op, each in ops.items() if op not in forced}
         results = {} if trial is None else trial(free, parts)
         return {
-            op: (forced[op], why_forced[op]) if op in forced else _choice(op, each, results.get(op, ()))
+            op: (forced[op], f"forced by ops.{op}") if op in forced else _choice(op, each, results.get(op, ()))
             for op, each in ops.items()
         }
 
@@ -113,6 +110,10 @@ def choose(
     parts = [chosen[part] for part in _PARTS]
     layers = {name: make(*parts) for name, make in makers.implementations.items()}
     choices |= choose_each({_LAYER: _Available(layers, makers.reasons)}, [choices[part][0] for part in _PARTS])
+    if compiles:  # after the layer of the experts, which is not compiled
+        fused = [op for op in _FUSIBLE if op not in forced]
+        choices |= {op: (REFERENCE, "compiled with its neighbours") for op in fused}
+        chosen |= {op: available[op].implementations[REFERENCE] for op in fused}
     product_context, products_line = products(device)
     return Ops(
         attention=chosen["attention"],

@@ -86,6 +86,23 @@ class TestStages:
         assert "6 items (stem, 4 blocks, head), fewer than the 8 stages" in problem
 
 
+class TestCompile:
+    @pytest.mark.parametrize(
+        ("changes", "words"),
+        [
+            ({"train": {"compile": True, "recompute": "selective"}}, "train.recompute = selective: a compiled block"),
+            ({"train": {"compile": True}, "parallel": {"zero": 3}}, "parallel.zero = 3: ZeRO-3 fetches and frees"),
+        ],
+    )
+    def test_what_it_cannot_be_with(self, changes, words):
+        problem = only_problem(1, **changes)
+        assert problem.startswith("train.compile = true with ") and words in problem
+        assert problem.endswith("or train.compile=false")
+
+    def test_what_it_can_be_with(self):
+        check(make_run(train={"compile": True, "recompute": "block"}, parallel={"zero": 2}), 1)
+
+
 class TestZero:
     def test_shared_images_under_partitioned_weights(self):
         shared = {"tensor": 2, "vision": "sharded", "zero": 3}

@@ -222,6 +222,15 @@ def test_a_candidate_can_be_forced(triton_gpu):
     assert "rms_norm: torch (forced by ops.rms_norm)" in ops.lines
 
 
+def test_compiled_blocks_get_what_can_be_fused(triton_gpu):
+    """But not the routed experts, which are not compiled, and not in place of what is forced."""
+    plain, ops = choose(CUDA), choose(CUDA, [("rotary", "triton")], compiles=True)
+    assert ops.rms_norm is rms_norm is not plain.rms_norm and ops.swiglu is swiglu is not plain.swiglu
+    assert "swiglu: torch (compiled with its neighbours)" in ops.lines
+    assert ops.rotate_halves is plain.rotate_halves
+    assert ops.expert_mlp is plain.expert_mlp
+
+
 def test_what_is_forced_must_be_available(triton_gpu):
     with pytest.raises(OpsError) as refused:
         choose(CUDA, OpsConfig(rms_norm="apex", attention="flash_attn"))

@@ -1,6 +1,7 @@
 """Compiled decoder blocks: number of graphs, no second compilation, the gradients of blocks that are not compiled."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch._inductor.utils import fresh_cache
 
 from megavl.model.block import Block
 from megavl.model.run_block import call_block
+from megavl.ops.products import Float32Products
 from megavl.parallel.groups import ExpertAxis
 from megavl.runtime.compiled import CompilerError, check_compiler, compilable, compile_blocks, hiding_documents
 from megavl.runtime.recompute import recomputing
@@ -41,7 +43,8 @@ def two_blocks(config, layer: int, ops) -> nn.ModuleList:
 def gradients(blocks: nn.ModuleList, config, lengths: tuple[int, ...], run_block) -> list[Tensor]:
     """Output and gradients of two blocks of one kind."""
     blocks.zero_grad()
-    h = torch.randn(sum(lengths), config.decoder.width, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    h = torch.randn(sum(lengths), config.decoder.width, generator=torch.Generator().manual_seed(0))
+    h = h.to(next(blocks.parameters()).dtype).requires_grad_()
     layout, x = tiny.layout(config.decoder, lengths), h
     for block in blocks:
         x = run_block(block, x, layout)
@@ -84,6 +87,36 @@ def test_documents_that_are_not_hidden_compile_again():
     gradients(blocks, config, BATCHES[0], call_block)
     with dynamo.patch(error_on_recompile=True), pytest.raises(torch._dynamo.exc.RecompileError, match="lengths"):
         gradients(blocks, config, BATCHES[1], call_block)
+
+
+def test_kernels_run_between_graphs():
+    """An operator that Dynamo cannot trace, as those of Triton, which read addresses."""
+
+    def kernel(gate: Tensor, up: Tensor) -> Tensor:
+        assert gate.data_ptr() and up.data_ptr()
+        return tiny.OPS.swiglu(gate, up)
+
+    config, layer, graphs = KINDS["dense"]
+    blocks = two_blocks(config, layer, compilable(replace(tiny.OPS, swiglu=kernel)))
+    compile_blocks(blocks, "aot_eager")
+    found = gradients(blocks, config, BATCHES[0], hiding_documents(call_block))
+    assert counters["stats"]["unique_graphs"] > graphs
+    assert list(counters["graph_break"]) and all("disable" in reason for reason in counters["graph_break"])
+    expected = gradients(two_blocks(config, layer, tiny.OPS), config, BATCHES[0], call_block)
+    assert worst(found, expected) < 1e-5
+
+
+def test_bf16_products_through_fp32():
+    """The context of a CPU without bf16 units, which replaces torch's products."""
+    config, layer, _ = KINDS["dense"]
+    plain, fast = two_blocks(config, layer, tiny.OPS).bfloat16(), compiled(config, layer, "aot_eager").bfloat16()
+    run_block = hiding_documents(call_block)
+    with Float32Products():
+        gradients(fast, config, BATCHES[0], run_block)
+        with dynamo.patch(error_on_recompile=True):
+            found = gradients(fast, config, BATCHES[1], run_block)
+        expected = gradients(plain, config, BATCHES[1], call_block)
+    assert worst(found, expected) == 0.0
 
 
 def test_inductor_and_recomputation():
