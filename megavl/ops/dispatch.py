@@ -112,7 +112,7 @@ def choose(
     choices |= choose_each({_LAYER: _Available(layers, makers.reasons)}, [choices[part][0] for part in _PARTS])
     if compiles:  # after the layer of the experts, which is not compiled
         fused = [op for op in _FUSIBLE if op not in forced]
-        choices |= {op: (REFERENCE, "compiled with its neighbours") for op in fused}
+        choices |= dict.fromkeys(fused, (REFERENCE, "compiled with its neighbours"))
         chosen |= {op: available[op].implementations[REFERENCE] for op in fused}
     product_context, products_line = products(device)
     return Ops(

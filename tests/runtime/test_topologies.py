@@ -78,10 +78,13 @@ class Case:
         )
 
 
+# Each rank compiles, which takes 20 to 40 s of CPU time.
 COMPILED = [
     Case(1, "vl", {"zero": 0}, {"micro_batch": 3, "compile": True, "recompute": "block"}),
-    Case(2, "vl", {"tensor": 2, "sequence": True}, {"micro_batch": 2, "compile": True}),
-    Case(2, "base", {"pipeline": 2}, {"micro_batch": 6, "compile": True}),
+    pytest.param(
+        Case(2, "vl", {"tensor": 2, "sequence": True}, {"micro_batch": 2, "compile": True}), marks=pytest.mark.long
+    ),
+    pytest.param(Case(2, "base", {"pipeline": 2}, {"micro_batch": 6, "compile": True}), marks=pytest.mark.long),
 ]
 TABLE = [
     Case(1, "vl", {"zero": 0}, {"recompute": "selective", "recompute_towers": True}),
