@@ -163,8 +163,9 @@ def _compile(config: RunConfig) -> list[str]:
         )
     if config.parallel.zero == 3:
         problems.append(
-            "train.compile = true with parallel.zero = 3: ZeRO-3 fetches and frees parameters in hooks of every layer, "
-            "which would cut each block into many graphs; use parallel.zero=2 or lower, or train.compile=false"
+            "train.compile = true with parallel.zero = 3: ZeRO-3 fetches a parameter when its own layer runs, so a "
+            "block would be traced with weights that have no elements; use parallel.zero=2 or lower, or "
+            "train.compile=false"
         )
     return problems
 

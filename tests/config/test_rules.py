@@ -91,7 +91,7 @@ class TestCompile:
         ("changes", "words"),
         [
             ({"train": {"compile": True, "recompute": "selective"}}, "train.recompute = selective: a compiled block"),
-            ({"train": {"compile": True}, "parallel": {"zero": 3}}, "parallel.zero = 3: ZeRO-3 fetches and frees"),
+            ({"train": {"compile": True}, "parallel": {"zero": 3}}, "parallel.zero = 3: ZeRO-3 fetches a parameter"),
         ],
     )
     def test_what_it_cannot_be_with(self, changes, words):
