@@ -39,6 +39,7 @@ results are tables in Markdown, for docs/benchmarks/; `--json FILE` writes those
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 SUBJECTS = ("text", "images", "loader", "packed")
@@ -49,21 +50,53 @@ GPUS = ("hopper", "ampere")
 EXPERTS = ("vl2_tiny", "vl2_small", "vl2_base")
 
 
+def at_least(least: int) -> Callable[[str], int]:
+    """Reads a whole number of an option that has a least one."""
+
+    def read(words: str) -> int:
+        number = int(words)
+        if number < least:
+            raise argparse.ArgumentTypeError(f"{number} is less than {least}")
+        return number
+
+    read.__name__ = "int"  # argparse names it where the words are no number
+    return read
+
+
+def file_to_write(words: str) -> Path:
+    """Its folder has to be there before anything is measured."""
+    path = Path(words)
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{path.parent} is no folder, so the result could not be kept: create it")
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{path} is a folder, so the result could not be kept: name a file in it")
+    return path
+
+
+def operator_choice(words: str) -> tuple[str, str]:
+    op, separator, name = words.partition("=")
+    if not separator:
+        raise argparse.ArgumentTypeError(f"{words!r} names no candidate: write OP=NAME, such as expert_mlp=torch")
+    return op, name
+
+
 def step_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="benchmark.py step", description="tokens/s, MFU and memory of training steps")
     parser.add_argument("--config", required=True, metavar="RECIPE.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
-    parser.add_argument("--images", type=int, default=3, help="images of each pack in a multimodal step (default 3)")
-    parser.add_argument("--documents", type=int, default=4, help="documents of each pack (default 4)")
+    parser.add_argument(
+        "--images", type=at_least(0), default=3, help="images of each pack in a multimodal step (default 3)"
+    )
+    parser.add_argument("--documents", type=at_least(1), default=4, help="documents of each pack (default 4)")
     parser.add_argument("--grid", metavar="ROWSxCOLUMNS", help="local tiles of each image (default: the fewest)")
-    parser.add_argument("--steps", type=int, default=5, help="timed steps of each kind (default 5)")
-    parser.add_argument("--warmup", type=int, default=2, help="steps of each kind before them (default 2)")
+    parser.add_argument("--steps", type=at_least(1), default=5, help="timed steps of each kind (default 5)")
+    parser.add_argument("--warmup", type=at_least(0), default=2, help="steps of each kind before them (default 2)")
     parser.add_argument(
         "--vs", action="append", default=[], metavar="'OVERRIDE OVERRIDE ...'", help="another setting (repeatable)"
     )
     parser.add_argument("--kind", action="append", choices=KINDS, help="kind of steps (repeatable; default: both)")
     parser.add_argument("--skew", action="store_true", help="choose routed experts unevenly")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result as one JSON object")
+    parser.add_argument("--json", type=file_to_write, metavar="FILE", help="also write the result as one JSON object")
     return parser
 
 
@@ -76,15 +109,21 @@ def peer_parser() -> argparse.ArgumentParser:
         metavar="PREFIX",
         help="text documents (default: the entries of Python's documentation)",
     )
-    parser.add_argument("--vocab", type=int, default=2048, help="pieces of that corpus's tokenizer (default 2048)")
+    parser.add_argument(
+        "--vocab", type=at_least(1), default=2048, help="pieces of that corpus's tokenizer (default 2048)"
+    )
     parser.add_argument("--batches", nargs="+", choices=BATCHES, default=BATCHES, help="kinds of batches (all)")
     parser.add_argument(
-        "--padded-batch", type=int, default=8, metavar="N", help="documents of a padded micro-batch (default 8)"
+        "--padded-batch", type=at_least(1), default=8, metavar="N", help="documents of a padded micro-batch (default 8)"
     )
-    parser.add_argument("--images", type=int, default=0, help="also compare steps with N images in each pack (0: no)")
-    parser.add_argument("--steps", type=int, default=5, help="timed steps of each kind of batches (default 5)")
-    parser.add_argument("--warmup", type=int, default=1, help="steps before them, after the compared one (default 1)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result as one JSON object")
+    parser.add_argument(
+        "--images", type=at_least(0), default=0, help="also compare steps with N images in each pack (0: no)"
+    )
+    parser.add_argument("--steps", type=at_least(1), default=5, help="timed steps of each kind of batches (default 5)")
+    parser.add_argument(
+        "--warmup", type=at_least(0), default=1, help="steps before them, after the compared one (default 1)"
+    )
+    parser.add_argument("--json", type=file_to_write, metavar="FILE", help="also write the result as one JSON object")
     return parser
 
 
@@ -92,7 +131,7 @@ def state_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="benchmark.py state", description="bytes of a run's state a parameter")
     parser.add_argument("--config", required=True, metavar="RECIPE.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result as one JSON object")
+    parser.add_argument("--json", type=file_to_write, metavar="FILE", help="also write the result as one JSON object")
     return parser
 
 
@@ -107,13 +146,13 @@ def kernels_parser() -> argparse.ArgumentParser:
         "--choose",
         action="append",
         default=[],
-        type=lambda words: tuple(words.split("=", 1)),
+        type=operator_choice,
         metavar="OP=NAME",
         help="a candidate of an operator, such as expert_mlp=torch (repeatable; default: the first that is available)",
     )
-    parser.add_argument("--tokens", type=int, default=4096, help="of a micro-batch (default 4096)")
-    parser.add_argument("--documents", type=int, default=4, help="documents that they are in (default 4)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result as one JSON object")
+    parser.add_argument("--tokens", type=at_least(1), default=4096, help="of a micro-batch (default 4096)")
+    parser.add_argument("--documents", type=at_least(1), default=4, help="documents that they are in (default 4)")
+    parser.add_argument("--json", type=file_to_write, metavar="FILE", help="also write the result as one JSON object")
     return parser
 
 
@@ -122,13 +161,19 @@ def memory_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--presets", nargs="+", default=BLOCKS, help="models whose blocks to measure (default: VL-7B, VL2-Small)"
     )
-    parser.add_argument("--tokens", type=int, default=4096, help="of a micro-batch, in 4 documents (default 4096)")
     parser.add_argument(
-        "--tensor", type=int, nargs="+", default=(1, 8), help="tensor ranks, from 2 on with sequence parallelism (1 8)"
+        "--tokens", type=at_least(1), default=4096, help="of a micro-batch, in 4 documents (default 4096)"
     )
-    parser.add_argument("--timed-tokens", type=int, default=1024, help="where the cost is timed (default 1024)")
-    parser.add_argument("--rounds", type=int, default=5, help="timed passes of each kind, in turn (default 5)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result as one JSON object")
+    parser.add_argument(
+        "--tensor",
+        type=at_least(1),
+        nargs="+",
+        default=(1, 8),
+        help="tensor ranks, from 2 on with sequence parallelism (1 8)",
+    )
+    parser.add_argument("--timed-tokens", type=at_least(4), default=1024, help="where the cost is timed (default 1024)")
+    parser.add_argument("--rounds", type=at_least(1), default=5, help="timed passes of each kind, in turn (default 5)")
+    parser.add_argument("--json", type=file_to_write, metavar="FILE", help="also write the result as one JSON object")
     return parser
 
 

@@ -156,6 +156,40 @@ def test_settings_take_turns(tmp_path):
     assert {"command", "date", "commit", "versions"} <= found.keys() and found["command"] in page
 
 
+REFUSED = [
+    ("step --config x --steps 0", "argument --steps: 0 is less than 1"),
+    ("step --config x --documents two", "argument --documents: invalid int value: 'two'"),
+    ("peer --config x --padded-batch 0", "argument --padded-batch: 0 is less than 1"),
+    ("peer --config x --images -1", "argument --images: -1 is less than 0"),
+    ("state --config x --json nowhere/x.json", "argument --json: nowhere is no folder"),
+    ("state --config x --json .", "argument --json: . is a folder"),
+    ("kernels --documents 0", "argument --documents: 0 is less than 1"),
+    ("kernels --choose router", "'router' names no candidate: write OP=NAME"),
+    ("kernels --choose rooter=torch", "no operator rooter: choose from attention,"),
+    ("kernels --choose router=tritn", "router has no candidate tritn: choose from mm, torch"),
+    ("kernels --ops torch --gpus hopper --choose swiglu=triton", "ops.swiglu = triton cannot serve this run"),
+    ("memory --timed-tokens 0", "argument --timed-tokens: 0 is less than 4"),
+    ("memory --tokens 10", "--tokens 10: not divisible into 4 equal documents"),
+    ("memory --tokens 16 --tensor 1 3", "--tokens 16 is not divisible by --tensor 3"),
+    ("memory --presets vl_7b --tokens 96 --tensor 3", "model.decoder.heads = 32 is not divisible by"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), REFUSED, ids=[words for words, _ in REFUSED])
+def test_what_cannot_be_measured_is_refused_with_a_reason(words, message, pool, tmp_path):
+    done = pool.script(ROOT / "tools" / "benchmark.py", words.split(), tmp_path)
+    assert done.returncode in (1, 2) and message in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("subject", ["step", "state", "peer"])
+def test_an_operator_that_does_not_serve_is_refused_with_a_reason(subject, pool):
+    words = [subject, "--config", "launch/recipes/vl_debug.yaml", "parallel.tensor=1", "parallel.pipeline=1"]
+    done = pool.script(ROOT / "tools" / "benchmark.py", [*words, *TINY, "data.seq_len=128", "ops.router=mm"], ROOT)
+    assert done.returncode == 1 and "error: ops.router = mm cannot serve this run: needs CUDA" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_skewed_routing_needs_experts(tools):
     from benchmark import step_parser
     from benchmarks.step import read_settings

@@ -32,7 +32,8 @@ from megavl.config.model import DecoderConfig, ModelConfig
 from megavl.config.presets import PRESETS
 from megavl.model.block import Block
 from megavl.model.layout import PackLayout
-from megavl.ops.dispatch import Ops
+from megavl.ops.candidates import CANDIDATES
+from megavl.ops.dispatch import Ops, OpsError
 from megavl.ops.rope import rotary_tables
 from megavl.parallel.groups import ExpertAxis, TensorAxis
 
@@ -52,20 +53,29 @@ def run(args: argparse.Namespace) -> None:
         )
     if args.ops == "triton" and not find_spec("triton"):
         sys.exit("error: Triton is not installed, so its kernels cannot be counted: pip install triton, or --ops torch")
+    for op, name in args.choose:
+        if op not in CANDIDATES:
+            sys.exit(f"error: --choose {op}={name}: no operator {op}: choose from {', '.join(CANDIDATES)}")
+        names = [candidate.name for candidate in CANDIDATES[op]]
+        if name not in names:
+            sys.exit(f"error: --choose {op}={name}: {op} has no candidate {name}: choose from {', '.join(names)}")
+    try:
+        operators = {name: gpu_ops(GPUS[name], triton=args.ops == "triton", wanted=args.choose) for name in args.gpus}
+    except OpsError as error:
+        sys.exit(f"error: {error}")
     found = {
         **circumstances(torch.device("cpu")),
         "tokens": args.tokens,
         "documents": args.documents,
-        "gpus": [gpu_row(GPUS[name], args) for name in args.gpus],
+        "gpus": [gpu_row(GPUS[name], ops, args) for name, ops in operators.items()],
     }
     print("\n".join(page(found)))
     if args.json:
         write_json(args.json, found)
 
 
-def gpu_row(gpu: Gpu, args: argparse.Namespace) -> dict[str, Any]:
+def gpu_row(gpu: Gpu, ops: Ops, args: argparse.Namespace) -> dict[str, Any]:
     """The counts of all blocks with the operators of one GPU, in JSON types."""
-    ops = gpu_ops(gpu, triton=args.ops == "triton", wanted=args.choose)
     return {
         "gpu": gpu.name,
         "implementations": list(ops.lines),

@@ -41,17 +41,27 @@ from megavl.runtime.recompute import recomputing
 from megavl.runtime.selective import Selective
 
 MODES = ("off", "selective", "block")
+_DOCUMENTS = 4
 
 
 def run(args: argparse.Namespace) -> None:
     """Print the tables that the command line asks for."""
     if unknown := set(args.presets) - set(PRESETS):
         sys.exit(f"error: no preset {', '.join(sorted(unknown))}: choose from {', '.join(PRESETS)}")
+    options = {"--tokens": args.tokens, "--timed-tokens": args.timed_tokens}
+    if uneven := [f"{option} {tokens}" for option, tokens in options.items() if tokens % _DOCUMENTS]:
+        sys.exit(f"error: {', '.join(uneven)}: not divisible into {_DOCUMENTS} equal documents; choose a multiple")
+    if uneven := [str(size) for size in args.tensor if args.tokens % size]:
+        sys.exit(f"error: --tokens {args.tokens} is not divisible by --tensor {', '.join(uneven)}; choose a multiple")
     models = [PRESETS[preset] for preset in args.presets]
+    try:
+        kept = [row for tensor in args.tensor for model in models for row in kept_rows(model, args.tokens, tensor)]
+    except ValueError as error:  # a model that so many tensor ranks do not divide
+        sys.exit(f"error: {error}: choose another --tensor")
     found = {
         **circumstances(torch.device("cpu")),
         "tokens": args.tokens,
-        "kept": [row for tensor in args.tensor for model in models for row in kept_rows(model, args.tokens, tensor)],
+        "kept": kept,
         "towers": [row for model in models for row in tower_rows(model)],
         "timed_tokens": args.timed_tokens,
         "cost": [row for model in models for row in cost_rows(model, args.timed_tokens, args.rounds)],
@@ -114,8 +124,9 @@ def block_forward(
         nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
     width = decoder.head_width if decoder.mla is None else decoder.mla.rope_width
     cos, sin = rotary_tables(torch.arange(tokens), width, decoder.rope_theta)
-    cu_seqlens = torch.arange(5, dtype=torch.int32) * (tokens // 4)
-    layout = PackLayout(cu_seqlens, (tokens // 4,) * 4, 1, cos, sin)
+    length = tokens // _DOCUMENTS
+    cu_seqlens = torch.arange(_DOCUMENTS + 1, dtype=torch.int32) * length
+    layout = PackLayout(cu_seqlens, (length,) * _DOCUMENTS, 1, cos, sin)
     return lambda h: run_block(block, h, layout)
 
 

@@ -29,6 +29,7 @@ from megavl.batch import StepBatch
 from megavl.config.error import ConfigError
 from megavl.config.run import DataConfig, RunConfig
 from megavl.data.errors import DataError
+from megavl.parallel.agree import RunError
 from megavl.runtime.env import Env, process_group, read_env
 from megavl.runtime.mesh import mesh_of
 from megavl.runtime.replica import build_replica
@@ -77,7 +78,7 @@ def run(args: argparse.Namespace) -> None:
     try:
         with tempfile.TemporaryDirectory() as directory, process_group(env, timeout=timedelta(minutes=10)):
             found = benchmark(config, env, args, Path(directory))
-    except (Disagreement, DataError, ImportError, ValueError) as error:
+    except (Disagreement, DataError, ImportError, RunError, ValueError) as error:
         sys.exit(f"error: {error}")
     print("\n".join(page(found)))
     if args.json:

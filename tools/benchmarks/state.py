@@ -21,7 +21,8 @@ from megavl.config.error import ConfigError
 from megavl.config.load import load_run
 from megavl.config.rules import check
 from megavl.config.run import RunConfig
-from megavl.runtime.env import Env, process_group, read_env
+from megavl.parallel.agree import RunError
+from megavl.runtime.env import Env, LaunchError, process_group, read_env
 from megavl.runtime.mesh import mesh_of
 from megavl.runtime.replica import build_replica
 
@@ -34,8 +35,13 @@ def run(args: argparse.Namespace) -> None:
         check(config, env.world)
     except ConfigError as error:
         sys.exit(f"error: {error}" if env.rank == 0 else 1)
-    with process_group(env, timeout=timedelta(seconds=config.train.timeout_s)):
-        found = {**circumstances(env.device), "world": env.world, **measure(config, env)}
+    try:
+        with process_group(env, timeout=timedelta(seconds=config.train.timeout_s)):
+            found = {**circumstances(env.device), "world": env.world, **measure(config, env)}
+    except LaunchError as error:
+        sys.exit(f"error: {error}")
+    except RunError as error:
+        sys.exit(f"error: {error}" if env.rank == 0 else 1)
     if env.rank == 0:
         print("\n".join(page(found)))
         if args.json:

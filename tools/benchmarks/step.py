@@ -24,7 +24,7 @@ from megavl.config.load import load_run
 from megavl.config.rules import check
 from megavl.config.run import RunConfig
 from megavl.config.tiles import Grid
-from megavl.parallel.agree import gather
+from megavl.parallel.agree import RunError, gather
 from megavl.plan.cost import step_flops
 from megavl.runtime.env import Env, LaunchError, process_group, read_env
 from megavl.runtime.mesh import mesh_of
@@ -61,6 +61,8 @@ def run(args: argparse.Namespace) -> None:
             found = benchmark(settings, env, args)
     except LaunchError as error:
         sys.exit(f"error: {error}")
+    except RunError as error:
+        sys.exit(f"error: {error}" if env.rank == 0 else 1)
     if env.rank == 0:
         print("\n".join(page(found)))
         if args.json:
