@@ -6,7 +6,7 @@ Documents are made from what Python has installed, a tokenizer is trained, datas
 page to look at; a small model is trained on four CPU processes; one rank is killed; the same run goes on under another
 topology; the result is exported and read back.
 
-    vl   every part of DeepSeek-VL-7B, as TP2 x PP2 with sequence parallelism, then PP2 x DP2; the export is compared
+    vl   every part of DeepSeek-VL-7B, as PP2 x DP2, then TP2 x PP2 with sequence parallelism; the export is compared
          with transformers
     vl2  every part of DeepSeek-VL2, as EP2 x PP2, then EP4, on tiled images and a grounding task; the export's language
          part is compared with transformers, and so is the model read back from it
@@ -91,8 +91,8 @@ MODELS = {
         preprocess="",
         datasets={"text": "text", "multimodal": "multimodal", "heldout": "heldout_multimodal"},
         trained=("text", "multimodal"),
-        before=Topology("TP2 x PP2 + sequence"),
-        after=Topology("PP2 x DP2", "parallel.tensor=1 parallel.sequence=false train.micro_batch=2"),
+        before=Topology("PP2 x DP2"),
+        after=Topology("TP2 x PP2 + sequence", "parallel.tensor=2 parallel.sequence=true train.micro_batch=4"),
         export=(
             "convert_checkpoint.py to-hf --checkpoint {checkpoint} --output {run}/hf --layout transformers",
             "check_export.py --checkpoint {checkpoint} --hf {run}/hf --data {data}/heldout "

@@ -48,8 +48,8 @@ def test_summary_of_a_run_that_learned(quickstart, model, capsys):
     write_steps(model, range(21, 61), lambda step: 8 - step / 10)
     assert quickstart.summary(model, 1.0)
     out = capsys.readouterr().out
-    assert "TP2 x PP2 + sequence: steps 1 to 30, 200 tokens/s" in out
-    assert "PP2 x DP2: steps 21 to 60, 200 tokens/s" in out
+    assert "PP2 x DP2: steps 1 to 30, 200 tokens/s" in out
+    assert "TP2 x PP2 + sequence: steps 21 to 60, 200 tokens/s" in out
     assert "text            30                 7.700            3.000" in out
 
 
