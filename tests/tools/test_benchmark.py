@@ -26,6 +26,7 @@ from tests.pool import free_port
 
 ROOT = Path(__file__).parents[2]
 TINY = ["model.decoder.layers=2", "model.decoder.width=48", "train.precision=fp32", "train.global_batch=2"]
+ONE_RANK = Mesh(Topology(1, 1, 1), Axis(), Axis(), TensorAxis(), Axis(), Axis(), Axis())
 TEXT_ROWS = [
     "preprocess_data without gigatoken",
     "preprocess_data with gigatoken",
@@ -87,7 +88,7 @@ def test_images_of_a_made_up_pack_have_their_places(preset, grid, tiles, monkeyp
 
     config = make_run(model=PRESETS[preset], data={"seq_len": 500})
     grid, tiling = grid_of(config, grid), Tiling(config.model)
-    pack = made_up_pack(config, 3, grid, Mesh(Topology(1, 1, 1), Axis(), Axis(), TensorAxis(), Axis(), Axis(), Axis()))
+    pack = made_up_pack(config, 3, grid, ONE_RANK)
     assert (pack.tokens == config.model.image_token_id).sum() == 3 * tiling.tokens[tiling.grids.index(grid)]
     assert pack.grids == (grid,) * 3
     assert len(pack.pixels) == tiles
@@ -188,6 +189,14 @@ def test_an_operator_that_does_not_serve_is_refused_with_a_reason(subject, pool)
     done = pool.script(ROOT / "tools" / "benchmark.py", [*words, *TINY, "data.seq_len=128", "ops.router=mm"], ROOT)
     assert done.returncode == 1 and "error: ops.router = mm cannot serve this run: needs CUDA" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_each_document_needs_a_token(tools):
+    from benchmarks.packs import grid_of, made_up_pack
+
+    config = make_run(model=PRESETS["vl_debug"])
+    with pytest.raises(SystemExit, match=r"--documents 500 is more than the \d+ tokens of a pack"):
+        made_up_pack(config, 0, grid_of(config, None), ONE_RANK, 500)
 
 
 def test_skewed_routing_needs_experts(tools):

@@ -21,6 +21,8 @@ def made_up_pack(config: RunConfig, images: int, grid: Grid, mesh: Mesh, documen
     tiling = Tiling(model)
     placeholders = int(tiling.tokens[tiling.grids.index(grid)])
     length = seq_len // documents
+    if not length:
+        sys.exit(f"error: --documents {documents} is more than the {seq_len} tokens of a pack; each needs one at least")
     lengths = [length] * (documents - 1) + [seq_len - (documents - 1) * length]
     in_each = length // placeholders
     if images > in_each * documents:
