@@ -45,7 +45,8 @@ def reference_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, len
         )
         for document in documents
     ]
-    return torch.cat(attended, dim=2).squeeze(0).transpose(0, 1)[..., :value_width]  # [T, H, d_v]
+    # A fused kernel lays its result out as [1, length, H, d].
+    return torch.cat([x.transpose(1, 2) for x in attended], dim=1).squeeze(0)[..., :value_width]  # [T, H, d_v]
 
 
 class _Widened(Function):

@@ -67,6 +67,7 @@ def test_a_step_of_each_kind_is_timed():
             *options,
             "--config",
             "launch/recipes/vl2_debug.yaml",
+            "train.micro_batch=1",
             *overrides,
         ],
         cwd=ROOT,
@@ -130,7 +131,7 @@ def test_settings_take_turns(tmp_path):
     file = tmp_path / "step.json"
     options = ["--config", "launch/recipes/vl2_debug.yaml", "--kind", "text", "--steps", "2", "--warmup", "1"]
     sizes = ["parallel.pipeline=1", "parallel.expert=1", "model.decoder.layers=2", "train.global_batch=2"]
-    sizes.append("data.seq_len=256")
+    sizes += ["train.micro_batch=1", "data.seq_len=256"]
     vs = ["--vs", "train.recompute=block", "--vs", "data.seq_len=128 train.precision=fp32"]
     page = benchmark("step", *options, *sizes, *vs, "--skew", "--documents", "2", "--json", str(file)).stdout
     found = json.loads(file.read_text())
