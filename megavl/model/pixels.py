@@ -43,7 +43,7 @@ def _normalise(scaled: Tensor, tower: SiglipConfig | SamConfig) -> Tensor:
 def _constants(values: Sequence[float], device: torch.device) -> Tensor:
     """One float32 number for each channel, [3, 1, 1].
 
-    Filled on the device: copying them there would block the host, buffers of the module would be cast to bf16 with its
-    parameters, and a GPU divides by a Python number with a multiplication, which rounds differently.
+    They are filled on the device, because a copy from the host would block it. As buffers of the module they would be
+    cast to bf16 with its parameters. As Python numbers they would round differently: a GPU multiplies by the inverse.
     """
     return torch.stack([torch.full((1, 1), value, dtype=torch.float32, device=device) for value in values])

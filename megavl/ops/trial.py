@@ -112,7 +112,7 @@ def compare(case: Case, implementations: Mapping[str, Any], device: torch.device
     try:
         exact = case.run(implementations[REFERENCE], _widened(case.make(device)))
         reference = case.run(implementations[REFERENCE], case.make(device))
-    except Exception as error:
+    except Exception as error:  # any: for want of memory, for example; the run then takes the reference
         return [Result(name, None, f"the reference cannot be tried: {_short(error)}") for name in implementations]
     results = []
     for name, implementation in implementations.items():
@@ -121,7 +121,7 @@ def compare(case: Case, implementations: Mapping[str, Any], device: torch.device
             if name != REFERENCE:
                 fault = _difference(case.run(implementation, case.make(device)), reference, exact)
             results.append(Result(name, timed(name), fault))
-        except Exception as error:
+        except Exception as error:  # any: Triton, its compiler and CUDA have their own
             results.append(Result(name, None, _short(error)))
     return results
 

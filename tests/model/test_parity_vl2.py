@@ -60,7 +60,7 @@ def test_features_and_their_layout():
     tower = worst(ours.stem.siglip(images), theirs.vision(pixel_values=images).last_hidden_state)
     features = worst(ours.stem.encode(pixels, tiles(GRIDS)), theirs.features(images).flatten(1, 2))
     stem = worst(ours.stem(tiny.pack([tokens], pixels, config, GRIDS)), expected)
-    assert max(tower, features, stem) < 2e-6, (tower, features, stem)  # measured 3.3e-7
+    assert max(tower, features, stem) < 2e-6, (tower, features, stem)  # measured 3.9e-7
 
 
 @CONFIGS
@@ -71,7 +71,7 @@ def test_logits(config, grids):
     pixels = tiny.pixels(config, tiles(grids), seed=4)
     logits = ours.logits(tiny.pack([tokens], pixels, config, grids))
     images = tower_inputs(pixels, config)["siglip"]
-    assert worst(logits, theirs(tokens, images, grids)) < 5e-6  # measured 9.6e-7
+    assert worst(logits, theirs(tokens, images, grids)) < 5e-6  # measured 9.3e-7
 
 
 @CONFIGS
@@ -100,7 +100,7 @@ def test_loss_and_all_gradients(config):
     gradients = translate(config, named)
     assert all(gradient.abs().max() > 0 for gradient in gradients.values()), "a parameter that this test does not reach"
     errors = {name: worst(p.grad, gradients[name]) for name, p in ours.named_parameters()}
-    assert max(errors.values()) < 2e-5, sorted(errors.items(), key=lambda item: -item[1])[:5]  # measured 4.3e-6
+    assert max(errors.values()) < 2e-5, sorted(errors.items(), key=lambda item: -item[1])[:5]  # measured 2.5e-6
 
 
 def halves_of_latent(q: Tensor, kv: Tensor, k_rope: Tensor, *tables: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
     models = [PRESETS[preset] for preset in args.presets]
     try:
         kept = [row for tensor in args.tensor for model in models for row in kept_rows(model, args.tokens, tensor)]
-    except ValueError as error:  # a model that so many tensor ranks do not divide
+    except ValueError as error:  # heads or widths of a model are not divisible by --tensor
         sys.exit(f"error: {error}: choose another --tensor")
     found = {
         **circumstances(torch.device("cpu")),

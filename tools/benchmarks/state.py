@@ -1,7 +1,7 @@
 """Bytes of a run's state for each parameter, and their peak in the optimizer's step, without activations.
 
-The state is what a rank holds between two steps: weights, gradients, masters and moments. All tensors that exist are
-counted, whoever made them.
+The state is what a rank holds when the passes of a step are done: weights, gradients, masters and moments. All tensors
+that exist are counted, whoever made them.
 """
 
 import argparse
