@@ -8,13 +8,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain, groupby, pairwise, starmap
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from megavl.config.run import ParallelConfig
 
 
-@dataclass(frozen=True)
-class Pass:
+class Pass(NamedTuple):
     """One stage over one micro-batch, forward or backward."""
 
     kind: Literal["forward", "backward"]
@@ -22,8 +21,7 @@ class Pass:
     micro_batch: int
 
 
-@dataclass(frozen=True)
-class Transfer:
+class Transfer(NamedTuple):
     """A message between two pipeline ranks: the input of pass `consumer`, which is hidden states or their gradient."""
 
     consumer: Pass

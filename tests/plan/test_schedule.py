@@ -2,7 +2,7 @@
 
 import functools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from unittest import mock
 
 import pytest
@@ -132,10 +132,13 @@ def test_ranks_that_wait_for_one_another_are_noticed():
         perform([(first, sent[:1], second, sent[1:]), (sent[1:], sent[:1])], 2)
 
 
-def makespan(rank_programs: Sequence[Program], num_stages: int, forward: float) -> float:
-    """Time of a step on NCCL, without latency: the batches of a rank run one after another, each as a whole once both
-    sides of all its messages have begun, and a pass waits for the whole batch that has its input. A backward pass
-    takes twice as long as a forward pass."""
+def twice_as_long_backward(forward: float) -> Callable[[Pass], float]:
+    return lambda each: forward if each.kind == "forward" else 2 * forward
+
+
+def makespan(rank_programs: Sequence[Program], seconds: Callable[[Pass], float], message: float = 0) -> float:
+    """Time of a step on NCCL: the batches of a rank run one after another, each as a whole once both sides of all its
+    messages have begun, and a pass waits for the whole batch that has its input."""
     batches = {  # rank and position of the batch with each transfer, at both ends
         (rank, each): position
         for rank, program in enumerate(rank_programs)
@@ -157,7 +160,7 @@ def makespan(rank_programs: Sequence[Program], num_stages: int, forward: float) 
         ends_of = [
             (end, batches[end, each]) for each in rank_programs[rank][position] for end in (each.source, each.target)
         ]
-        return max(begins(*end) for end in ends_of)
+        return max(begins(*end) for end in ends_of) + message
 
     @functools.cache
     def computed(rank: int, position: int) -> float:
@@ -168,7 +171,7 @@ def makespan(rank_programs: Sequence[Program], num_stages: int, forward: float) 
         action = rank_programs[rank][index]
         transfer = arrives.get((rank, action))
         input_there = ends(rank, batches[rank, transfer]) if transfer else 0
-        return max(computed(rank, index), input_there) + (forward if action.kind == "forward" else 2 * forward)
+        return max(computed(rank, index), input_there) + seconds(action)
 
     return max(computed(rank, len(program)) for rank, program in enumerate(rank_programs))
 
@@ -179,9 +182,10 @@ def makespan(rank_programs: Sequence[Program], num_stages: int, forward: float) 
 def test_no_rank_waits_for_a_message_that_it_does_not_need_yet(pipeline, virtual, micro_batches):
     """The step takes m + (p - 1) / v times a micro-batch, the least that the schedule allows."""
     parallel = parallel_of(pipeline, virtual)
-    found = makespan(programs(parallel, micro_batches), parallel.num_stages, forward=1 / virtual)
+    seconds = twice_as_long_backward(1 / virtual)
+    found = makespan(programs(parallel, micro_batches), seconds)
     assert found == pytest.approx(3 * micro_batches + 3 * (pipeline - 1) / virtual)
-    evaluated = makespan(programs(parallel, micro_batches, backward=False), parallel.num_stages, forward=1 / virtual)
+    evaluated = makespan(programs(parallel, micro_batches, backward=False), seconds)
     assert evaluated == pytest.approx(micro_batches + (pipeline - 1) / virtual)
 
 
@@ -194,7 +198,8 @@ def test_a_batch_with_a_later_message_costs_time():
         action if isinstance(action, Pass) else tuple(each for each in action if each.target != 1) for action in second
     ]
     late = (tuple(received), *(action for action in others if action))
-    assert makespan((first, late), 2, 1) > makespan((first, second), 2, 1) == 9
+    seconds = twice_as_long_backward(1)
+    assert makespan((first, late), seconds) > makespan((first, second), seconds) == 9
 
 
 @pytest.mark.parametrize("pipeline", [2, 4, 8])
