@@ -7,7 +7,7 @@ from megavl.config.data_rules import loader_problems, sampler_problems
 from megavl.config.error import ConfigError
 from megavl.config.parameters import parameters
 from megavl.config.run import RunConfig
-from megavl.config.stages import split_layers
+from megavl.config.stages import split_layers, too_many_stages
 
 
 def check(config: RunConfig, world: int) -> None:
@@ -111,6 +111,9 @@ def _balance(config: RunConfig) -> list[str]:
 
 
 def _stages(config: RunConfig) -> list[str]:
+    if config.parallel.stages == "auto":
+        problem = too_many_stages(config.model.layers, config.parallel)
+        return [problem] if problem else []
     try:
         split_layers(config.model.layers, config.parallel)
     except ValueError as error:

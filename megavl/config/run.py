@@ -25,8 +25,10 @@ class ParallelConfig(Section):
     )
     schedule: Literal["1f1b", "interleaved"] = Field("1f1b", description="order of the passes on a pipeline rank")
     virtual_stages: PositiveInt = Field(1, description="stages per pipeline rank; 1f1b has one, interleaved several")
-    stages: tuple[PositiveInt, ...] | None = Field(
-        None, description="items of the model list (stem, blocks, head) on each stage; null splits them evenly"
+    stages: Literal["auto"] | tuple[PositiveInt, ...] | None = Field(
+        "auto",
+        description="items of the model list (stem, blocks, head) on each stage; auto: as balances their work; null: "
+        "the same number on each",
     )
     vision: Literal["replicated", "sharded"] = Field(
         "replicated", description="every tensor rank encodes all images of a micro-batch, or each its share of them"

@@ -76,23 +76,57 @@ def item_work(
         squared_tokens: sum over the documents of their lengths squared
         tiles: of all images; an image of DeepSeek-VL is one
     """
+    return _item_work(config, True, tokens, supervised_tokens, squared_tokens, tiles)
+
+
+@dataclass(frozen=True)
+class PassFlops:
+    """FLOPs of one rank in the passes of an item; `backward` includes what is recomputed there."""
+
+    forward: float
+    backward: float
+
+    @property
+    def both(self) -> float:
+        return self.forward + self.backward
+
+
+def item_passes(
+    config: RunConfig, *, tokens: int, supervised_tokens: int, squared_tokens: int, tiles: int
+) -> tuple[PassFlops, ...]:
+    """FLOPs of one tensor rank in the passes of each item; the arguments are those of `item_work`."""
+    counts, tensor = (tokens, supervised_tokens, squared_tokens, tiles), config.parallel.tensor
+    forward, both = (
+        [work.on_tensor_ranks(tensor) / tensor for work in _item_work(config, trains, *counts)]
+        for trains in (False, True)
+    )
+    return tuple(PassFlops(first, total - first) for first, total in zip(forward, both, strict=True))
+
+
+def _item_work(
+    config: RunConfig, trains: bool, tokens: int, labels: int, squared_tokens: int, tiles: int
+) -> tuple[Work, ...]:
+    """Without training the work of the forward pass alone."""
     pairs = (squared_tokens + tokens) // 2
     return tuple(
-        of_token * tokens + of_label * supervised_tokens + of_pair * pairs + of_tile * tiles
-        for of_token, of_label, of_pair, of_tile in zip(*_unit_works(config), strict=True)
+        of_token * tokens + of_label * labels + of_pair * pairs + of_tile * tiles
+        for of_token, of_label, of_pair, of_tile in zip(*_unit_works(config, trains), strict=True)
     )
 
 
-@lru_cache(maxsize=8)
-def _unit_works(config: RunConfig) -> tuple[tuple[Work, ...], ...]:
-    """Work of each item for one token, label, pair of query and key, and tile, in which it is linear."""
-    return _works(config, tokens=1), _works(config, labels=1), _works(config, pairs=1), _works(config, tiles=1)
+@lru_cache(maxsize=16)
+def _unit_works(config: RunConfig, trains: bool) -> tuple[tuple[Work, ...], ...]:
+    """Work of each item for one token, label, pair of query and key, and tile, in which it is linear; without training
+    that of the forward pass."""
+    return tuple(_works(config, trains, **{unit: 1}) for unit in ("tokens", "labels", "pairs", "tiles"))
 
 
-def _works(config: RunConfig, *, tokens: int = 0, labels: int = 0, pairs: int = 0, tiles: int = 0) -> tuple[Work, ...]:
+def _works(
+    config: RunConfig, trains: bool, *, tokens: int = 0, labels: int = 0, pairs: int = 0, tiles: int = 0
+) -> tuple[Work, ...]:
     recomputed = {"decoder": config.train.recompute == "block", "tower": config.train.recompute_towers}
     counter = FlopCounter(
-        trains=lambda name: config.optim.lr_multiplier(name) > 0,
+        trains=lambda name: trains and config.optim.lr_multiplier(name) > 0,
         recomputes=recomputed.__getitem__,
         tokens=tokens,
         labels=labels,

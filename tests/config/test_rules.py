@@ -64,13 +64,14 @@ class TestTensor:
 
 class TestStages:
     def test_do_not_divide(self):
-        problem = only_problem(5, parallel={"pipeline": 5})
+        problem = only_problem(5, parallel={"pipeline": 5, "stages": None})
         assert "the model list has 24 items (stem, 22 blocks, head)" in problem
         assert "parallel.pipeline * parallel.virtual_stages = 5 * 1 = 5" in problem
-        assert problem.endswith("parallel.stages=[4, 5, 5, 5, 5]")
+        assert problem.endswith("parallel.stages=[4, 5, 5, 5, 5], or have their work balanced, parallel.stages=auto")
 
-    def test_the_proposal_is_accepted(self):
-        check(make_run(parallel={"pipeline": 5, "stages": [4, 5, 5, 5, 5]}), 5)
+    def test_the_proposals_are_accepted(self):
+        for stages in ([4, 5, 5, 5, 5], "auto"):
+            check(make_run(parallel={"pipeline": 5, "stages": stages}), 5)
 
     @pytest.mark.parametrize("stages", [[12, 11], [8, 8, 8]])
     def test_do_not_add_up(self, stages):
@@ -233,7 +234,7 @@ class TestOptim:
 def test_all_rules_at_once():
     found = problems(
         6,
-        parallel={"tensor": 4, "pipeline": 5, "zero": 2, "sequence": True},
+        parallel={"tensor": 4, "pipeline": 5, "stages": None, "zero": 2, "sequence": True},
         model={"decoder": {"vocab_size": 2402}},
         data={"seq_len": 513, "text": []},
         optim={"rules": [{"match": "nothing"}], "schedule": {"warmup_steps": 99}},

@@ -5,11 +5,11 @@ from megavl.config.stages import split_layers
 
 
 def test_even():
-    assert split_layers(32, ParallelConfig(pipeline=8)) == tuple(range(4 * s, 4 * s + 4) for s in range(8))
-    assert split_layers(24, ParallelConfig(pipeline=2, virtual_stages=3)) == tuple(
+    assert split_layers(32, ParallelConfig(pipeline=8, stages=None)) == tuple(range(4 * s, 4 * s + 4) for s in range(8))
+    assert split_layers(24, ParallelConfig(pipeline=2, virtual_stages=3, stages=None)) == tuple(
         range(4 * s, 4 * s + 4) for s in range(6)
     )
-    assert split_layers(5, ParallelConfig()) == (range(5),)
+    assert split_layers(5, ParallelConfig(stages=None)) == (range(5),)
 
 
 def test_given():
@@ -21,7 +21,7 @@ def test_refused():
     with pytest.raises(
         ValueError, match="24 items .* which are not divisible by .* = 5 stages: .*=\\[4, 5, 5, 5, 5\\]"
     ):
-        split_layers(24, ParallelConfig(pipeline=5))
+        split_layers(24, ParallelConfig(pipeline=5, stages=None))
     with pytest.raises(
         ValueError, match=r"\[3, 4\] has 2 entries with the sum 7, but there are .* = 2 stages .* 6 items"
     ):
