@@ -96,6 +96,7 @@ def step_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--kind", action="append", choices=KINDS, help="kind of steps (repeatable; default: both)")
     parser.add_argument("--skew", action="store_true", help="choose routed experts unevenly")
+    parser.add_argument("--pin", action="store_true", help="keep each rank on a processor core of its own")
     parser.add_argument("--json", type=file_to_write, metavar="FILE", help="also write the result as one JSON object")
     return parser
 

@@ -26,10 +26,19 @@ def loader_problems(train: TrainConfig, dp: int) -> list[str]:
     packs = dp * train.micro_batch
     if train.global_batch % packs == 0:
         return []
+    fewer = next((ranks for ranks in range(dp, 0, -1) if train.global_batch % (ranks * train.micro_batch) == 0), None)
     return [
         f"train.global_batch = {train.global_batch} is not divisible by data-parallel ranks * train.micro_batch = "
-        f"{dp} * {train.micro_batch} = {packs}: packs would be left over; change the batch or the ranks"
+        f"{dp} * {train.micro_batch} = {packs}: packs would be left over; change the batch to "
+        f"{nearest_multiples(train.global_batch, packs)}"
+        + (f", or the data-parallel ranks to {fewer}" if fewer else "")
     ]
+
+
+def nearest_multiples(number: int, divisor: int) -> str:
+    """ "8" below the divisor 8, else "16 or 24" for 19."""
+    below = number // divisor * divisor
+    return f"{below} or {below + divisor}" if below else f"{divisor}"
 
 
 def _modalities(data: DataConfig) -> list[str]:

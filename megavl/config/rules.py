@@ -3,7 +3,7 @@
 Each rule is a small function that returns its problems: what, the values, the consequence, the remedy.
 """
 
-from megavl.config.data_rules import loader_problems, sampler_problems
+from megavl.config.data_rules import loader_problems, nearest_multiples, sampler_problems
 from megavl.config.error import ConfigError
 from megavl.config.parameters import parameters
 from megavl.config.run import RunConfig
@@ -18,8 +18,8 @@ def check(config: RunConfig, world: int) -> None:
         problems.insert(
             0,
             f"{world} ranks are not divisible by parallel.tensor * parallel.pipeline = {config.parallel.tensor} * "
-            f"{config.parallel.pipeline} = {model_ranks}: start a multiple of {model_ranks} ranks, or cut the model "
-            "otherwise",
+            f"{config.parallel.pipeline} = {model_ranks}: start {nearest_multiples(world, model_ranks)} ranks, or "
+            "cut the model otherwise",
         )
     else:
         problems += loader_problems(config.train, world // model_ranks) + _expert_ranks(config, world // model_ranks)

@@ -23,8 +23,8 @@ def split_layers(layers: int, parallel: ParallelConfig) -> tuple[range, ...]:
     if sizes is None:
         if layers % count:
             raise ValueError(
-                f"{items}, which are not divisible by {wanted} stages: say how many each has, parallel.stages={example}, or "
-                "have their work balanced, parallel.stages=auto"
+                f"{items}, which are not divisible by {wanted} stages: say how many each has, "
+                f"parallel.stages={example}, or have their work balanced, parallel.stages=auto"
             )
         sizes = (layers // count,) * count
     if len(sizes) != count or sum(sizes) != layers:

@@ -4,10 +4,14 @@ from collections.abc import Iterable
 
 from megavl.config.run import RunConfig
 from megavl.config.stages import split_layers
-from megavl.config.tiles import Tiling
 from megavl.plan.cost import Count, active_parameters, item_parameters, item_work
 from megavl.plan.memory import state_bytes
+from megavl.plan.mix import expected_steps
 from megavl.plan.schedule import rank_of, stages_of
+from megavl.plan.split import expected_work, split, step_timeline
+
+# A rank with so many times the mean work of all is worth a remark.
+_UNEVEN = 1.1
 
 
 def describe(config: RunConfig, world: int) -> str:
@@ -15,7 +19,9 @@ def describe(config: RunConfig, world: int) -> str:
 
     The configuration must have passed `megavl.config.rules.check` for that world.
     """
-    return "\n\n".join((_run(config, world), _stages(config), _ranks(config, world), _work(config)))
+    return "\n\n".join(
+        (_run(config, world), _stages(config, world), _pipeline(config, world), _ranks(config, world), _work(config))
+    )
 
 
 def _run(config: RunConfig, world: int) -> str:
@@ -47,10 +53,9 @@ def _run(config: RunConfig, world: int) -> str:
     )
 
 
-def _stages(config: RunConfig) -> str:
-    parallel, stages = config.parallel, split_layers(config.model.layers, config.parallel)
-    items = item_parameters(config)
-    text, multimodal = (_rank_flops(config, step) for step in (_text_step(config), _multimodal_step(config)))
+def _stages(config: RunConfig, world: int) -> str:
+    parallel, stages = config.parallel, split(config, world)
+    items, (text, multimodal) = item_parameters(config), expected_work(config)
     rows = [("stage", "pp rank", "items", "trainable", "frozen", "text step", "multimodal step")]
     for stage, held in enumerate(stages):
         parameters = _add(items[item] for item in held)
@@ -61,22 +66,60 @@ def _stages(config: RunConfig) -> str:
                 _items(held, config.model.layers),
                 _millions(parameters.trainable),
                 _millions(parameters.frozen),
-                _share(text, held),
-                _share(multimodal, held),
+                *(f"{step.load(held) / step.load(range(len(items))):.1%}" for step in (text, multimodal)),
             )
         )
-    images, tiles = _images_per_pack(config)
+    _, step = expected_steps(config)
+    origin = ", chosen to balance the work" if parallel.stages == "auto" else ""
     caption = (
-        f"Stages: parameters on one rank, and share of a step's FLOPs (vision: {parallel.vision}).\n"
-        f"Taken for it: packs of one document of {config.data.seq_len} tokens, in a multimodal step with {images} "
-        f"images ({tiles} tiles) each" + (", and equally busy experts." if config.model.decoder.moe else ".")
+        f"Stages{origin}: parameters on one rank, and share of a step's FLOPs (vision: {parallel.vision}).\n"
+        f"Taken for it: packs of one document of {config.data.seq_len} tokens, in a multimodal step with {step.images} "
+        f"images ({step.tiles // config.train.global_batch} tiles) each"
+        + (", and equally busy experts." if config.model.decoder.moe else ".")
     )
     return f"{caption}\n{_table(rows)}"
 
 
+def _pipeline(config: RunConfig, world: int) -> str:
+    """How full the schedule keeps the ranks, simulated without time for messages."""
+    parallel, micro_batches = config.parallel, config.train.micro_batches(world // config.parallel.model)
+    splits = {"as above": split(config, world)}
+    if parallel.stages is not None and config.model.layers % parallel.num_stages == 0:
+        equal = parallel.model_copy(update={"stages": None})
+        splits["equal numbers of items"] = split_layers(config.model.layers, equal)
+    rows, remarks = [("step", "of the steps", "stages", "bubble", "busiest rank / mean")], []
+    for step in expected_work(config):
+        for name, stages in splits.items():
+            timeline = step_timeline(parallel, stages, step, micro_batches)
+            busiest = max(timeline.busy) / (sum(timeline.busy) / len(timeline.busy))
+            rows.append((step.name, f"{step.share:.0%}", name, f"{timeline.bubble:.1%}", f"{busiest:.2f}"))
+            if name == "as above" and step.share and busiest > _UNEVEN:
+                remarks.append(_remark(config, step.name, timeline.busy))
+    ideal = 1 - 1 / (1 + (parallel.pipeline - 1) / (micro_batches * parallel.virtual_stages))
+    caption = (
+        f"Bubble of {parallel.schedule} with {micro_batches} micro-batches; it is {ideal:.1%} if all stages take "
+        "equally long."
+    )
+    return "\n".join((caption, _table(rows), *remarks))
+
+
+def _remark(config: RunConfig, step: str, busy: tuple[float, ...]) -> str:
+    """What to do about ranks that wait for the busiest."""
+    most, least = busy.index(max(busy)), busy.index(min(busy))
+    remedy = "parallel.stages=auto balances the stages"
+    if step == "multimodal" and most == rank_of(0, config.parallel):
+        remedy = "its stem encodes the images; parallel.vision=pipelined has all ranks encode them"
+    elif config.parallel.stages == "auto":
+        remedy = "fewer or shorter stages would divide better"
+    return (
+        f"In a {step} step pp rank {least} has {min(busy) / max(busy):.0%} of the work of pp rank {most} and waits for "
+        f"it: {remedy}."
+    )
+
+
 def _ranks(config: RunConfig, world: int) -> str:
     parallel, items = config.parallel, item_parameters(config)
-    stages, dp = split_layers(config.model.layers, parallel), world // parallel.model
+    stages, dp = split(config, world), world // parallel.model
     rows = [("pp rank", "parameters", "weights", "gradients", "optimizer", "together")]
     for rank in range(parallel.pipeline):
         held = _add(items[item] for stage in stages_of(rank, parallel) for item in stages[stage])
@@ -90,43 +133,12 @@ def _ranks(config: RunConfig, world: int) -> str:
 
 def _work(config: RunConfig) -> str:
     rows = [("FLOPs of a step", "forward", "input gradients", "weight gradients", "model", "overhead")]
-    for name, step in (("text", _text_step(config)), ("multimodal", _multimodal_step(config))):
-        work = item_work(config, **step)
+    packs = config.train.global_batch
+    for step in expected_steps(config):
+        work = item_work(config, **step.counts(packs, packs))
         parts = ("forward", "input_grad", "weight_grad", "model", "overhead")
-        rows.append((name, *(f"{sum(getattr(item, part) for item in work):.3e}" for part in parts)))
+        rows.append((step.name, *(f"{sum(getattr(item, part) for item in work):.3e}" for part in parts)))
     return _table(rows)
-
-
-def _text_step(config: RunConfig) -> dict[str, int]:
-    """A step whose packs are each one document."""
-    packs, seq_len = config.train.global_batch, config.data.seq_len
-    tokens = packs * seq_len
-    return {
-        "tokens": tokens,
-        "supervised_tokens": tokens - packs,
-        "squared_tokens": packs * seq_len**2,
-        "tiles": 0,
-    }
-
-
-def _multimodal_step(config: RunConfig) -> dict[str, int]:
-    """The same with images, whose tokens are no labels."""
-    (images, tiles), packs, step = _images_per_pack(config), config.train.global_batch, _text_step(config)
-    placeholders = packs * images * int(Tiling(config.model).tokens[0])
-    return step | {"supervised_tokens": step["supervised_tokens"] - placeholders, "tiles": packs * tiles}
-
-
-def _images_per_pack(config: RunConfig) -> tuple[int, int]:
-    """As many small images as fill half of a pack, and their tiles."""
-    tiling = Tiling(config.model)
-    images = max(1, config.data.seq_len // 2 // int(tiling.tokens[0]))
-    return images, images * int(tiling.tiles[0])
-
-
-def _rank_flops(config: RunConfig, step: dict[str, int]) -> list[float]:
-    """FLOPs of each item on one tensor rank."""
-    tensor = config.parallel.tensor
-    return [work.on_tensor_ranks(tensor) / tensor for work in item_work(config, **step)]
 
 
 def _add(counts: Iterable[Count]) -> Count:
@@ -141,10 +153,6 @@ def _items(held: range, layers: int) -> str:
     if blocks:
         names.append(f"block {blocks[0]}" if len(blocks) == 1 else f"blocks {blocks[0]}-{blocks[-1]}")
     return ", ".join(names + (["head"] if layers - 1 in held else []))
-
-
-def _share(flops: list[float], held: range) -> str:
-    return f"{sum(flops[item] for item in held) / sum(flops):.1%}"
 
 
 def _millions(count: int) -> str:

@@ -32,8 +32,8 @@ def test_every_small_topology_fits_the_debug_model():
 class TestWorld:
     def test_does_not_divide(self):
         assert only_problem(9, parallel={"tensor": 2, "pipeline": 2}) == (
-            "9 ranks are not divisible by parallel.tensor * parallel.pipeline = 2 * 2 = 4: start a multiple "
-            "of 4 ranks, or cut the model otherwise"
+            "9 ranks are not divisible by parallel.tensor * parallel.pipeline = 2 * 2 = 4: start 8 or 12 "
+            "ranks, or cut the model otherwise"
         )
 
     def test_too_small(self):

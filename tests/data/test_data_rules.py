@@ -25,7 +25,7 @@ NO_TILES = (
 )
 LEFT_OVER = (
     "train.global_batch = 12 is not divisible by data-parallel ranks * train.micro_batch = {}: packs would be left "
-    "over; change the batch or the ranks"
+    "over; change the batch to {}"
 )
 
 
@@ -81,12 +81,12 @@ def test_documents_that_cannot_be_packed(corpus, model, tiled_model, train, tile
 @pytest.mark.parametrize(
     ("dp", "micro_batch", "expected"),
     [
-        (1, 11, [LEFT_OVER.format("1 * 11 = 11")]),
+        (1, 11, [LEFT_OVER.format("1 * 11 = 11", "11 or 22")]),
         (1, 12, []),
-        (1, 13, [LEFT_OVER.format("1 * 13 = 13")]),
+        (1, 13, [LEFT_OVER.format("1 * 13 = 13", "13")]),
         (3, 4, []),
-        (4, 2, [LEFT_OVER.format("4 * 2 = 8")]),
-        (13, 1, [LEFT_OVER.format("13 * 1 = 13")]),
+        (4, 2, [LEFT_OVER.format("4 * 2 = 8", "8 or 16, or the data-parallel ranks to 3")]),
+        (13, 1, [LEFT_OVER.format("13 * 1 = 13", "13, or the data-parallel ranks to 12")]),
     ],
 )
 def test_a_global_batch_that_leaves_packs_over(corpus, model, train, dp, micro_batch, expected):

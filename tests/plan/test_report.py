@@ -28,15 +28,29 @@ def test_7b_on_512_ranks():
     assert "2304 packs of 4096 tokens = 9,437,184 tokens; each rank runs 72 micro-batches of 4,096 tokens" in text
     stages = rows(text, "stage")
     assert [stage[2] for stage in stages] == [
-        "stem, blocks 0-2",
-        *(f"blocks {first}-{first + 3}" for first in range(3, 27, 4)),
-        "blocks 27-29, head",
+        "stem, blocks 0-3",
+        *(f"blocks {first}-{first + 3}" for first in range(4, 28, 4)),
+        "blocks 28-29, head",
     ]
     for column in (5, 6):  # shares of a step
         assert abs(sum(float(stage[column].rstrip("%")) for stage in stages) - 100) < 0.5
     # Each of the eight ranks of a pipeline holds one half of every cut matrix, and everything else whole.
     held = sum(parameter.local_size(config.parallel) for parameter in parameters(config.model)) / 1e6
     assert abs(sum(float(stage[3].split()[0]) + float(stage[4].split()[0]) for stage in stages) - held) < 0.1
+
+
+def test_bubbles_beside_equal_numbers_of_items():
+    """The head is as long as two blocks in a text step, and the towers are in a multimodal one."""
+    text = describe(load_run(ROOT / "launch/recipes/vl_7b_stage2.yaml"), 512)
+    assert "Bubble of 1f1b with 72 micro-batches; it is 8.9% if all stages take equally long." in text
+    (chosen, equal, *_) = rows(text, "step  of the steps")
+    assert chosen[:3] == ["text", "70%", "as above"] and equal[2] == "equal numbers of items"
+    assert float(chosen[3].rstrip("%")) < 9.5 < 24 < float(equal[3].rstrip("%"))
+    assert "In a multimodal step pp rank 7 has 50% of the work of pp rank 0 and waits for it: its stem encodes" in text
+    given = load_run(ROOT / "launch/recipes/vl_7b_stage2.yaml", ["parallel.stages=null"])
+    assert "In a text step pp rank 0 has 61% of the work of pp rank 7 and waits for it: parallel.stages=auto" in (
+        describe(given, 512)
+    )
 
 
 def test_interleaved_ranks_hold_several_stages():

@@ -1,6 +1,7 @@
 """Training steps on made-up packs: tokens/s, MFU and memory of one setting, or of several that take turns."""
 
 import argparse
+import os
 import shlex
 import statistics
 import sys
@@ -16,7 +17,7 @@ from benchmarks.packs import grid_of, made_up_step
 from benchmarks.paired import Ratio, paired_ratio, take_turns
 from benchmarks.record import circumstances, heading, write_json
 from benchmarks.skew import skew_routing
-from benchmarks.step_time import StepTime, over_ranks, timed_step
+from benchmarks.step_time import StepTime, busy_share, over_ranks, timed_step
 
 from megavl.batch import Kind, StepBatch
 from megavl.config.error import ConfigError
@@ -26,6 +27,7 @@ from megavl.config.run import RunConfig
 from megavl.config.tiles import Grid
 from megavl.parallel.agree import RunError, gather
 from megavl.plan.cost import step_flops
+from megavl.plan.split import split
 from megavl.runtime.env import Env, LaunchError, process_group, read_env
 from megavl.runtime.mesh import mesh_of
 from megavl.runtime.metrics import memory_bytes, peak
@@ -52,6 +54,8 @@ class Setting:
 def run(args: argparse.Namespace) -> None:
     """Time the steps that the command line asks for; the first rank prints the tables."""
     env = read_env()
+    if args.pin:
+        pin(env)
     try:
         settings = read_settings(args, env.world)
     except ConfigError as error:
@@ -67,6 +71,14 @@ def run(args: argparse.Namespace) -> None:
         print("\n".join(page(found)))
         if args.json:
             write_json(args.json, found)
+
+
+def pin(env: Env) -> None:
+    """Keep this rank on a core of its own."""
+    cores = sorted(os.sched_getaffinity(0))
+    if env.local_rank >= len(cores):
+        sys.exit(f"error: --pin: local rank {env.local_rank} has no core, there are {len(cores)}; start fewer ranks")
+    os.sched_setaffinity(0, {cores[env.local_rank]})
 
 
 def read_settings(args: argparse.Namespace, world: int) -> list[Setting]:
@@ -119,13 +131,21 @@ def benchmark(settings: Sequence[Setting], env: Env, args: argparse.Namespace) -
         works = {name: step_work(replica, batches[name], env) for name, replica in replicas.items()}
         take_turns(args.warmup, works)
         mine = take_turns(args.steps, works)
-        times = merge_ranks(gather(mine, replicas[settings[0].name].mesh.control))
+        by_rank = gather(mine, replicas[settings[0].name].mesh.control)
+        times = merge_ranks(by_rank)
         memory = memory_bytes(env.device)
         for setting in settings:
             row = step_row(setting, batches[setting.name], times[setting.name], peak_flops, env.world)
             speeds = speed_ratios(batches, times, setting.name, settings[0].name)
-            busiest = busiest_expert(replicas[setting.name], batches[setting.name])
-            found["steps"].append({**row, "memory_bytes": memory, "busiest_expert": busiest, "times_as_fast": speeds})
+            found["steps"].append(
+                {
+                    **row,
+                    "memory_bytes": memory,
+                    "busiest_expert": busiest_expert(replicas[setting.name], batches[setting.name]),
+                    "pipeline": pipeline_share(setting.config, env, [times[setting.name] for times in by_rank]),
+                    "times_as_fast": speeds,
+                }
+            )
     return found
 
 
@@ -183,6 +203,24 @@ def step_row(
     }
 
 
+def pipeline_share(config: RunConfig, env: Env, by_rank: Sequence[Sequence[StepTime]]) -> dict[str, Any] | None:
+    """How much of the time of forward and backward passes the ranks were busy, beside what the schedule allows with
+    equal stages, in JSON types. None without a pipeline, and on a GPU, where the host does not wait."""
+    parallel = config.parallel
+    if parallel.pipeline == 1 or env.device.type != "cpu":
+        return None
+    micro_batches = config.train.micro_batches(env.world // parallel.model)
+    ideal = 1 / (1 + (parallel.pipeline - 1) / (micro_batches * parallel.virtual_stages))
+    shares = [busy_share(rounds) for rounds in zip(*by_rank, strict=True)]
+    return {
+        "stages": [len(items) for items in split(config, env.world)],
+        "micro_batches": micro_batches,
+        "ideal": ideal,
+        "busy": statistics.median(shares),
+        "of_ideal": asdict(paired_ratio(shares, [ideal] * len(shares))),
+    }
+
+
 def busiest_expert(replica: Replica, batch: StepBatch) -> float | None:
     """Largest load of an expert over the mean of its layer, in one more step; None without experts. Collective."""
     load = replica.step(batch, replica.config.optim.lr).load if replica.config.model.decoder.moe else None
@@ -231,7 +269,9 @@ def page(found: dict[str, Any]) -> list[str]:
         for row in found["steps"]
         if row["busiest_expert"] is not None
     ]
-    return [*lines, "", *speed_table(found["steps"], several), "", *parts_table(found["steps"], several)]
+    lines += ["", *speed_table(found["steps"], several), "", *parts_table(found["steps"], several)]
+    piped = [row for row in found["steps"] if row["pipeline"] is not None]
+    return [*lines, "", *pipeline_table(piped, several)] if piped else lines
 
 
 def speed_table(rows: Sequence[dict[str, Any]], several: bool) -> list[str]:
@@ -264,6 +304,20 @@ def parts_table(rows: Sequence[dict[str, Any]], several: bool) -> list[str]:
             )
             + " |"
             + "".join(f" {shown(row['times_as_fast'][clock])} |" for clock in ("wall_s", "cpu_s") if several)
+            for row in rows
+        ),
+    ]
+
+
+def pipeline_table(rows: Sequence[dict[str, Any]], several: bool) -> list[str]:
+    """How busy the ranks were."""
+    return [
+        "| step | items on each stage | micro-batches | busy in forward and backward | with equal stages | of that |",
+        "|---|---|---|---|---|---|",
+        *(
+            f"| {_label(row, several)} | {', '.join(map(str, row['pipeline']['stages']))} | "
+            f"{row['pipeline']['micro_batches']} | {row['pipeline']['busy']:.1%} | {row['pipeline']['ideal']:.1%} | "
+            f"{shown(row['pipeline']['of_ideal'])} |"
             for row in rows
         ),
     ]
