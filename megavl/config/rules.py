@@ -134,6 +134,13 @@ def _schedule(config: RunConfig) -> list[str]:
             f"parallel.pipeline = {parallel.pipeline}: there is nothing to interleave; set parallel.virtual_stages and "
             "parallel.pipeline above 1, or parallel.schedule=1f1b"
         ]
+    if parallel.schedule == "dualpipev" and (parallel.virtual_stages != 2 or parallel.pipeline == 1):
+        return [
+            f"parallel.schedule = dualpipev with parallel.virtual_stages = {parallel.virtual_stages} and "
+            f"parallel.pipeline = {parallel.pipeline}: each pipeline rank runs two stages, number r from the start and "
+            "number r from the end; set parallel.virtual_stages=2 and parallel.pipeline above 1, or "
+            "parallel.schedule=1f1b"
+        ]
     return []
 
 

@@ -4,7 +4,15 @@ import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from megavl.config.model import ModelConfig, Section
 
@@ -23,8 +31,12 @@ class ParallelConfig(Section):
         "whole",
         description="tensor ranks share the tokens of whole experts, or cut the width of every expert",
     )
-    schedule: Literal["1f1b", "interleaved"] = Field("1f1b", description="order of the passes on a pipeline rank")
-    virtual_stages: PositiveInt = Field(1, description="stages per pipeline rank; 1f1b has one, interleaved several")
+    schedule: Literal["1f1b", "interleaved", "dualpipev"] = Field(
+        "1f1b", description="order of the passes on a pipeline rank"
+    )
+    virtual_stages: PositiveInt = Field(
+        1, description="stages per pipeline rank; 1f1b has one, interleaved several, dualpipev two"
+    )
     stages: Literal["auto"] | tuple[PositiveInt, ...] | None = Field(
         "auto",
         description="items of the model list (stem, blocks, head) on each stage; auto: as balances their work; null: "
@@ -34,6 +46,18 @@ class ParallelConfig(Section):
         "replicated", description="every tensor rank encodes all images of a micro-batch, or each its share of them"
     )
     zero: Literal[0, 1, 2, 3] = 1
+
+    @field_validator("schedule", mode="before")
+    @classmethod
+    def _without_zero_bubble(cls, value: Any) -> Any:
+        if value in ("zero-bubble", "zero_bubble", "zb1p", "zbv"):
+            raise ValueError(
+                f"{value} is not supported: it fills the bubble with gradients of weights, apart from those of inputs, "
+                "but the fused operators compute both in one backward pass, and recomputed activations would have to "
+                "stay in memory until both are done; use interleaved, which has the smallest bubble, or dualpipev, "
+                "which needs less memory"
+            )
+        return value
 
     @property
     def model(self) -> int:

@@ -1,4 +1,5 @@
 import pytest
+from pydantic import ValidationError
 
 from megavl.config.error import ConfigError
 from megavl.config.presets import PRESETS
@@ -200,6 +201,17 @@ class TestSchedule:
     def test_nothing_to_interleave(self, sizes):
         problem = only_problem(sizes.get("pipeline", 1), parallel={"schedule": "interleaved"} | sizes)
         assert "nothing to interleave" in problem and "parallel.schedule=1f1b" in problem
+
+    @pytest.mark.parametrize("sizes", [{"pipeline": 2}, {"pipeline": 2, "virtual_stages": 3}, {"virtual_stages": 2}])
+    def test_two_stages_a_rank_for_dualpipev(self, sizes):
+        problem = only_problem(sizes.get("pipeline", 1), parallel={"schedule": "dualpipev"} | sizes)
+        assert "set parallel.virtual_stages=2 and parallel.pipeline above 1" in problem
+        check(make_run(parallel={"schedule": "dualpipev", "virtual_stages": 2, "pipeline": 2}), 2)
+
+    @pytest.mark.parametrize("name", ["zero-bubble", "zb1p", "zbv"])
+    def test_why_there_is_no_zero_bubble(self, name):
+        with pytest.raises(ValidationError, match=f"{name} is not supported: .* compute both in one backward pass"):
+            make_run(parallel={"schedule": name, "pipeline": 2})
 
 
 class TestData:

@@ -1,23 +1,36 @@
 """Pipeline schedules: those of torch, each pass once, and no circle of ranks that wait for one another."""
 
 import functools
+import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from unittest import mock
 
 import pytest
-from torch.distributed.pipelining.schedules import Schedule1F1B, ScheduleInterleaved1F1B
+from torch.distributed.pipelining.schedules import Schedule1F1B, ScheduleDualPipeV, ScheduleInterleaved1F1B
 
 from megavl.config.run import ParallelConfig
 from megavl.plan import schedule
 from megavl.plan.schedule import Pass, Program, Transfer, place, programs, rank_of, stages_of
 
-SIZES = [(pipeline, virtual) for pipeline in (1, 2, 3, 4, 8) for virtual in (1, 2, 3)]
+PIPELINES = (2, 3, 4, 8)
+SIZES = [(pipeline, virtual) for pipeline in (1, *PIPELINES) for virtual in (1, 2, 3)]
 MICRO_BATCHES = (1, 2, 3, 4, 5, 7, 8, 11, 12, 16, 29)
 
 
 def parallel_of(pipeline: int, virtual: int) -> ParallelConfig:
     return ParallelConfig(pipeline=pipeline, virtual_stages=virtual, schedule="1f1b" if virtual == 1 else "interleaved")
+
+
+def dualpipev(pipeline: int) -> ParallelConfig:
+    return ParallelConfig(pipeline=pipeline, virtual_stages=2, schedule="dualpipev")
+
+
+ALL = [parallel_of(*size) for size in SIZES] + [dualpipev(pipeline) for pipeline in PIPELINES]
+
+
+def name_of(parallel: ParallelConfig) -> str:
+    return f"{parallel.schedule}-{parallel.pipeline}-{parallel.virtual_stages}"
 
 
 def passes_of(program: Program) -> list[Pass]:
@@ -51,6 +64,37 @@ def torch_interleaved(pipeline: int, virtual: int, micro_batches: int, rank: int
     return [(kinds[each.computation_type.value], each.stage_index, each.microbatch_index) for each in order if each]
 
 
+def torch_dualpipev(pipeline: int, micro_batches: int, rank: int) -> list[tuple[str, int, int]]:
+    """(kind, stage, micro-batch) of a rank's passes as torch orders them. Where torch splits a backward pass, it begins
+    with the gradients of the inputs."""
+    torchs = mock.MagicMock(pp_group_size=pipeline, _n_microbatches=micro_batches)
+    order = ScheduleDualPipeV._calculate_single_rank_operations(torchs, rank)
+    kinds = {"F": "forward", "B": "backward", "I": "backward"}
+    found = itertools.chain.from_iterable(each.sub_actions or (each,) for each in order)
+    return [
+        (kinds[each.computation_type.value], each.stage_index, each.microbatch_index)
+        for each in found
+        if each.computation_type.value != "W"
+    ]
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+def test_the_order_of_dualpipev_is_that_of_torch(pipeline):
+    for micro_batches in range(2 * pipeline, 2 * pipeline + 9):
+        for rank, program in enumerate(programs(dualpipev(pipeline), micro_batches)):
+            ours = [(each.kind, each.stage, each.micro_batch) for each in passes_of(program)]
+            assert ours == torch_dualpipev(pipeline, micro_batches, rank)
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+def test_dualpipev_holds_as_much_on_every_rank(pipeline):
+    """Two passes over half the rank's layers for each rank, and one more; rank 0 of interleaved 1F1B holds 3 p - 1."""
+    for of_schedule, most in ((dualpipev(pipeline), 2 * pipeline + 1), (parallel_of(pipeline, 2), 3 * pipeline - 1)):
+        held = [most_in_flight(program) for program in programs(of_schedule, 4 * pipeline)]
+        assert max(held) == most
+        assert of_schedule.schedule == "interleaved" or set(held) == {most}
+
+
 @pytest.mark.parametrize(("pipeline", "virtual"), [size for size in SIZES if size[0] > 1])
 def test_the_order_is_that_of_torch(pipeline, virtual):
     compared = 0
@@ -68,9 +112,8 @@ def test_the_order_is_that_of_torch(pipeline, virtual):
     assert compared >= 3 * pipeline
 
 
-@pytest.mark.parametrize(("pipeline", "virtual"), SIZES)
-def test_every_pass_runs_once_and_on_its_rank(pipeline, virtual):
-    parallel = parallel_of(pipeline, virtual)
+@pytest.mark.parametrize("parallel", ALL, ids=name_of)
+def test_every_pass_runs_once_and_on_its_rank(parallel):
     for micro_batches in MICRO_BATCHES:
         wanted = {
             (kind, stage, index)
@@ -116,9 +159,8 @@ def perform(rank_programs: Sequence[Program], num_stages: int) -> None:
 
 
 @pytest.mark.parametrize("backward", [True, False])
-@pytest.mark.parametrize(("pipeline", "virtual"), SIZES)
-def test_no_rank_waits_for_ever(pipeline, virtual, backward):
-    parallel = parallel_of(pipeline, virtual)
+@pytest.mark.parametrize("parallel", ALL, ids=name_of)
+def test_no_rank_waits_for_ever(parallel, backward):
     for micro_batches in MICRO_BATCHES:
         perform(programs(parallel, micro_batches, backward=backward), parallel.num_stages)
 
@@ -189,6 +231,30 @@ def test_no_rank_waits_for_a_message_that_it_does_not_need_yet(pipeline, virtual
     assert evaluated == pytest.approx(micro_batches + (pipeline - 1) / virtual)
 
 
+@pytest.mark.parametrize("pipeline", PIPELINES)
+def test_the_time_of_dualpipev_grows_by_a_micro_batch_with_each(pipeline):
+    """Two passes forward and two backward over half the rank's layers. It idles longer than interleaved 1F1B, which
+    idles 1.5 (p - 1), and less than 1F1B with 3 (p - 1)."""
+    for micro_batches in (2 * pipeline, 4 * pipeline, 8 * pipeline):
+        found = makespan(programs(dualpipev(pipeline), micro_batches), twice_as_long_backward(1 / 2))
+        assert found == pytest.approx(3 * micro_batches + 2.5 * (pipeline - 1) - 0.5)
+
+
+def test_dualpipev_would_stall_if_it_sent_within_its_pairs(monkeypatch):
+    """A rank's batches run one after another: sent within a pair, they wait for ranks in the middle of a pass."""
+    paired = makespan(programs(dualpipev(4), 32), twice_as_long_backward(1 / 2))
+    order = schedule._SCHEDULES["dualpipev"].order
+
+    def without_pairs(*args):
+        return [(each,) for block in order(*args) for each in block]
+
+    monkeypatch.setitem(schedule._SCHEDULES, "dualpipev", schedule.Schedule("v", without_pairs))
+    programs.cache_clear()
+    found = makespan(programs(dualpipev(4), 32), twice_as_long_backward(1 / 2))
+    programs.cache_clear()
+    assert found > 1.2 * paired
+
+
 def test_a_batch_with_a_later_message_costs_time():
     """Rank 1 receives both micro-batches at once."""
     parallel = parallel_of(2, 1)
@@ -202,18 +268,20 @@ def test_a_batch_with_a_later_message_costs_time():
     assert makespan((first, late), seconds) > makespan((first, second), seconds) == 9
 
 
+def most_in_flight(program: Program) -> int:
+    """Forward passes whose backward passes are to come, at most."""
+    steps = (1 if each.kind == "forward" else -1 for each in passes_of(program))
+    return max(itertools.accumulate(steps))
+
+
 @pytest.mark.parametrize("pipeline", [2, 4, 8])
 def test_1f1b_holds_no_more_micro_batches_than_stages_follow(pipeline):
     for rank, program in enumerate(programs(parallel_of(pipeline, 1), 32)):
-        held, most = 0, 0
-        for each in passes_of(program):
-            held += 1 if each.kind == "forward" else -1
-            most = max(most, held)
-        assert most == pipeline - rank
+        assert most_in_flight(program) == pipeline - rank
 
 
 def test_an_impossible_order_is_refused(monkeypatch):
-    backwards_first = schedule.Schedule("loop", lambda stages, *_: [Pass("backward", stages[0], 0)])
+    backwards_first = schedule.Schedule("loop", lambda stages, *_: [(Pass("backward", stages[0], 0),)])
     monkeypatch.setitem(schedule._SCHEDULES, "1f1b", backwards_first)
     with pytest.raises(ValueError, match="cannot be performed"):
         programs(ParallelConfig(pipeline=2, schedule="1f1b", stages=(1, 1)), 3)
@@ -226,20 +294,11 @@ def test_placement():
     assert stages_of(1, parallel) == (1, 3, 5) and rank_of(4, parallel) == 0
 
 
-def test_a_v_shape_hands_over_on_its_rank(monkeypatch):
+def test_a_v_shape_hands_over_on_its_rank():
     """Between the two stages of the last rank nothing is sent."""
-    monkeypatch.setitem(schedule._SCHEDULES, "interleaved", schedule.Schedule("v", one_micro_batch))
-    parallel = ParallelConfig(pipeline=2, virtual_stages=2, schedule="interleaved")
+    parallel = dualpipev(2)
     assert [stages_of(rank, parallel) for rank in (0, 1)] == [(0, 3), (1, 2)]
-    programs.cache_clear()
     found = programs(parallel, 1)
-    programs.cache_clear()
-    perform(found, 4)
     sent = {each.consumer for program in found for batch in program if not isinstance(batch, Pass) for each in batch}
     ends = [("forward", 1), ("forward", 3), ("backward", 2), ("backward", 0)]
     assert sent == {Pass(kind, stage, 0) for kind, stage in ends}
-
-
-def one_micro_batch(stages: Sequence[int], rank: int, ranks: int, micro_batches: int) -> list[Pass]:
-    forwards = [Pass("forward", stage, 0) for stage in stages]
-    return forwards + [Pass("backward", stage, 0) for stage in reversed(stages)]

@@ -8,7 +8,7 @@ import pytest
 from megavl.config.run import ParallelConfig
 from megavl.plan.schedule import Pass, consumer_of, programs
 from megavl.plan.timeline import Timeline, simulate
-from tests.plan.test_schedule import SIZES, makespan, parallel_of, twice_as_long_backward
+from tests.plan.test_schedule import SIZES, dualpipev, makespan, name_of, parallel_of, twice_as_long_backward
 
 
 def actions(timeline: Timeline, rank: int) -> list[tuple[str, int, int, float, float]]:
@@ -27,11 +27,12 @@ def test_the_bubble_is_that_of_the_formula(pipeline, virtual):
 
 
 @pytest.mark.parametrize("message", [0.0, 0.3])
-@pytest.mark.parametrize(("pipeline", "virtual"), [(2, 1), (4, 1), (3, 2), (4, 3)])
-def test_uneven_passes_take_the_time_that_their_dependencies_need(pipeline, virtual, message):
+@pytest.mark.parametrize(
+    "parallel", [*(parallel_of(*size) for size in ((2, 1), (4, 1), (3, 2), (4, 3))), dualpipev(3)], ids=name_of
+)
+def test_uneven_passes_take_the_time_that_their_dependencies_need(parallel, message):
     """Against the recursion of the test, with a time for every stage and micro-batch; inputs are there before passes
     begin, and a rank runs one pass at a time."""
-    parallel = parallel_of(pipeline, virtual)
     for micro_batches in (1, 3, 8):
         draw = random.Random(micro_batches)
         seconds = {

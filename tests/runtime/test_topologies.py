@@ -78,6 +78,7 @@ class Case:
         )
 
 
+_DUALPIPEV = {"schedule": "dualpipev", "virtual_stages": 2}
 # Each rank compiles, which takes 20 to 40 s of CPU time.
 COMPILED = [
     Case(1, "vl", {"zero": 0}, {"micro_batch": 3, "compile": True, "recompute": "block"}),
@@ -122,6 +123,12 @@ TABLE = [
     Case(6, "vl", {"tensor": 2, "pipeline": 3}, {"micro_batch": 2}),
     Case(8, "vl", {"tensor": 2, "sequence": True, "pipeline": 2, "zero": 1}, {"micro_batch": 2}),
     Case(8, "vl", {"pipeline": 4, "zero": 0}, {}),
+    Case(2, "vl", {"pipeline": 2, **_DUALPIPEV, "zero": 0}, {"micro_batch": 6}),  # fewer micro-batches than stages
+    Case(3, "vl", {"pipeline": 3, **_DUALPIPEV}, {"micro_batch": 2, "recompute": "block"}),
+    Case(4, "vl", {"pipeline": 4, **_DUALPIPEV, "stages": (1, 2, 1, 2, 1, 2, 2, 1)}, {}),
+    Case(
+        4, "vl", {"tensor": 2, "sequence": True, "pipeline": 2, **_DUALPIPEV, "vision": "sharded"}, {"micro_batch": 2}
+    ),
     Case(1, "base", {"zero": 0}, {"micro_batch": 4, "recompute": "block"}),
     Case(2, "tiny", {"expert": 2, "zero": 0}, {"micro_batch": 6}),
     Case(2, "base", {"expert": 2, "zero": 2}, {"micro_batch": 3, "recompute": "selective"}),
@@ -141,6 +148,12 @@ TABLE = [
         "base",
         {"pipeline": 2, "schedule": "interleaved", "virtual_stages": 3, "expert": 2},
         {"micro_batch": 3, "recompute": "selective"},
+    ),
+    Case(
+        4,
+        "base",
+        {"pipeline": 2, **_DUALPIPEV, "stages": (1, 2, 2, 1), "expert": 2},
+        {"micro_batch": 1, "recompute": "selective"},
     ),
     Case(
         8,
@@ -178,6 +191,10 @@ UNDER_RULES = [
             ),
         )
     ),
+    *(
+        Case(2, "vl", {"pipeline": 2, **_DUALPIPEV}, {"micro_batch": 2}, rule)
+        for rule in ("only the adaptor trains", "only the head trains")
+    ),
     # Where tensor ranks share the images, gradients of the towers cross ranks: of those that train, and no others.
     Case(2, "vl", {"tensor": 2, "vision": "sharded"}, {"micro_batch": 6}, "towers frozen but for the convolutions"),
     *(
@@ -202,6 +219,7 @@ IN_BF16 = [
         {"micro_batch": 3, "recompute": "block"},
         precision="bf16",
     ),
+    Case(2, "vl", {"pipeline": 2, **_DUALPIPEV}, {"micro_batch": 2}, precision="bf16"),
     Case(4, "vl", {"tensor": 2, "sequence": True, "pipeline": 2}, {"micro_batch": 3}, precision="bf16"),
     # Rounding decides between two experts that are almost as good; a bias, which moves by a sign, would magnify that.
     Case(
