@@ -112,6 +112,15 @@ class Batch:
         a thread of its own."""
         return self._map(Tensor.pin_memory)
 
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Keep the memory of the tensors, once they are freed, until `stream` has done what it was given by then."""
+
+        def record(tensor: Tensor) -> Tensor:
+            tensor.record_stream(stream)
+            return tensor
+
+        self._map(record)
+
     def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         return replace(
             self,

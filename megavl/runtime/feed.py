@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from megavl.batch import Batch
 
@@ -12,39 +11,38 @@ from megavl.batch import Batch
 class Feed:
     """The micro-batches of one step on `device`.
 
-    Tokens and borders of all micro-batches are copied first: a few megabytes. The pixels of a step may be gigabytes, so
-    those of the next micro-batch are copied on a separate stream while the current one is computed. Copies from pinned
-    memory do not block the host.
+    A step may have gigabytes of pixels, so the next micro-batch is copied while the current one is computed, on a
+    stream of its own. Each stage has its own copies. Copies from pinned memory do not block the host.
     """
 
     def __init__(self, micro_batches: Sequence[Batch], device: torch.device):
-        self._device = device
-        self._pixels = [batch.pixels for batch in micro_batches]
-        self._texts = [replace(batch, pixels=None).to(device) for batch in micro_batches]
+        self._micro_batches, self._device = micro_batches, device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def texts(self) -> Iterator[Batch]:
         """Each micro-batch in turn, without pixels: for stages that do not hold the stem."""
-        yield from self._texts
+        return self._one_ahead([replace(batch, pixels=None) for batch in self._micro_batches])
 
     def batches(self) -> Iterator[Batch]:
         """Each micro-batch in turn, with its pixels: for the stage that holds the stem."""
-        ahead = self._copy(self._pixels[0])
-        for text, following in zip(self._texts, [*self._pixels[1:], None], strict=True):
-            pixels, ahead = self._arrived(ahead), self._copy(following)
-            yield replace(text, pixels=pixels)
+        return self._one_ahead(self._micro_batches)
 
-    def _copy(self, pixels: Tensor | None) -> Tensor | None:
-        """Start the copy; None after the last micro-batch."""
-        if pixels is None:
-            return None
+    def _one_ahead(self, micro_batches: Sequence[Batch]) -> Iterator[Batch]:
+        ahead = self._copy(micro_batches[0])
+        for following in micro_batches[1:]:
+            batch, ahead = self._arrived(ahead), self._copy(following)
+            yield batch
+        yield self._arrived(ahead)
+
+    def _copy(self, batch: Batch) -> Batch:
+        """Start the copy."""
         with torch.cuda.stream(self._stream):  # None: the current stream
-            return pixels.to(self._device, non_blocking=True)
+            return batch.to(self._device)
 
-    def _arrived(self, pixels: Tensor) -> Tensor:
-        """Make the current stream wait for the copy, without blocking the host, and record that it reads the pixels."""
+    def _arrived(self, batch: Batch) -> Batch:
+        """Make the current stream wait for the copy, without blocking the host, and record that it reads the copy."""
         if self._stream is not None:
             current = torch.cuda.current_stream(self._device)
             current.wait_stream(self._stream)
-            pixels.record_stream(current)
-        return pixels
+            batch.record_stream(current)
+        return batch

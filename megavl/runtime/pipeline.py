@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from megavl.batch import Batch, StepBatch
 from megavl.config.run import RunConfig
@@ -88,8 +89,9 @@ class _Passes:
     ):
         self._engine, self._stages, self._num_stages = engine, stages, num_stages
         self._micro_batches, self._exchange, self._normaliser = micro_batches, exchange, normaliser
-        # Input and output of each forward pass that awaits its backward pass, keyed by the backward pass.
-        self._graphs: dict[Pass, tuple[Tensor | None, Tensor]] = {}
+        # Input and graph of each forward pass that awaits its backward pass, keyed by the backward pass. The edge does
+        # not keep the output, which is freed once it is sent; the engine's backward pass needs the output itself.
+        self._graphs: dict[Pass, tuple[Tensor | None, Tensor | GradientEdge]] = {}
         self.losses: list[Tensor] = []
 
     def forward(self, action: Pass) -> None:
@@ -106,13 +108,14 @@ class _Passes:
         else:
             self._exchange.put(consumer_of(action, self._num_stages), output.detach())
         if torch.is_grad_enabled():
-            self._graphs[Pass("backward", action.stage, action.micro_batch)] = h, output
+            graph = output if self._num_stages == 1 else get_gradient_edge(output)
+            self._graphs[Pass("backward", action.stage, action.micro_batch)] = h, graph
 
     def backward(self, action: Pass) -> None:
-        h, output = self._graphs.pop(action)
+        h, graph = self._graphs.pop(action)
         if self._num_stages == 1:
-            self._engine.backward(output, scale_wrt_gas=False)
+            self._engine.backward(graph, scale_wrt_gas=False)
         else:
-            torch.autograd.backward(output, self._exchange.take(action))
+            torch.autograd.backward(graph, self._exchange.take(action))
         if h is not None:
             self._exchange.put(consumer_of(action, self._num_stages), h.grad)

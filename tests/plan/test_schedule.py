@@ -1,7 +1,9 @@
 """Pipeline schedules: those of torch, each pass once, and no circle of ranks that wait for one another."""
 
+import bisect
 import functools
 import itertools
+import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from unittest import mock
@@ -12,6 +14,7 @@ from torch.distributed.pipelining.schedules import Schedule1F1B, ScheduleDualPip
 from megavl.config.run import ParallelConfig
 from megavl.plan import schedule
 from megavl.plan.schedule import Pass, Program, Transfer, place, programs, rank_of, stages_of
+from megavl.runtime.exchange import BATCHES_PENDING
 
 PIPELINES = (2, 3, 4, 8)
 SIZES = [(pipeline, virtual) for pipeline in (1, *PIPELINES) for virtual in (1, 2, 3)]
@@ -178,9 +181,12 @@ def twice_as_long_backward(forward: float) -> Callable[[Pass], float]:
     return lambda each: forward if each.kind == "forward" else 2 * forward
 
 
-def makespan(rank_programs: Sequence[Program], seconds: Callable[[Pass], float], message: float = 0) -> float:
+def makespan(
+    rank_programs: Sequence[Program], seconds: Callable[[Pass], float], message: float = 0, pending: int | None = None
+) -> float:
     """Time of a step on NCCL: the batches of a rank run one after another, each as a whole once both sides of all its
-    messages have begun, and a pass waits for the whole batch that has its input."""
+    messages have begun, and a pass waits for the whole batch that has its input. With `pending`, it also waits until no
+    more batches than that are incomplete."""
     batches = {  # rank and position of the batch with each transfer, at both ends
         (rank, each): position
         for rank, program in enumerate(rank_programs)
@@ -189,12 +195,19 @@ def makespan(rank_programs: Sequence[Program], seconds: Callable[[Pass], float],
         for each in action
     }
     arrives = {(each.target, each.consumer): each for rank, each in batches}
+    positions = [
+        [position for position, action in enumerate(program) if not isinstance(action, Pass)]
+        for program in rank_programs
+    ]
+
+    def before(rank: int, position: int) -> list[int]:
+        """Batches before a position."""
+        return positions[rank][: bisect.bisect_left(positions[rank], position)]
 
     @functools.cache
     def begins(rank: int, position: int) -> float:
         """Of a batch: after the pass before it, and after the batch before it."""
-        before = [index for index in range(position) if not isinstance(rank_programs[rank][index], Pass)]
-        return max(computed(rank, position), ends(rank, before[-1]) if before else 0)
+        return max([computed(rank, position), *(ends(rank, each) for each in before(rank, position)[-1:])])
 
     @functools.cache
     def ends(rank: int, position: int) -> float:
@@ -212,8 +225,11 @@ def makespan(rank_programs: Sequence[Program], seconds: Callable[[Pass], float],
             return 0
         action = rank_programs[rank][index]
         transfer = arrives.get((rank, action))
-        input_there = ends(rank, batches[rank, transfer]) if transfer else 0
-        return max(computed(rank, index), input_there) + seconds(action)
+        waits = [computed(rank, index), ends(rank, batches[rank, transfer]) if transfer else 0]
+        if pending is not None:
+            posted = before(rank, index)
+            waits += [ends(rank, each) for each in posted[: max(0, len(posted) - pending)][-1:]]
+        return max(waits) + seconds(action)
 
     return max(computed(rank, len(program)) for rank, program in enumerate(rank_programs))
 
@@ -253,6 +269,20 @@ def test_dualpipev_would_stall_if_it_sent_within_its_pairs(monkeypatch):
     found = makespan(programs(dualpipev(4), 32), twice_as_long_backward(1 / 2))
     programs.cache_clear()
     assert found > 1.2 * paired
+
+
+@pytest.mark.parametrize("backward", [True, False])
+@pytest.mark.parametrize(
+    "parallel", [parallel_of(4, 1), parallel_of(4, 2), parallel_of(8, 2), dualpipev(4)], ids=name_of
+)
+def test_pending_sends_are_few_enough_and_cost_no_time(parallel, backward):
+    """With stages of any duration. To wait for each batch at once would cost time."""
+    found = programs(parallel, 3 * parallel.pipeline, backward=backward)
+    draw = random.Random(0)
+    seconds = {each: draw.uniform(0.5, 2) for program in found for each in passes_of(program)}.__getitem__
+    expected = makespan(found, seconds)
+    assert makespan(found, seconds, pending=BATCHES_PENDING) == expected
+    assert makespan(found, seconds, pending=0) > expected
 
 
 def test_a_batch_with_a_later_message_costs_time():
