@@ -9,6 +9,7 @@ from megavl.plan.memory import state_bytes
 from megavl.plan.mix import expected_steps
 from megavl.plan.schedule import rank_of, stages_of
 from megavl.plan.split import expected_work, split, step_timeline
+from megavl.plan.timeline import simulate
 
 # A rank with so many times the mean work of all is worth a remark.
 _UNEVEN = 1.1
@@ -95,7 +96,7 @@ def _pipeline(config: RunConfig, world: int) -> str:
             rows.append((step.name, f"{step.share:.0%}", name, f"{timeline.bubble:.1%}", f"{busiest:.2f}"))
             if name == "as above" and step.share and busiest > _UNEVEN:
                 remarks.append(_remark(config, step.name, timeline.busy))
-    ideal = 1 - 1 / (1 + (parallel.pipeline - 1) / (micro_batches * parallel.virtual_stages))
+    ideal = simulate(parallel, micro_batches, lambda each: 1 if each.kind == "forward" else 2).bubble
     caption = (
         f"Bubble of {parallel.schedule} with {micro_batches} micro-batches; it is {ideal:.1%} if all stages take "
         "equally long."
