@@ -15,18 +15,27 @@ from megavl.config.run import RunConfig
 from megavl.ops.dispatch import Ops
 from megavl.parallel.groups import Mesh
 from megavl.plan.schedule import Pass, consumer_of, programs, stages_of
-from megavl.runtime.deepspeed.engine import Engine
+from megavl.runtime.deepspeed.engine import Engine, ExpectLast
 from megavl.runtime.exchange import Exchange
 from megavl.runtime.feed import Feed
 from megavl.runtime.stage import Stage
 
 
 class Pipeline:
-    """Runs steps. Gradients accumulate in the engine."""
+    """Runs steps. Gradients accumulate in the engine, which is told which backward pass brings a stage's last ones."""
 
-    def __init__(self, engine: Engine, stages: nn.ModuleList, config: RunConfig, mesh: Mesh, ops: Ops):
+    def __init__(
+        self,
+        engine: Engine,
+        stages: nn.ModuleList,
+        config: RunConfig,
+        mesh: Mesh,
+        ops: Ops,
+        expect_last: ExpectLast,
+    ):
         parallel, train = config.parallel, config.train
         self._engine, self._parallel, self._mesh, self._products = engine, parallel, mesh, ops.products
+        self._expect_last = expect_last
         self._stages = dict(zip(stages_of(mesh.pp.rank, parallel), stages, strict=True))
         tokens = config.data.seq_len * train.micro_batch // (mesh.tp.size if mesh.tp.sequence else 1)
         self._hidden_shape = (tokens, config.model.decoder.width)
@@ -58,12 +67,15 @@ class Pipeline:
         exchange = Exchange(self._mesh.pp, self._hidden_shape, self._dtype, device)
         normaliser = batch.supervised_tokens / self._mesh.dp.size
         passes = _Passes(self._engine, self._stages, self._parallel.num_stages, micro_batches, exchange, normaliser)
+        last = {each.stage: each for each in program if isinstance(each, Pass) and each.kind == "backward"}
         with self._products:
             for action in program:
                 match action:
                     case Pass(kind="forward"):
                         passes.forward(action)
                     case Pass(kind="backward"):
+                        if action is last[action.stage]:
+                            self._expect_last(self._stages[action.stage].parameters())
                         passes.backward(action)
                     case transfers:
                         exchange.post(transfers)

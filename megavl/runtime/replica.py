@@ -56,8 +56,8 @@ class Replica:
         self.config, self.mesh, self.stages = config, mesh, stages
         adamw = choose_adamw(next(stages.parameters()).device, config.parallel.zero)
         self.lines = (*ops.lines, adamw.line)
-        self.engine = build_engine(stages, config, mesh, adamw)
-        self.pipeline = Pipeline(self.engine, stages, config, mesh, ops)
+        self.engine, expect_last = build_engine(stages, config, mesh, adamw)
+        self.pipeline = Pipeline(self.engine, stages, config, mesh, ops, expect_last)
         self.balance = Balance(stages, config, mesh)
 
     @property

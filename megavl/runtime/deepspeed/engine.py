@@ -1,12 +1,12 @@
 """The DeepSpeed engine of this rank: precision, ZeRO, gradient reduction, clipping and the optimizer step.
 
 One engine holds all stages of the rank. Backward passes only accumulate gradients; `engine.step()` reduces over the
-data axis, clips by the global norm and updates.
+data axis, clips by the global norm and updates. ZeRO-1 in bf16 starts to reduce in the last backward passes of a step.
 """
 
 import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import deepspeed
@@ -18,12 +18,15 @@ from megavl.parallel.shard import shard_of
 from megavl.runtime.deepspeed.adamw import AdamW
 from megavl.runtime.deepspeed.alignment import spaced
 from megavl.runtime.deepspeed.axes import ModelParallelUnit
+from megavl.runtime.deepspeed.buckets import bucketed, least_elements
 from megavl.runtime.deepspeed.clipping import clip_and_keep_norm
 from megavl.runtime.deepspeed.experts import announce_experts
 from megavl.runtime.deepspeed.zero1 import Zero1
 from megavl.runtime.optim import groups_of, parameter_groups
 
 Engine = deepspeed.DeepSpeedEngine
+# Told of parameters whose next gradient is their last in this step.
+ExpectLast = Callable[[Iterable[nn.Parameter]], None]
 
 
 def deepspeed_config(config: RunConfig, stage: int) -> dict:
@@ -51,20 +54,30 @@ def deepspeed_config(config: RunConfig, stage: int) -> dict:
     }
 
 
-def build_engine(stages: nn.ModuleList, config: RunConfig, mesh: Mesh, adamw: AdamW) -> Engine:
+def build_engine(
+    stages: nn.ModuleList, config: RunConfig, mesh: Mesh, adamw: AdamW
+) -> tuple[Engine, ExpectLast]:
     """Wrap this rank's stages in an engine. Collective.
 
     Args:
         stages: of this rank, initialised and frozen
         adamw: implementation of the optimizer
+
+    Returns:
+        The engine, and what is called before the last gradients of a step: ZeRO-1 in bf16 then reduces them while the
+        backward pass goes on. Nothing else needs the call.
     """
     anchors = {group: [stage.anchors[number] for stage in stages] for number, group in enumerate(groups_of(config))}
     cut = [parameter for parameter in stages.parameters() if shard_of(parameter).over("tp")]
     for parameter in [*cut, *itertools.chain(*anchors.values())]:
         parameter.model_parallel = True  # DeepSpeed's mark: counted in the norm on every tensor rank
-    named_parameters = itertools.chain.from_iterable(stage.vlm.named_parameters() for stage in stages)
-    groups = parameter_groups(named_parameters, anchors, config.optim)
+    names = {parameter: name for stage in stages for name, parameter in stage.vlm.named_parameters()}
+    groups = parameter_groups(((name, parameter) for parameter, name in names.items()), anchors, config.optim)
     stage = config.zero_stage(mesh.dp.size)
+    overlaps = stage == 1 and config.train.precision == "bf16"
+    if overlaps:
+        groups = bucketed(groups, names, partial(_least_of_a_bucket, mesh=mesh))
+    spacers: set[nn.Parameter] = set()
     if stage:
         registered = set(stages.parameters())
         for group in groups:
@@ -72,6 +85,7 @@ def build_engine(stages: nn.ModuleList, config: RunConfig, mesh: Mesh, adamw: Ad
         # DeepSpeed finds parameters only in modules.
         grouped = itertools.chain.from_iterable(group["params"] for group in groups)
         stages[0].spacers = nn.ParameterList(parameter for parameter in grouped if parameter not in registered)
+        spacers = set(stages[0].spacers)
     if config.model.decoder.moe is not None:
         announce_experts(stages, groups, mesh, config.model.decoder.moe.experts)
     engine, *_ = deepspeed.initialize(
@@ -86,11 +100,21 @@ def build_engine(stages: nn.ModuleList, config: RunConfig, mesh: Mesh, adamw: Ad
         engine.clip_fp32_gradients = partial(clip_and_keep_norm, engine, mesh)
         # One rank has nothing to reduce, but DeepSpeed would copy all gradients into a bucket and back.
         engine.enable_backward_allreduce = mesh.dp.size > 1
-    if stage == 1 and config.train.precision == "bf16":
-        Zero1(engine.optimizer, mesh, config.optim.grad_clip)
     if stage == 3:
         engine.optimizer.step = partial(_step_and_clear, engine.optimizer, engine.optimizer.step)
-    return engine
+    if overlaps:
+        return engine, Zero1(engine.optimizer, mesh, config.optim.grad_clip, spacers).expect_last
+    return engine, _expect_nothing
+
+
+def _least_of_a_bucket(group: dict, mesh: Mesh) -> int | None:
+    """None for a group of which this rank has the only copy."""
+    ranks = mesh.edp.size if group["experts"] and mesh.ep.size > 1 else mesh.dp.size
+    return least_elements(ranks) if ranks > 1 else None
+
+
+def _expect_nothing(_: Iterable[nn.Parameter]) -> None:
+    """For engines that reduce after the last backward pass, or in every one."""
 
 
 def _step_and_clear(optimizer, step: Callable[[], None]) -> None:

@@ -4,8 +4,13 @@ DeepSpeed's `BF16_Optimizer` makes the buffers: of each optimizer group the flat
 gradients, and this rank's part of the fp32 masters (ZeRO, arXiv 1910.02054, section 5.1). Its own step all-reduces all
 gradients, computes a norm for each parameter, and reads the norm on the host before it clips. Here each rank receives
 only the sum of its own part, and everything that follows reads and writes that part.
+
+Groups are buckets (`megavl.runtime.deepspeed.buckets`). A group is reduced while the last backward passes of a step
+compute the gradients of the groups before it. Reductions start from the last group to the first on every rank: a group
+that is complete waits for those after it, so the order of the messages does not depend on the order of gradients.
 """
 
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -45,30 +50,57 @@ class _Group:
 class Zero1:
     """Takes the place of the methods of `optimizer` that DeepSpeed's engine calls."""
 
-    def __init__(self, optimizer: BF16_Optimizer, mesh: Mesh, max_norm: float):
+    def __init__(self, optimizer: BF16_Optimizer, mesh: Mesh, max_norm: float, spacers: Container[nn.Parameter]):
         """
         Args:
-            optimizer: of an engine that has just been built
+            optimizer: of an engine that has just been built, its groups in the order in which the model has them
             mesh: of the run
             max_norm: largest global gradient norm; 0 does not clip
+            spacers: parameters that never get a gradient
         """
         self._optimizer, self._dp_size, self._max_norm = optimizer, mesh.dp.size, max_norm
         self._groups = [_group(optimizer, index, mesh) for index in range(len(optimizer.bf16_groups))]
         for group in self._groups:
             group.masters_part.grad = group.gradients_part
-        # Indices (group, parameter) of the gradients of this step. All other buffers hold values of earlier steps.
-        self._written: set[tuple[int, int]] = set()
+        # Parameters of each group that get gradients.
+        self._sizes = [sum(parameter not in spacers for parameter in group) for group in optimizer.bf16_groups]
+        self._begin()
         optimizer._update_hp_grad = self.accumulate
         optimizer.reduce_gradients = self.reduce
         optimizer.step = self.step
         optimizer.zero_grad = self.zero_grad
 
+    def _begin(self) -> None:
+        """No gradient of the next step has arrived."""
+        # Indices (group, parameter) of the gradients of this step. All other buffers hold values of earlier steps.
+        self._written: set[tuple[int, int]] = set()
+        # Parameters whose next gradient is their last; number of those in each group whose last has not arrived.
+        self._last: set[nn.Parameter] = set()
+        self._missing = [*self._sizes]
+        # Groups whose reduction has not started, and the reductions that have.
+        self._waiting = [*range(len(self._groups))]
+        self._works: list[dist.Work] = []
+
+    def expect_last(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Announce that the next gradient of each of these parameters is its last in this step. A parameter that is
+        never announced, or gets no gradient, delays its group to `reduce`."""
+        self._last.update(parameters)
+
     @torch.no_grad()
     def accumulate(self, parameter: nn.Parameter, group: int, index: int, clear_lp_grads: bool) -> None:
         """Add the gradient of a parameter to its fp32 buffer; the first gradient of a step overwrites the buffer.
-        Either is one kernel, without an fp32 copy of the gradient."""
+        Either is one kernel, without an fp32 copy of the gradient.
+
+        Raises:
+            RuntimeError: the reduction of the group has started.
+        """
         if parameter.grad is None:
             return
+        if group not in self._waiting:
+            raise RuntimeError(
+                f"parameter {index} of optimizer group {group} has got a gradient after its last one was announced: the "
+                "group is being reduced, so this gradient would be lost; call expect_last only before the last gradient"
+            )
         total = self._optimizer.fp32_groups_gradients[group][index]
         gradient = parameter.grad.view(total.shape)
         if (group, index) in self._written:
@@ -76,19 +108,30 @@ class Zero1:
         else:
             total.copy_(gradient)
             self._written.add((group, index))
+        if parameter in self._last:
+            self._last.remove(parameter)
+            self._missing[group] -= 1
+            while self._waiting and not self._missing[self._waiting[-1]]:
+                self._start(self._waiting.pop())
+
+    def _start(self, index: int) -> None:
+        """Start to sum the gradients of a group over the data axis; each rank receives its own part alone. Parameters
+        without a gradient in this step, such as those of the towers in a text step, get zeros."""
+        gradients, group = self._optimizer.fp32_groups_gradients[index], self._groups[index]
+        if unwritten := [each for number, each in enumerate(gradients) if (index, number) not in self._written]:
+            torch._foreach_zero_(unwritten)
+        if dist.get_world_size(group.ranks) > 1:
+            work = reduce_scatter_single(group.gradients_part, group.gradients, group=group.ranks, async_op=True)
+            self._works.append(work)
 
     @torch.no_grad()
     def reduce(self, pipeline_parallel: bool) -> None:
-        """Sum the gradients over the data axis; each rank receives its own part alone. `step` divides them. Parameters
-        without a gradient in this step, such as those of the towers in a text step, get zeros."""
-        gradients = self._optimizer.fp32_groups_gradients
-        indices = ((group, index) for group, each in enumerate(gradients) for index in range(len(each)))
-        if missing := [gradients[group][index] for group, index in indices if (group, index) not in self._written]:
-            torch._foreach_zero_(missing)
-        self._written.clear()
-        for group in self._groups:
-            if dist.get_world_size(group.ranks) > 1:
-                reduce_scatter_single(group.gradients_part, group.gradients, group=group.ranks)
+        """Start the reductions that have not started, and wait for all. `step` divides the sums."""
+        while self._waiting:
+            self._start(self._waiting.pop())
+        for work in self._works:
+            work.wait()
+        self._begin()
 
     @torch.no_grad()
     def step(self) -> None:
