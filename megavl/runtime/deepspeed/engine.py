@@ -77,7 +77,6 @@ def build_engine(
     overlaps = stage == 1 and config.train.precision == "bf16"
     if overlaps:
         groups = bucketed(groups, names, partial(_least_of_a_bucket, mesh=mesh))
-    spacers: set[nn.Parameter] = set()
     if stage:
         registered = set(stages.parameters())
         for group in groups:
@@ -85,7 +84,6 @@ def build_engine(
         # DeepSpeed finds parameters only in modules.
         grouped = itertools.chain.from_iterable(group["params"] for group in groups)
         stages[0].spacers = nn.ParameterList(parameter for parameter in grouped if parameter not in registered)
-        spacers = set(stages[0].spacers)
     if config.model.decoder.moe is not None:
         announce_experts(stages, groups, mesh, config.model.decoder.moe.experts)
     engine, *_ = deepspeed.initialize(
@@ -103,7 +101,8 @@ def build_engine(
     if stage == 3:
         engine.optimizer.step = partial(_step_and_clear, engine.optimizer, engine.optimizer.step)
     if overlaps:
-        return engine, Zero1(engine.optimizer, mesh, config.optim.grad_clip, spacers).expect_last
+        unread = {*stages[0].spacers, *itertools.chain(*anchors.values())}
+        return engine, Zero1(engine.optimizer, mesh, config.optim.grad_clip, unread).expect_last
     return engine, _expect_nothing
 
 

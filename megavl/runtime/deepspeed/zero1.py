@@ -50,20 +50,20 @@ class _Group:
 class Zero1:
     """Takes the place of the methods of `optimizer` that DeepSpeed's engine calls."""
 
-    def __init__(self, optimizer: BF16_Optimizer, mesh: Mesh, max_norm: float, spacers: Container[nn.Parameter]):
+    def __init__(self, optimizer: BF16_Optimizer, mesh: Mesh, max_norm: float, unread: Container[nn.Parameter]):
         """
         Args:
             optimizer: of an engine that has just been built, its groups in the order in which the model has them
             mesh: of the run
             max_norm: largest global gradient norm; 0 does not clip
-            spacers: parameters that never get a gradient
+            unread: parameters that nothing reads, whose gradients are zeros if they have any
         """
         self._optimizer, self._dp_size, self._max_norm = optimizer, mesh.dp.size, max_norm
         self._groups = [_group(optimizer, index, mesh) for index in range(len(optimizer.bf16_groups))]
         for group in self._groups:
             group.masters_part.grad = group.gradients_part
-        # Parameters of each group that get gradients.
-        self._sizes = [sum(parameter not in spacers for parameter in group) for group in optimizer.bf16_groups]
+        self._unread = unread
+        self._read = [sum(parameter not in unread for parameter in group) for group in optimizer.bf16_groups]
         self._begin()
         optimizer._update_hp_grad = self.accumulate
         optimizer.reduce_gradients = self.reduce
@@ -74,9 +74,9 @@ class Zero1:
         """No gradient of the next step has arrived."""
         # Indices (group, parameter) of the gradients of this step. All other buffers hold values of earlier steps.
         self._written: set[tuple[int, int]] = set()
-        # Parameters whose next gradient is their last; number of those in each group whose last has not arrived.
+        # Parameters whose next gradient is their last; number in each group of those whose last has not arrived.
         self._last: set[nn.Parameter] = set()
-        self._missing = [*self._sizes]
+        self._missing = [*self._read]
         # Groups whose reduction has not started, and the reductions that have.
         self._waiting = [*range(len(self._groups))]
         self._works: list[dist.Work] = []
@@ -94,7 +94,7 @@ class Zero1:
         Raises:
             RuntimeError: the reduction of the group has started.
         """
-        if parameter.grad is None:
+        if parameter.grad is None or parameter in self._unread:
             return
         if group not in self._waiting:
             raise RuntimeError(
@@ -116,7 +116,8 @@ class Zero1:
 
     def _start(self, index: int) -> None:
         """Start to sum the gradients of a group over the data axis; each rank receives its own part alone. Parameters
-        without a gradient in this step, such as those of the towers in a text step, get zeros."""
+        without a gradient in this step, such as those of the towers in a text step and those that nothing reads, get
+        zeros."""
         gradients, group = self._optimizer.fp32_groups_gradients[index], self._groups[index]
         if unwritten := [each for number, each in enumerate(gradients) if (index, number) not in self._written]:
             torch._foreach_zero_(unwritten)

@@ -1,11 +1,14 @@
-"""ZeRO-1 in bf16: kernels, bytes and messages of accumulation and step; the norm."""
+"""ZeRO-1 in bf16: kernels, bytes and messages of accumulation, reduction and step; when reductions start; the norm."""
 
 from collections import Counter
+from contextlib import nullcontext
+from dataclasses import dataclass
 from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megavl.config.run import RunConfig
@@ -34,10 +37,9 @@ class Watch(TorchDispatchMode):
 
 
 def watched_step(config: RunConfig) -> dict:
-    """What the engine's step does after the passes of a step, and the norm that the gradients have."""
+    """What the engine's step does after the passes of a step, and the messages of either."""
     replica = build(config)
     optimizer = replica.engine.optimizer
-    replica.pipeline.train(step_batch(0, config, replica.mesh))
     messages = Counter()
 
     def noting(name: str, called):
@@ -47,8 +49,11 @@ def watched_step(config: RunConfig) -> dict:
 
         return noted
 
+    scatter = noting("reduce_scatter", zero1.reduce_scatter_single)
+    with mock.patch.object(zero1, "reduce_scatter_single", scatter):
+        replica.pipeline.train(step_batch(0, config, replica.mesh))
     with (
-        mock.patch.object(zero1, "reduce_scatter_single", noting("reduce_scatter", zero1.reduce_scatter_single)),
+        mock.patch.object(zero1, "reduce_scatter_single", scatter),
         mock.patch.object(zero1, "all_gather_single", noting("all_gather", zero1.all_gather_single)),
         mock.patch.object(dist, "all_reduce", noting("all_reduce", dist.all_reduce)),
         Watch() as watch,
@@ -80,13 +85,15 @@ def watched_accumulation() -> list[tuple[Counter, int]]:
     """Of one parameter, in two micro-batches of a step; the buffer holds what an earlier step has left."""
     replica = build(run_config(1, train={"precision": "bf16"}))
     optimizer = replica.engine.optimizer
-    parameter, total = optimizer.bf16_groups[0][0], optimizer.fp32_groups_gradients[0][0]
+    read = next(stage.vlm for stage in replica.stages).head.proj.weight
+    index = next(index for index, each in enumerate(optimizer.bf16_groups[0]) if each is read)
+    parameter, total = read, optimizer.fp32_groups_gradients[0][index]
     total.fill_(7)
     watches = []
     for micro_batch in (1, 2):
         parameter.grad = torch.ones_like(parameter)
         with Watch() as watch:
-            optimizer.accumulate_hp_grads_and_remove_lp(parameter, 0, 0)
+            optimizer.accumulate_hp_grads_and_remove_lp(parameter, 0, index)
         assert parameter.grad is None and torch.equal(total, torch.full_like(total, micro_batch))
         watches.append((watch.calls, watch.largest_fp32))
     return watches
@@ -98,8 +105,9 @@ def test_a_gradient_is_added_without_a_copy_in_fp32(pool):
         assert calls[kernel] == 1 and calls["copy_"] + calls["add_"] == 1 and largest_fp32 == 0
 
 
-def tower_gradients(reduce: bool) -> list[float]:
-    """The largest gradient of the towers in the buffers, after a multimodal step and in the text step that follows."""
+def tower_gradients(zero: bool) -> list[float]:
+    """The largest gradient of the towers in the buffers, after a multimodal step and in the text step that follows;
+    with or without the zeros for what has no gradient."""
     config = run_config(2, train={"precision": "bf16"})
     replica = build(config)
     optimizer = replica.engine.optimizer
@@ -111,13 +119,13 @@ def tower_gradients(reduce: bool) -> list[float]:
         if id(parameter) in towers
     ]
     found = []
-    for number, kind in enumerate(("multimodal", "text")):
-        batch = step_batch(number, config, replica.mesh)
-        assert batch.kind == kind
-        replica.pipeline.train(batch)
-        if reduce:
+    with nullcontext() if zero else mock.patch.object(torch, "_foreach_zero_"):
+        for number, kind in enumerate(("multimodal", "text")):
+            batch = step_batch(number, config, replica.mesh)
+            assert batch.kind == kind
+            replica.pipeline.train(batch)
             optimizer.reduce_gradients(pipeline_parallel=False)
-        found.append(max(gradient.abs().max().item() for gradient in gradients))
+            found.append(max(gradient.abs().max().item() for gradient in gradients))
     return found
 
 
@@ -131,16 +139,18 @@ def test_a_text_step_leaves_the_towers_gradients_of_zeros(pool):
 def norms(config: RunConfig, forget_scatter: bool) -> tuple[float, float]:
     """The norm of the step's gradients, and that of all gradients in fp64."""
     replica = build(config)
-    optimizer = replica.engine.optimizer
-    replica.pipeline.train(step_batch(0, config, replica.mesh))
-    summed = [flat.double().clone() for flat in optimizer.fp32_groups_gradients_flat]
-    for flat in summed:
-        dist.all_reduce(flat)
-    expected = sum((flat / replica.mesh.dp.size).square().sum().item() for flat in summed) ** 0.5
-    if forget_scatter:
-        zero1.reduce_scatter_single = lambda *_, **__: None
-    replica.engine.step()
-    return replica.engine.get_global_grad_norm().item(), expected
+    reduce_scatter, squares = zero1.reduce_scatter_single, []
+
+    def noted(part: Tensor, flat: Tensor, **options) -> dist.Work:
+        summed = flat.double()
+        dist.all_reduce(summed)
+        squares.append((summed / replica.mesh.dp.size).square().sum().item())
+        return dist.barrier(async_op=True) if forget_scatter else reduce_scatter(part, flat, **options)
+
+    with mock.patch.object(zero1, "reduce_scatter_single", noted):
+        replica.pipeline.train(step_batch(0, config, replica.mesh))
+        replica.engine.step()
+    return replica.engine.get_global_grad_norm().item(), sum(squares) ** 0.5
 
 
 def test_the_norm_is_that_of_all_gradients(pool):
@@ -148,3 +158,145 @@ def test_the_norm_is_that_of_all_gradients(pool):
         assert ours == pytest.approx(expected, rel=1e-6)  # measured 2e-8
     for ours, expected in pool.run(2, norms, DP, True):
         assert abs(ours / expected - 1) > 0.1
+
+
+@dataclass(frozen=True)
+class Events:
+    """What happens in the passes of a step.
+
+    order:     name of a parameter for each gradient of it, index of an optimizer group for each reduction that starts
+    reduced:   indices of the groups in the order of their reductions, those after the passes too
+    groups:    names of the parameters of each group, without anchors and spacers
+    grad_norm: of the step
+    """
+
+    order: list[str | int]
+    reduced: list[int]
+    groups: list[list[str]]
+    grad_norm: float
+
+    @property
+    def within(self) -> int:
+        """How many reductions start within the passes."""
+        return sum(isinstance(each, int) for each in self.order)
+
+    def last_gradient(self, name: str) -> int:
+        """Its place in the order."""
+        return len(self.order) - 1 - self.order[::-1].index(name)
+
+
+def events(config: RunConfig, announce: bool = True) -> list[Events]:
+    """Of a multimodal step and a text step."""
+    replica = build(config)
+    optimizer = replica.engine.optimizer
+    names = {parameter: name for stage in replica.stages for name, parameter in stage.vlm.named_parameters()}
+    groups = [[names[each] for each in group if each in names] for group in optimizer.bf16_groups]
+    flats = {flat.data_ptr(): index for index, flat in enumerate(optimizer.fp32_groups_gradients_flat)}
+    accumulate, reduce_scatter, order = optimizer._update_hp_grad, zero1.reduce_scatter_single, []
+
+    def noted_gradient(parameter: nn.Parameter, *args, **kwargs) -> None:
+        order.extend([names[parameter]] if parameter in names else [])
+        accumulate(parameter, *args, **kwargs)
+
+    def noted_reduction(part: Tensor, flat: Tensor, **options) -> dist.Work:
+        order.append(flats[flat.data_ptr()])
+        return reduce_scatter(part, flat, **options)
+
+    optimizer._update_hp_grad = noted_gradient
+    if not announce:
+        replica.pipeline._expect_last = lambda parameters: None
+    found = []
+    with mock.patch.object(zero1, "reduce_scatter_single", noted_reduction):
+        for step in (MULTIMODAL, TEXT):
+            order.clear()
+            replica.pipeline.train(step_batch(step, config, replica.mesh))
+            passes = [*order]
+            replica.engine.step()
+            reduced = [each for each in order if isinstance(each, int)]
+            found.append(Events(passes, reduced, groups, replica.engine.get_global_grad_norm().item()))
+    return found
+
+
+PIPELINE = run_config(
+    4,
+    model=VL2["base"],
+    train={"precision": "bf16", "micro_batch": 3},
+    parallel={"pipeline": 2, "schedule": "interleaved", "virtual_stages": 3},
+)
+MULTIMODAL, TEXT = 0, 1
+UNREAD_IN_TEXT = ("stem.siglip", "stem.sam", "stem.adaptor", "stem.newline", "stem.separator")
+
+
+def block_of(name: str) -> int | None:
+    match name.split("."):
+        case ["blocks", block, *_]:
+            return int(block)
+    return None
+
+
+def block_before(found: Events, index: int) -> str | None:
+    """The output weight of attention in the rank's block before a group; None if the group has a part of its first
+    block, or of the stem."""
+    first = block_of(found.groups[index][0]) if found.groups[index] else None
+    attention = {name for name in found.order if isinstance(name, str) and name.endswith("attn.o_proj.weight")}
+    before = [name for name in attention if first is not None and block_of(name) < first]
+    return max(before, key=block_of, default=None)
+
+
+@pytest.mark.parametrize("config", [DP, EXPERTS, PIPELINE], ids=["dp", "experts", "pipeline"])
+def test_a_group_is_reduced_while_earlier_blocks_compute(pool, config):
+    for of_rank in pool.run(2 * config.parallel.pipeline, events, config):
+        for found, unread in zip(of_rank, ((), UNREAD_IN_TEXT), strict=True):
+            assert found.reduced == sorted(found.reduced, reverse=True)
+            before = {index: block_before(found, index) for index in found.reduced}
+            hidden = {index: name for index, name in before.items() if name is not None}
+            assert len(hidden) > 1
+            for index, name in hidden.items():
+                assert found.order.index(index) < found.last_gradient(name)
+            complete = [not any(name.startswith(unread) for name in found.groups[index]) for index in found.reduced]
+            # A group without some gradient is reduced after the passes, and so are those that come after it.
+            assert found.within == [*complete, False].index(False)
+
+
+def test_without_announcements_nothing_is_reduced_before_the_end(pool):
+    announced, other = (pool.run(2, events, DP, announce) for announce in (True, False))
+    for ours, theirs in zip(announced[0] + announced[1], other[0] + other[1], strict=True):
+        assert ours.within > 1 and theirs.within == 0
+        assert (ours.reduced, ours.grad_norm) == (theirs.reduced, theirs.grad_norm)
+
+
+def late_gradient(announce_at_once: bool) -> tuple[int, int, float]:
+    """Of a parameter of the last group, which gets one more gradient after the passes: reductions that start in the
+    passes and with this gradient, and the largest error of the sum on this rank."""
+    replica = build(DP)
+    optimizer, pipeline = replica.engine.optimizer, replica.pipeline
+    group, index = len(optimizer.bf16_groups) - 1, 0
+    late, announce = optimizer.bf16_groups[group][index], pipeline._expect_last
+    if not announce_at_once:
+        pipeline._expect_last = lambda parameters: announce(each for each in parameters if each is not late)
+    with mock.patch.object(zero1, "reduce_scatter_single", wraps=zero1.reduce_scatter_single) as reduce_scatter:
+        pipeline.train(step_batch(0, DP, replica.mesh))
+        within = reduce_scatter.call_count
+        expected = 2 * optimizer.fp32_groups_gradients[group][index]
+        announce([late])
+        late.backward(expected.view_as(late).to(late.dtype) / 2)
+        started = reduce_scatter.call_count - within
+    optimizer.reduce_gradients(pipeline_parallel=False)
+    dist.all_reduce(expected)
+    held = late._hp_mapping
+    if held is None:
+        return within, started, 0.0
+    address = held.lp_fragment_address
+    ours = optimizer.fp32_groups_gradients[group][index].narrow(0, address.start, address.numel)
+    expected = expected.narrow(0, address.start, address.numel)
+    return within, started, ((ours - expected).abs().max() / expected.abs().max()).item()
+
+
+def test_a_parameter_that_is_not_announced_delays_its_group(pool):
+    for within, started, error in pool.run(2, late_gradient, False):
+        assert within == 0 and started > 10 and error < 5e-3  # one gradient of two is rounded to bf16
+
+
+def test_a_gradient_after_the_last_one_is_refused(pool):
+    with pytest.raises(AssertionError, match="the group is being reduced, so this gradient would be lost"):
+        pool.run(2, late_gradient, True)
