@@ -82,6 +82,37 @@ def leave_parallel(x: Tensor, tp: TensorAxis) -> Tensor:
     return reduce_scatter(x, tp) if tp.sequence else reduce(x, tp)
 
 
+@dataclass(frozen=True)
+class UnderWay:
+    """A collective that has started."""
+
+    result: Tensor
+    work: dist.Work
+
+    def wait(self) -> Tensor:
+        """The result. On a GPU the current stream waits, and the host does not."""
+        self.work.wait()
+        return self.result
+
+
+def start_all_gather(x: Tensor, axis: Axis) -> UnderWay:
+    """Start the all-gather of the rows [T / size, ...] of each rank -> [T, ...]."""
+    whole = x.new_empty((axis.size * x.shape[0], *x.shape[1:]))  # [T, ...]
+    return UnderWay(whole, all_gather_single(whole, x.contiguous(), group=axis.group, async_op=True))
+
+
+def start_entry_gradient(grad: Tensor, tp: TensorAxis) -> UnderWay:
+    """Start the backward of `enter_parallel`: [T, D] -> [T, D] (replicated) or [T / tp, D] (sequence).
+
+    Args:
+        grad: contiguous; the all-reduce overwrites it
+    """
+    if not tp.sequence:
+        return UnderWay(grad, dist.all_reduce(grad, group=tp.group, async_op=True))
+    part = grad.new_empty((grad.shape[0] // tp.size, *grad.shape[1:]))  # [T / tp, D]
+    return UnderWay(part, reduce_scatter_single(part, grad, group=tp.group, async_op=True))
+
+
 def all_gather(x: Tensor, axis: Axis) -> Tensor:
     """Rows [T / size, ...] of each rank -> [T, ...], without a gradient, as for indices."""
     return x if axis.size == 1 else _all_gather(x, axis)

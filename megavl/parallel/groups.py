@@ -37,11 +37,14 @@ class TensorAxis(Axis):
     shares_images: each rank encodes a part of a micro-batch's images
     call:          (function, *inputs) -> function(*inputs), which calls the all-gathers of tokens; selective
                    recomputation replaces it, to repeat them in the backward pass
+    gathers_again: products at the beginning of a parallel region keep this rank's tokens alone, and repeat the
+                   all-gather in the backward pass themselves
     """
 
     sequence: bool = False
     shares_images: bool = False
     call: Callable[..., Tensor] = _call
+    gathers_again: bool = False
 
 
 @dataclass(frozen=True)

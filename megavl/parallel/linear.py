@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from megavl.parallel.adjacent import are_adjacent, join_rows, split_columns
 from megavl.parallel.autograd import with_backward
 from megavl.parallel.collectives import enter_parallel, leave_parallel, shared_weight
+from megavl.parallel.entry import entry_products
 from megavl.parallel.groups import Axis, TensorAxis
 from megavl.parallel.shard import mark
 
@@ -55,12 +56,13 @@ def column_linears(x: Tensor, layers: Sequence[ColumnLinear]) -> list[Tensor]:
     Returns:
         [T, d_out / tp] of each layer, in the dtype of `x`; of weights that are multiplied as one, columns of one tensor
     """
-    x = enter_parallel(x, layers[0].tp)  # [T, d_in]
-    weights = [layer.weight for layer in layers]
+    tp, weights = layers[0].tp, [layer.weight for layer in layers]
     # A compiled graph serves every block of its kind, wherever its weights lie.
     if len(weights) > 1 and not torch.compiler.is_compiling() and are_adjacent(weights, dim=0):
-        return [*split_columns(F.linear(x, join_rows(weights)), [len(weight) for weight in weights])]
-    return [F.linear(x, weight) for weight in weights]
+        (joint,), _ = entry_products(x, [join_rows(weights)], tp)  # [T, sum of the widths / tp]
+        return [*split_columns(joint, [len(weight) for weight in weights])]
+    outputs, _ = entry_products(x, weights, tp)
+    return outputs
 
 
 def enter_with_rows(x: Tensor, rows: Tensor, tp: TensorAxis) -> Tensor:
@@ -97,10 +99,8 @@ def column_linear_with(x: Tensor, layer: ColumnLinear, companion: Tensor) -> tup
     Returns:
         [T, d_out / tp] and the companion, [T, d]
     """
-    if layer.tp.size > 1:
-        both = enter_parallel(torch.cat((x, companion), dim=1), layer.tp)  # [T, d_in + d]
-        x, companion = both.split((x.shape[1], companion.shape[1]), dim=1)  # [T, d_in], [T, d]
-    return F.linear(x, layer.weight), companion
+    (y,), companion = entry_products(x, [layer.weight], layer.tp, companion)
+    return y, companion
 
 
 class RowLinear(nn.Module):

@@ -80,7 +80,7 @@ class Selective:
 
     def tensor_axis(self, tp: TensorAxis) -> TensorAxis:
         """`tp` whose all-gathers of tokens can be repeated."""
-        return replace(tp, call=self.call)
+        return replace(tp, call=self.call, gathers_again=True)
 
     def call(self, function: Callable[..., Tensor], *inputs: Any) -> Tensor:
         """function(*inputs). Products in a block recompute it instead of keeping it."""

@@ -163,9 +163,9 @@ def gathers(recompute: bool) -> tuple[list[bool], Counter]:
     tp = TensorAxis(dist.get_rank(), dist.get_world_size(), dist.group.WORLD, sequence=True)
     references, all_gather, mode = [], collectives.all_gather_single, Selective()
 
-    def noted(whole: Tensor, part: Tensor, **kwargs) -> None:
+    def noted(whole: Tensor, part: Tensor, **kwargs) -> dist.Work | None:
         references.append(StorageWeakRef(whole.untyped_storage()))
-        all_gather(whole, part, **kwargs)
+        return all_gather(whole, part, **kwargs)
 
     collectives.all_gather_single = noted
     run_block, ops = call_block, tiny.OPS

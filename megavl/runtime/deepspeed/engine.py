@@ -54,9 +54,7 @@ def deepspeed_config(config: RunConfig, stage: int) -> dict:
     }
 
 
-def build_engine(
-    stages: nn.ModuleList, config: RunConfig, mesh: Mesh, adamw: AdamW
-) -> tuple[Engine, ExpectLast]:
+def build_engine(stages: nn.ModuleList, config: RunConfig, mesh: Mesh, adamw: AdamW) -> tuple[Engine, ExpectLast]:
     """Wrap this rank's stages in an engine. Collective.
 
     Args:

@@ -98,8 +98,8 @@ class Zero1:
             return
         if group not in self._waiting:
             raise RuntimeError(
-                f"parameter {index} of optimizer group {group} has got a gradient after its last one was announced: the "
-                "group is being reduced, so this gradient would be lost; call expect_last only before the last gradient"
+                f"parameter {index} of optimizer group {group} has got a gradient after its last one was announced. "
+                "The group is being reduced, so this gradient would be lost. Call expect_last only before the last gradient"
             )
         total = self._optimizer.fp32_groups_gradients[group][index]
         gradient = parameter.grad.view(total.shape)

@@ -18,7 +18,10 @@ def cut(least: int | None) -> list[tuple[str, list[str]]]:
     experts = [parameter for parameter, name in names.items() if "experts" in name]
     others = [parameter for parameter, name in names.items() if "experts" not in name]
     anchors = [nn.Parameter(torch.zeros(64)) for _ in range(3)]
-    groups = [{"params": [*anchors[:2], *others], "kind": "others"}, {"params": [anchors[2], *experts], "kind": "experts"}]
+    groups = [
+        {"params": [*anchors[:2], *others], "kind": "others"},
+        {"params": [anchors[2], *experts], "kind": "experts"},
+    ]
     buckets = bucketed(groups, names, lambda group: 100 if group["kind"] == "experts" else least)
     return [(bucket["kind"], [names.get(each, "anchor") for each in bucket["params"]]) for bucket in buckets]
 

@@ -298,5 +298,5 @@ def test_a_parameter_that_is_not_announced_delays_its_group(pool):
 
 
 def test_a_gradient_after_the_last_one_is_refused(pool):
-    with pytest.raises(AssertionError, match="the group is being reduced, so this gradient would be lost"):
+    with pytest.raises(AssertionError, match="The group is being reduced, so this gradient would be lost"):
         pool.run(2, late_gradient, True)
