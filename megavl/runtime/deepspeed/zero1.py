@@ -99,7 +99,7 @@ class Zero1:
         if group not in self._waiting:
             raise RuntimeError(
                 f"parameter {index} of optimizer group {group} has got a gradient after its last one was announced. "
-                "The group is being reduced, so this gradient would be lost. Call expect_last only before the last gradient"
+                "The group is being reduced, so this gradient would be lost. Call expect_last before the last one only."
             )
         total = self._optimizer.fp32_groups_gradients[group][index]
         gradient = parameter.grad.view(total.shape)
