@@ -26,6 +26,11 @@ what recomputation costs. It needs no GPU.
 counts the bytes of weights, gradients and optimizer state for each parameter, and their peak in the optimizer's step,
 under the same launchers as launch/pretrain.py.
 
+    torchrun --nproc-per-node 2 tools/benchmark.py overlap --config launch/recipes/vl_debug.yaml train.precision=bf16
+
+times steps over a network of given latency and bandwidth, which it imitates between processes on CPUs, with messages
+behind computation and with a wait for each, in turns.
+
     python tools/benchmark.py data [--subjects text images loader packed] [--megatron PATH]
 
 measures each part of the data path against the least that its work can cost.
@@ -136,6 +141,21 @@ def state_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def overlap_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="benchmark.py overlap", description="steps over a slow network, on CPUs")
+    parser.add_argument("--config", required=True, metavar="RECIPE.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value")
+    parser.add_argument("--latency-ms", type=float, default=1.0, help="of each message (default 1)")
+    parser.add_argument("--gigabytes-per-s", type=float, default=0.1, help="that a rank sends (default 0.1)")
+    parser.add_argument(
+        "--bucket", type=at_least(1), metavar="N", help="elements from which on a bucket of gradients is closed"
+    )
+    parser.add_argument("--steps", type=at_least(1), default=5, help="timed steps of each kind (default 5)")
+    parser.add_argument("--warmup", type=at_least(0), default=2, help="steps of each kind before them (default 2)")
+    parser.add_argument("--json", type=file_to_write, metavar="FILE", help="also write the result as one JSON object")
+    return parser
+
+
 def kernels_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="benchmark.py kernels", description="launches and bytes of a decoder block")
     parser.add_argument(
@@ -214,6 +234,10 @@ def main() -> None:
             from benchmarks import state
 
             state.run(state_parser().parse_intermixed_args(words))
+        case ["overlap", *words]:
+            from benchmarks import overlap
+
+            overlap.run(overlap_parser().parse_intermixed_args(words))
         case ["kernels", *words]:
             from benchmarks import kernels
 

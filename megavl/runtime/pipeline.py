@@ -74,7 +74,7 @@ class Pipeline:
                     case Pass(kind="forward"):
                         passes.forward(action)
                     case Pass(kind="backward"):
-                        if action is last[action.stage]:
+                        if action == last[action.stage]:
                             self._expect_last(self._stages[action.stage].parameters())
                         passes.backward(action)
                     case transfers:
