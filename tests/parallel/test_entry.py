@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from unittest import mock
 
 import torch
@@ -10,9 +11,13 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megavl.config.model import DecoderConfig
+from megavl.model.block import Block
 from megavl.parallel import collectives
 from megavl.parallel.entry import entry_products
-from megavl.parallel.groups import TensorAxis
+from megavl.parallel.groups import ExpertAxis, TensorAxis
+from tests.model import tiny
+from tests.models import HYBRID, MLA_SOFTMAX
 from tests.pool import fake_world
 
 T, D, WIDTH, COMPANION = 12, 6, 8, 4
@@ -116,6 +121,40 @@ def test_collectives_run_behind_products(pool):
     for case, ours, expected in zip(cases, found, zip(forward, backward, strict=True), strict=True):
         order = ours[0], [each for each in ours[1] if each != "clone"] if case.get("compiling") else ours[1]
         assert order == expected, case
+
+
+def order_of_a_block(config: DecoderConfig, gathers_again: bool) -> list[str]:
+    """Backward pass of a block under sequence parallelism, on fake tensors."""
+    if dist.get_world_size() == 1:
+        fake_world(2, 0)
+    tp = TensorAxis(0, 2, dist.group.WORLD, sequence=True, gathers_again=gathers_again)
+    launches, fake, layout = Launches(), FakeTensorMode(), tiny.layout(config, (7, 5))
+    tensors = {name: fake.from_tensor(value) for name, value in vars(layout).items() if isinstance(value, Tensor)}
+    layout = replace(layout, **tensors)
+    with fake:
+        block = Block(config, 0, tp, ExpertAxis(), tiny.OPS)
+        h = torch.empty(T // 2, config.width, requires_grad=True)
+        out = block(h, layout)
+        with noted(launches):
+            out.sum().backward()
+    return launches.order
+
+
+def orders_of_blocks() -> list[list[str]]:
+    return [order_of_a_block(config.decoder, again) for config in (HYBRID, MLA_SOFTMAX) for again in (False, True)]
+
+
+def test_every_entry_of_a_block_is_hidden(pool):
+    """MHA enters by q, k, v, latent attention by q and by the latent, the MLP by gate and up."""
+    (found,) = pool.run(1, orders_of_blocks)
+    for order, (entries, again) in zip(found, [(2, False), (2, True), (3, False), (3, True)], strict=True):
+        assert (order.count(SCATTER), order.count("start all-gather")) == (entries, entries * again)
+        assert "reduce-scatter" not in order
+        launches = [each for each in order if each not in COPIES]
+        for start in (index for index, each in enumerate(launches) if each == SCATTER):
+            behind = launches[start + 1 + again :]
+            assert launches[start - 1] == "mm" and launches[start + 1 : start + 1 + again] == ["wait"] * again
+            assert behind[0] == "mm" and next(each for each in behind if each != "mm") == "wait"
 
 
 def values(sequence: bool, needed: tuple[bool, ...]) -> float:
