@@ -129,6 +129,26 @@ TABLE = [
     Case(
         4, "vl", {"tensor": 2, "sequence": True, "pipeline": 2, **_DUALPIPEV, "vision": "sharded"}, {"micro_batch": 2}
     ),
+    Case(1, "vl", {"vision": "balanced", "vision_chunk": 3}, {"micro_batch": 2, "recompute_towers": True}),
+    Case(2, "vl", {"tensor": 2, "sequence": True, "vision": "pipelined", "vision_chunk": 1}, {"micro_batch": 2}),
+    Case(2, "vl", {"pipeline": 2, "vision": "pipelined", "zero": 0}, {"recompute_towers": True}),
+    Case(2, "vl", {"zero": 1, "vision": "balanced", "vision_chunk": 2}, {"micro_batch": 3}),
+    Case(3, "vl", {"pipeline": 3, "vision": "balanced"}, {"micro_batch": 2, "recompute": "block"}),
+    Case(
+        4,
+        "vl",
+        {"pipeline": 2, "schedule": "interleaved", "virtual_stages": 3, "vision": "balanced", "vision_chunk": 1},
+        {"micro_batch": 3, "recompute_towers": True},
+    ),
+    Case(4, "vl", {"pipeline": 2, "vision": "pipelined", "stages": (3, 9)}, {"micro_batch": 1}),
+    Case(4, "vl", {"tensor": 2, "pipeline": 2, "vision": "balanced", "zero": 0}, {"micro_batch": 4}),
+    Case(8, "vl", {"tensor": 2, "sequence": True, "pipeline": 2, "vision": "balanced"}, {"micro_batch": 2}),
+    Case(
+        8,
+        "vl",
+        {"tensor": 2, "pipeline": 2, "vision": "pipelined", "vision_chunk": 2},
+        {"micro_batch": 3, "recompute": "selective", "recompute_towers": True},
+    ),
     Case(1, "base", {"zero": 0}, {"micro_batch": 4, "recompute": "block"}),
     Case(2, "tiny", {"expert": 2, "zero": 0}, {"micro_batch": 6}),
     Case(2, "base", {"expert": 2, "zero": 2}, {"micro_batch": 3, "recompute": "selective"}),
