@@ -62,7 +62,7 @@ class Replica:
 
     @property
     def has_stem(self) -> bool:
-        """Whether this rank encodes images."""
+        """Whether this rank has the first item of the model list."""
         return any(stage.vlm.stem is not None for stage in self.stages)
 
     def step(self, batch: StepBatch, lr: float) -> Step:
