@@ -49,8 +49,9 @@ class Batch:
                 tiles of its own has one blank tile, whose features are discarded: every rank then has the same
                 gradients and runs the same collectives. None on ranks that do not hold the stem, and wherever tiles
                 are encoded before the passes (`TilesAhead`)
-    features:   [tiles, tile_features, D] on the device, where the tiles were encoded before the passes; None on ranks
-                that do not hold the stem, in a micro-batch without tiles, and in host memory
+    features:   [tiles, tile_features, D] on the device, where the tiles of the step were encoded before the passes; of
+                no tiles if the micro-batch has none. None in a text step, on ranks that do not hold the stem, and in
+                host memory
     """
 
     tokens: Tensor

@@ -88,8 +88,7 @@ class Stem(nn.Module):
         return split_tokens(Splice.apply(words, features, self.newline, self.separator, batch.places), self.tp)
 
     def _features(self, batch: Batch) -> Tensor | None:
-        """[tiles, tile_features, D], computed here or before the pass; None in a text step, and for a micro-batch whose
-        tiles would have been encoded before but which has none.
+        """[tiles, tile_features, D], computed here or before the pass; None in a text step.
 
         Raises:
             ValueError: neither pixels nor features of the batch's tiles are here.

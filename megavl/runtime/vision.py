@@ -59,7 +59,7 @@ class _Step:
     ahead:   the tiles of this rank
     routes:  of the group
     outputs: run of each chunk and its features with their graph, or None where it is encoded again
-    leaves:  run and features of each micro-batch that has tiles, on pipeline rank 0
+    leaves:  run and features of each micro-batch; empty ones beyond pipeline rank 0
     """
 
     ahead: TilesAhead
@@ -110,7 +110,7 @@ class AheadEncoder:
 
         Returns:
             The features of each micro-batch, [tiles, tile_features, D], leaves that require a gradient where gradients
-            are enabled and something of the encoder trains. None without tiles, and beyond pipeline rank 0.
+            are enabled and something of the encoder trains. None in a step without tiles, and beyond pipeline rank 0.
 
         Raises:
             ValueError: the pixels are not those of this rank's tiles.
@@ -126,16 +126,14 @@ class AheadEncoder:
             outputs = [(chunk, self._encode(batch.ahead, mine, chunk)) for chunk in self._chunks(mine)]
         rows = self._rows([(chunk, output.detach()) for chunk, output in outputs], routes.needed)
         arrived = self._exchange(rows, routes, *routes.features(self._axis.rank))  # [tiles needed, tile_features, D]
-        features: list[Tensor | None] = [None] * len(batch.micro_batches)
-        leaves = []
-        for index, run in enumerate(_runs(batch, needed)):
-            if run:
-                features[index] = arrived[run.start - needed.start : run.stop - needed.start].detach()
-                leaves.append((run, features[index].requires_grad_(trains)))
+        leaves = [
+            (run, arrived[run.start - needed.start : run.stop - needed.start].detach().requires_grad_(trains))
+            for run in _runs(batch, needed)
+        ]
         if trains:
             kept = [(chunk, None if self._encodes_again else output) for chunk, output in outputs]
             self._step = _Step(batch.ahead, routes, kept, leaves)
-        return features
+        return [leaf for _, leaf in leaves] if self._mesh.pp.rank == 0 else [None] * len(batch.micro_batches)
 
     def backward(self) -> None:
         """Return the gradients of the features that the passes of the step have left, run this rank's chunks backward,
