@@ -190,9 +190,7 @@ class Assembler:
                     targets[first - piece.start : last - piece.start] = text
         return tokens[:-1], targets[1:]
 
-    def _decode(
-        self, first: int, places: Sequence[_Place], mine: range, pixels: Tensor
-    ) -> tuple[BadImage, ...]:
+    def _decode(self, first: int, places: Sequence[_Place], mine: range, pixels: Tensor) -> tuple[BadImage, ...]:
         """Write the tiles `mine` of those of all places, in order. Returns the images that were replaced."""
         borders = np.cumsum([0, *(place.grid.tiles for place in places)]).tolist()
         bad_images = []

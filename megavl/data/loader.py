@@ -153,8 +153,8 @@ class Loader:
         )
 
     def _plan(self, planned: deque[_Planned]) -> Iterator[_Request]:
-        """What to assemble, micro-batch after micro-batch, and then what to decode; the DataLoader asks ahead of what it
-        returns."""
+        """What to assemble, micro-batch after micro-batch, and then what to decode alone; the DataLoader asks ahead of
+        what it returns."""
         for step in range(self._first_step, self._sampler.train.steps):
             plan = self._sampler.plan(step)
             # Tiles before each pack.

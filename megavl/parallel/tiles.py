@@ -1,5 +1,5 @@
-"""Which rank encodes which tile of a step, and which rank needs its features, where the vision encoder is apart from the
-pipeline's stages (`parallel.vision: pipelined, balanced`).
+"""Which rank encodes which tile of a step, and which rank needs its features, where the vision encoder is apart from
+the pipeline's stages (`parallel.vision: pipelined, balanced`).
 
 The tiles of the global batch are numbered in the order of its packs. A group of ranks, one replica or the world, shares
 those of its packs: each rank encodes a run of them, and the runs differ by at most one tile. Every tile costs the same,

@@ -78,13 +78,8 @@ class Pipeline:
 
     def _micro_batches(self, batch: StepBatch, feed: Feed) -> dict[int, Iterator[Batch]]:
         """What each stage of this rank takes, in the order of its forward passes."""
-        if self.ahead is None:
-            with_images = feed.batches()
-        else:
-            with_images = feed.featured(self.ahead.forward(batch))
-        return {
-            index: feed.texts() if stage.vlm.stem is None else with_images for index, stage in self._stages.items()
-        }
+        with_images = feed.batches() if self.ahead is None else feed.featured(self.ahead.forward(batch))
+        return {index: feed.texts() if stage.vlm.stem is None else with_images for index, stage in self._stages.items()}
 
 
 class _Passes:

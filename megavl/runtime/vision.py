@@ -1,15 +1,15 @@
 """Vision encoder apart from the stages: the tiles of a step are encoded before its passes, by all ranks of the replica
 or of the world (`parallel.vision: pipelined, balanced`).
 
-before the passes: each rank encodes its run of tiles in chunks; an all-to-all brings the features to the tensor ranks of
-                   the first stage
+before the passes: each rank encodes its run of tiles in chunks; an all-to-all brings the features to the tensor ranks
+                   of the first stage
 passes:            features are leaves of the first stage's graphs, in which their gradients accumulate
 after the passes:  an all-to-all brings the gradients back; the chunks run backward; gradients of the weights are summed
                    over the replica and enter the engine as any others
 
-The engine's parameters of towers and adaptor are on pipeline rank 0. Every rank encodes with a working copy: on pipeline
-rank 0 it has their storage, elsewhere it is filled by a broadcast when a multimodal step finds that weights may have
-changed. A text step does none of this.
+The engine's parameters of towers and adaptor are on pipeline rank 0. Every rank encodes with a working copy. On
+pipeline rank 0 it has their storage; elsewhere it is filled by a broadcast when a multimodal step finds that weights may
+have changed. A text step does none of this.
 
 Source: DeepSeek-VL2 section 4.2 balances tiles over data-parallel ranks.
 """
@@ -181,7 +181,7 @@ class AheadEncoder:
 
     @torch.no_grad()
     def _refresh(self) -> None:
-        """Broadcast what may have changed from pipeline rank 0: one message for the frozen weights, one for the others."""
+        """Broadcast from pipeline rank 0 what may have changed: one message for frozen weights, one for the others."""
         pp = self._mesh.pp
         for weights in self._weights.values():
             if not (weights.stale and weights.parameters):

@@ -28,11 +28,9 @@ def share_of(rank: int, ranks: int) -> StepShare:
     return lambda by_replica: range(rank * sum(by_replica) // ranks, (rank + 1) * sum(by_replica) // ranks)
 
 
-def load(sampler: Sampler, dp: int, ranks: int, **options) -> list[tuple[StepBatch, ...]]:
+def load(sampler: Sampler, dp: int, ranks: int) -> list[tuple[StepBatch, ...]]:
     """The step batches of `ranks` ranks, `dp` of which are data-parallel: [step][rank]."""
-    loaders = [
-        Loader(sampler, rank * dp // ranks, dp, None, 0, ahead=share_of(rank, ranks), **options) for rank in range(ranks)
-    ]
+    loaders = [Loader(sampler, rank * dp // ranks, dp, None, 0, ahead=share_of(rank, ranks)) for rank in range(ranks)]
     try:
         return list(zip(*loaders, strict=True))
     finally:
@@ -44,7 +42,7 @@ def pixels_of_step(ranks: tuple[StepBatch, ...], like: torch.Tensor) -> torch.Te
     return torch.cat([like[:0], *(piece for rank in ranks for piece in rank.ahead.pixels)])
 
 
-@pytest.mark.parametrize(("dp", "ranks", "workers"), [(1, 1, 0), (2, 2, 0), (3, 6, 0), (1, 7, 0), (2, 2, 2), (1, 1, 3)])
+@pytest.mark.parametrize(("dp", "ranks", "workers"), [(1, 1, 0), (3, 6, 0), (1, 7, 0), (2, 2, 2)])
 def test_every_tile_of_a_step_is_decoded_once(corpus, any_model, train, dp, ranks, workers):
     sampler = Sampler(corpus.data(workers=workers), any_model, train)
     whole = list(Loader(Sampler(corpus.data(), any_model, train), 0, 1, ImageShare(), 0))
@@ -54,9 +52,7 @@ def test_every_tile_of_a_step_is_decoded_once(corpus, any_model, train, dp, rank
         micro_batches = [batch for rank in range(dp) for batch in shares[rank * ranks // dp].micro_batches]
         for one, other in zip(expected.micro_batches, micro_batches, strict=True):
             assert torch.equal(one.tokens, other.tokens) and other.pixels is None and other.grids == one.grids
-        by_replica = [
-            sum(batch.tiles for batch in shares[rank * ranks // dp].micro_batches) for rank in range(dp)
-        ]
+        by_replica = [sum(batch.tiles for batch in shares[rank * ranks // dp].micro_batches) for rank in range(dp)]
         for share in shares:
             assert list(share.ahead.by_replica) == by_replica
             sizes = list(map(len, share.ahead.pixels))
@@ -103,9 +99,7 @@ def test_a_broken_image_is_reported_by_its_place_in_the_global_batch(corpus, any
     with StoreWriter(prefix, load_tokenizer(corpus.tokenizer)) as writer:
         document = (good, encoded_text(1, 2), broken, encoded_text(*range(30)))
         writer.add(EncodedDocument("the-key", "file.jsonl", document))
-    data = corpus.data(
-        workers=workers, multimodal=(SourceConfig(prefix=prefix),), text=(), text_ratio=0, seq_len=96
-    )
+    data = corpus.data(workers=workers, multimodal=(SourceConfig(prefix=prefix),), text=(), text_ratio=0, seq_len=96)
     train = changed(train, steps=1)
     (ranks,) = load(Sampler(data, any_model, train), 2, 4)
     found = set(itertools.chain.from_iterable(rank.bad_images for rank in ranks))

@@ -102,8 +102,8 @@ def test_tensor_ranks_agree_on_the_sum_and_a_replica_alone_has_nothing_to_broadc
 
 
 def with_defect(config: RunConfig, method: str | None) -> tuple[list[float], Tensor]:
-    """Losses of two multimodal steps with a text step between, and the adaptor's weight after them, with a method of the
-    encoder that does nothing."""
+    """Losses of two multimodal steps with a text step between, and the adaptor's weight after them, where a method of
+    the encoder does nothing."""
     if method is not None:
         setattr(AheadEncoder, method, lambda *_: None)
     history = train(changed(config, train={"steps": 3}))

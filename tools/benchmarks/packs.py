@@ -83,7 +83,9 @@ def made_up_step(
         images=packs * images,
         tiles=packs * pack.tiles,
         squared_tokens=packs * sum(length**2 for length in pack.lengths),
-        ahead=_made_up_ahead(config, mesh, pack.tiles * packs // mesh.dp.size) if config.parallel.towers_apart else None,
+        ahead=_made_up_ahead(config, mesh, pack.tiles * packs // mesh.dp.size)
+        if config.parallel.towers_apart
+        else None,
     )
 
 
