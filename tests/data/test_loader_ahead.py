@@ -93,7 +93,8 @@ def test_tiles_alone_are_pinned(monkeypatch):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_broken_image_is_reported_by_its_place_in_the_global_batch(corpus, any_model, train, tmp_path, workers):
-    """A pack has a good image and a broken one. Ranks cut between its tiles, so several may meet the broken one."""
+    """A pack has a good image and a broken one. Ranks or worker processes cut between tiles, so that several may meet a
+    broken one."""
     good, broken = EncodedImage(image_bytes(0, (50, 30)), 50, 30), EncodedImage(image_bytes(0, (30, 70))[:-500], 30, 70)
     prefix = str(tmp_path / "p")
     with StoreWriter(prefix, load_tokenizer(corpus.tokenizer)) as writer:
@@ -101,7 +102,7 @@ def test_a_broken_image_is_reported_by_its_place_in_the_global_batch(corpus, any
         writer.add(EncodedDocument("the-key", "file.jsonl", document))
     data = corpus.data(workers=workers, multimodal=(SourceConfig(prefix=prefix),), text=(), text_ratio=0, seq_len=96)
     train = changed(train, steps=1)
-    (ranks,) = load(Sampler(data, any_model, train), 2, 4)
+    (ranks,) = load(Sampler(data, any_model, train), *((1, 1) if workers else (2, 4)))
     found = set(itertools.chain.from_iterable(rank.bad_images for rank in ranks))
     assert sorted((bad.pack, bad.image) for bad in found) == [(pack, 1) for pack in range(train.global_batch)]
     tiling = Tiling(any_model)

@@ -59,8 +59,11 @@ def _made_up_tiles(config: RunConfig, tiles: int) -> torch.Tensor:
     return torch.randint(256, (tiles, 3, size, size), dtype=torch.uint8)
 
 
-def _made_up_ahead(config: RunConfig, mesh: Mesh, tiles: int) -> TilesAhead:
-    """This rank's run of tiles, where each data-parallel rank has so many in its packs."""
+def _made_up_ahead(config: RunConfig, mesh: Mesh, tiles: int) -> TilesAhead | None:
+    """This rank's run of tiles, where each data-parallel rank has so many in its packs; None where micro-batches have
+    theirs."""
+    if not config.parallel.towers_apart:
+        return None
     by_replica = (tiles,) * mesh.dp.size
     mine = encoder_group(config, mesh).share(by_replica)
     return TilesAhead(by_replica, (_made_up_tiles(config, len(mine)),) if mine else ())
@@ -83,9 +86,7 @@ def made_up_step(
         images=packs * images,
         tiles=packs * pack.tiles,
         squared_tokens=packs * sum(length**2 for length in pack.lengths),
-        ahead=_made_up_ahead(config, mesh, pack.tiles * packs // mesh.dp.size)
-        if config.parallel.towers_apart
-        else None,
+        ahead=_made_up_ahead(config, mesh, packs // mesh.dp.size * pack.tiles),
     )
 
 
