@@ -8,8 +8,8 @@ after the passes:  an all-to-all brings the gradients back; the chunks run backw
                    over the replica and enter the engine as any others
 
 The engine's parameters of towers and adaptor are on pipeline rank 0. Every rank encodes with a working copy. On
-pipeline rank 0 it has their storage; elsewhere it is filled by a broadcast when a multimodal step finds that weights may
-have changed. A text step does none of this.
+pipeline rank 0 it has their storage; elsewhere a broadcast fills it when a multimodal step finds that weights may have
+changed. A text step does none of this.
 
 Source: DeepSeek-VL2 section 4.2 balances tiles over data-parallel ranks.
 """
