@@ -124,5 +124,8 @@ def test_a_feed_gives_the_micro_batches_in_their_order():
         assert torch.equal(ours.tokens, theirs.tokens) and torch.equal(ours.pixels, theirs.pixels)
     for ours, theirs in zip(feed.texts(), given, strict=True):
         assert torch.equal(ours.labels, theirs.labels) and ours.pixels is None
+    features = [torch.empty(0), None, torch.ones(2)]
+    for ours, theirs, given_features in zip(feed.featured(features), given, features, strict=True):
+        assert torch.equal(ours.tokens, theirs.tokens) and ours.pixels is None and ours.features is given_features
     without = [dataclasses.replace(batch, pixels=None) for batch in given]
     assert len(list(Feed(without, torch.device("cpu")).texts())) == 3
