@@ -21,6 +21,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from megavl.batch import StepBatch, TilesAhead
 from megavl.config.recompute import encodes_again
@@ -56,15 +57,15 @@ class _Weights:
 class _Step:
     """What the backward pass of a step needs; runs are numbered as in `TileRoutes`.
 
-    ahead:   the tiles of this rank
-    routes:  of the group
-    outputs: run of each chunk and its features with their graph, or None where it is encoded again
-    leaves:  run and features of each micro-batch; empty ones beyond pipeline rank 0
+    ahead:  the tiles of this rank
+    routes: of the group
+    graphs: run of each chunk and its graph, or None where it is encoded again
+    leaves: run and features of each micro-batch; empty ones beyond pipeline rank 0
     """
 
     ahead: TilesAhead
     routes: TileRoutes
-    outputs: list[tuple[range, Tensor | None]]
+    graphs: list[tuple[range, GradientEdge | None]]
     leaves: list[tuple[range, Tensor]]
 
 
@@ -131,8 +132,9 @@ class AheadEncoder:
             for run in _runs(batch, needed)
         ]
         if trains:
-            kept = [(chunk, None if self._encodes_again else output) for chunk, output in outputs]
-            self._step = _Step(batch.ahead, routes, kept, leaves)
+            # An edge does not keep the features themselves, which have been sent.
+            graphs = [(chunk, None if self._encodes_again else get_gradient_edge(output)) for chunk, output in outputs]
+            self._step = _Step(batch.ahead, routes, graphs, leaves)
         return [leaf for _, leaf in leaves] if self._mesh.pp.rank == 0 else [None] * len(batch.micro_batches)
 
     def backward(self) -> None:
@@ -147,12 +149,11 @@ class AheadEncoder:
         gradients = self._exchange(rows, step.routes, *step.routes.gradients(rank))  # [tiles encoded, tile_features, D]
         self._sums = Flat([parameter.shape for parameter in self._trained], torch.float32, self._device)
         mine = step.routes.encoded[rank]
-        while step.outputs:
-            chunk, output = step.outputs.pop(0)
-            if output is None:
-                output = self._encode(step.ahead, mine, chunk)
-            torch.autograd.backward(output, gradients[chunk.start - mine.start : chunk.stop - mine.start])
-            del output
+        while step.graphs:
+            chunk, graph = step.graphs.pop(0)
+            if graph is None:
+                graph = get_gradient_edge(self._encode(step.ahead, mine, chunk))
+            torch.autograd.backward(graph, gradients[chunk.start - mine.start : chunk.stop - mine.start])
         sums, self._sums = self._sums, None
         self._sum_over_replica(sums.buffer)
         if self._parameters:

@@ -145,6 +145,7 @@ TABLE = [
         {"micro_batch": 3, "recompute_towers": True},
     ),
     Case(4, "vl", {"pipeline": 2, "vision": "pipelined", "stages": (3, 9)}, {"micro_batch": 1}),
+    Case(4, "vl", {"pipeline": 4, **_DUALPIPEV, "stages": (1, 2, 1, 2, 1, 2, 2, 1), "vision": "pipelined"}, {}),
     Case(4, "vl", {"tensor": 2, "pipeline": 2, "vision": "balanced", "zero": 0}, {"micro_batch": 4}),
     Case(8, "vl", {"tensor": 2, "sequence": True, "pipeline": 2, "vision": "balanced"}, {"micro_batch": 2}),
     Case(
@@ -200,6 +201,7 @@ TABLE = [
         {"micro_batch": 6, "recompute_towers": True},
     ),
     Case(4, "small", {"tensor": 2, "pipeline": 2, "expert_width": "cut", "vision": "pipelined"}, {"micro_batch": 4}),
+    Case(4, "small", {"pipeline": 2, **_DUALPIPEV, "expert": 2, "vision": "balanced", "zero": 0}, {"micro_batch": 2}),
     Case(
         8,
         "base",
