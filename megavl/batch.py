@@ -47,7 +47,11 @@ class Batch:
                 the overview first. Where the tensor ranks share the tiles (`parallel.vision: sharded`), only those of
                 `tile_share`. Of no tiles in a text step: the towers do not run. In a multimodal step a rank without
                 tiles of its own has one blank tile, whose features are discarded: every rank then has the same
-                gradients and runs the same collectives. None on ranks that do not hold the stem
+                gradients and runs the same collectives. None on ranks that do not hold the stem, and wherever tiles
+                are encoded before the passes (`TilesAhead`)
+    features:   [tiles, tile_features, D] on the device, where the tiles of the step were encoded before the passes; of
+                no tiles if the micro-batch has none. None in a text step, on ranks that do not hold the stem, and in
+                host memory
     """
 
     tokens: Tensor
@@ -60,6 +64,7 @@ class Batch:
     grids: tuple[Grid, ...]
     places: ImagePlaces
     pixels: Tensor | None
+    features: Tensor | None = None
 
     @classmethod
     def of(
@@ -165,12 +170,29 @@ class BadImage:
 
 
 @dataclass(frozen=True)
+class TilesAhead:
+    """The tiles of a step that this rank encodes before the passes (`parallel.vision: pipelined, balanced`).
+
+    by_replica: tiles in the packs of each data-parallel rank
+    pixels:     uint8 [tiles, 3, S, S] each: pieces of this rank's run of tiles, in order; none where it is empty
+    """
+
+    by_replica: tuple[int, ...]
+    pixels: tuple[Tensor, ...]
+
+    def pin_memory(self) -> "TilesAhead":
+        """The same in page-locked memory."""
+        return replace(self, pixels=tuple(piece.pin_memory() for piece in self.pixels))
+
+
+@dataclass(frozen=True)
 class StepBatch:
     """What one rank feeds into one optimizer step, with the facts of the whole global batch.
 
     supervised_tokens, tokens, images, tiles, squared_tokens count the global batch, not this rank's part.
     squared_tokens: sum over documents of their length squared, which packed attention costs.
     bad_images: those that this rank has replaced, not the global batch's.
+    ahead: what this rank encodes before the passes; None where each micro-batch has its pixels.
     """
 
     step: int
@@ -182,6 +204,7 @@ class StepBatch:
     tiles: int
     squared_tokens: int
     bad_images: tuple[BadImage, ...] = ()
+    ahead: TilesAhead | None = None
 
     @property
     def counts(self) -> dict[str, int]:

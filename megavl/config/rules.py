@@ -182,7 +182,13 @@ def _compile(config: RunConfig) -> list[str]:
 
 def _vision(config: RunConfig) -> list[str]:
     parallel = config.parallel
-    if parallel.vision == "replicated" or parallel.zero < 3 or parallel.tensor == 1:
+    if parallel.towers_apart and parallel.zero >= 2:
+        return [
+            f"parallel.vision = {parallel.vision} with parallel.zero = {parallel.zero}: ZeRO-2 and 3 partition "
+            "gradients in the hooks of each backward pass, but these towers get theirs after the passes of a step; use "
+            "parallel.zero=1, or parallel.vision=replicated"
+        ]
+    if parallel.vision != "sharded" or parallel.zero < 3 or parallel.tensor == 1:
         return []
     return [
         f"parallel.vision = sharded with parallel.zero = 3 and parallel.tensor = {parallel.tensor}: ZeRO-3 fetches a "

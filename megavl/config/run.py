@@ -42,9 +42,12 @@ class ParallelConfig(Section):
         description="items of the model list (stem, blocks, head) on each stage; auto: as balances their work; null: "
         "the same number on each",
     )
-    vision: Literal["replicated", "sharded"] = Field(
-        "replicated", description="every tensor rank encodes all images of a micro-batch, or each its share of them"
+    vision: Literal["replicated", "sharded", "pipelined", "balanced"] = Field(
+        "replicated",
+        description="who encodes images: every tensor rank of the first stage all of a micro-batch, or each its share; "
+        "pipelined: all ranks of a replica those of a step, before its passes; balanced: all ranks of the world",
     )
+    vision_chunk: PositiveInt = Field(8, description="pipelined and balanced: tiles that a rank encodes at a time")
     zero: Literal[0, 1, 2, 3] = 1
 
     @field_validator("schedule", mode="before")
@@ -68,6 +71,11 @@ class ParallelConfig(Section):
     def num_stages(self) -> int:
         """Stages of the whole pipeline."""
         return self.pipeline * self.virtual_stages
+
+    @property
+    def towers_apart(self) -> bool:
+        """Whether tiles are encoded before the passes of a step, and not by the first stage."""
+        return self.vision in ("pipelined", "balanced")
 
 
 class SourceConfig(Section):

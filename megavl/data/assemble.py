@@ -50,6 +50,10 @@ class Assembled:
     batch: Batch
     bad_images: tuple[BadImage, ...]
 
+    @property
+    def pixels(self) -> Tensor | None:
+        return self.batch.pixels
+
     def pin_memory(self) -> "Assembled":
         """A DataLoader calls it, in a thread of its own."""
         return replace(self, batch=self.batch.pin_memory())
@@ -62,6 +66,18 @@ class Assembled:
         image_fields = (places.features, places.newlines, places.separators)
         arrays = tuple(tuple(field.numpy() for field in group) for group in (fields, image_fields))
         return _arrived, (*arrays, batch.lengths, batch.packs, batch.grids, batch.pixels, self.bad_images)
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Tiles without their micro-batches: uint8 [tiles, 3, S, S], and the images among them that had to be replaced."""
+
+    pixels: Tensor
+    bad_images: tuple[BadImage, ...]
+
+    def pin_memory(self) -> "Decoded":
+        """A DataLoader calls it, in a thread of its own."""
+        return replace(self, pixels=self.pixels.pin_memory())
 
 
 def _arrived(
@@ -127,7 +143,11 @@ class Assembler:
             if kind == "text":
                 pixels = image.empty_pixels(self._model, tiles=0)
             else:
-                pixels, bad_images = self._decode(first, places, room)
+                share = tile_share(sum(place.grid.tiles for place in places), self._images.rank, self._images.size)
+                pixels = room(max(1, len(share)))
+                if not share:
+                    image.write_blank(self._model, pixels)
+                bad_images = self._decode(first, places, share, pixels)
         batch = Batch.of(
             self._tiling,
             tokens=torch.from_numpy(tokens),
@@ -138,6 +158,19 @@ class Assembler:
             pixels=pixels,
         )
         return Assembled(batch, bad_images)
+
+    def decode(self, kind: Kind, first: int, packs: Sequence[Pack], tiles: range, room: Room) -> Decoded:
+        """Some of the tiles of the packs, alone.
+
+        Args:
+            first, room: as in `__call__`.
+            tiles: a run of them, counted from the first tile of the packs.
+
+        Raises:
+            DataError: a dataset is damaged there.
+        """
+        pixels = room(len(tiles))
+        return Decoded(pixels, self._decode(first, list(self._places(kind, packs)), tiles, pixels))
 
     def _read(self, store: Store, piece: Piece) -> tuple[np.ndarray, np.ndarray]:
         """(tokens, labels) of a piece, each [piece.tokens]: label t is token t + 1 of the document where that is text
@@ -157,14 +190,10 @@ class Assembler:
                     targets[first - piece.start : last - piece.start] = text
         return tokens[:-1], targets[1:]
 
-    def _decode(self, first: int, places: Sequence[_Place], room: Room) -> tuple[Tensor, tuple[BadImage, ...]]:
-        """Pixels of this rank's share of the tiles, in order, and the images that were replaced. An empty share has one
-        blank tile."""
+    def _decode(self, first: int, places: Sequence[_Place], mine: range, pixels: Tensor) -> tuple[BadImage, ...]:
+        """Write the tiles `mine` of those of all places, in order. Returns the images that were replaced."""
         borders = np.cumsum([0, *(place.grid.tiles for place in places)]).tolist()
-        mine = tile_share(borders[-1], self._images.rank, self._images.size)
-        pixels, bad_images = room(max(1, len(mine))), []
-        if not mine:
-            image.write_blank(self._model, pixels)
+        bad_images = []
         for place, start, stop in zip(places, borders, borders[1:], strict=False):
             here = range(max(start, mine.start), min(stop, mine.stop))
             if not here:
@@ -180,7 +209,7 @@ class Assembler:
                 image.write_blank(self._model, into)
                 continue
             image.preprocess(picture, self._model, place.grid, range(here.start - start, here.stop - start), into)
-        return pixels, tuple(bad_images)
+        return tuple(bad_images)
 
     def _places(self, kind: Kind, packs: Sequence[Pack]) -> Iterator[_Place]:
         """Every image, in order. An image is in the piece that holds its first token: it is never cut."""

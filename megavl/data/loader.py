@@ -2,18 +2,20 @@
 
 import math
 import time
+from bisect import bisect_left, bisect_right
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate, pairwise
 
 from torch.utils.data import DataLoader, Dataset
 
-from megavl.batch import Kind, StepBatch
+from megavl.batch import Kind, StepBatch, TilesAhead
 from megavl.config.data_rules import loader_problems
 from megavl.config.model import ModelConfig
 from megavl.data import image
-from megavl.data.assemble import Assembled, Assembler, ImageShare
+from megavl.data.assemble import Assembled, Assembler, Decoded, ImageShare
 from megavl.data.errors import DataError
 from megavl.data.pack import Pack
 from megavl.data.places import PlaceMemory, Places
@@ -26,15 +28,34 @@ _LOOK_S = 1.0
 _NAMED = 3
 
 
+# Tiles in the packs of each data-parallel rank -> those that this rank encodes, in their order over the global batch.
+StepShare = Callable[[Sequence[int]], range]
+_Arrived = Assembled | Decoded | DataError
+
+
 @dataclass(frozen=True)
 class _Request:
-    """A micro-batch to assemble; `first` is the number of its first pack in the global batch of the step."""
+    """A micro-batch to assemble, or some tiles to decode.
+
+    first: number of the first pack in the global batch of the step
+    tiles: those to decode, counted from the first one of the packs; None for a micro-batch
+    """
 
     step: int
     kind: Kind
     first: int
     packs: tuple[Pack, ...]
+    tiles: range | None
     place: int | None
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """A step that was asked for: its plan, tiles in the packs of each data-parallel rank, and requests for tiles."""
+
+    plan: StepPlan
+    by_replica: tuple[int, ...]
+    pieces: int
 
 
 class Loader:
@@ -52,11 +73,14 @@ class Loader:
         images: ImageShare | None,
         first_step: int,
         pin_memory: bool = False,
+        ahead: StepShare | None = None,
     ) -> None:
         """Worker processes start with the iteration.
 
         Args:
-            images: which to decode; None on ranks that do not hold the stem, which need no worker process.
+            images: which to decode of each micro-batch; None on ranks that do not hold the stem, and with `ahead`.
+                Ranks that decode nothing need no worker process.
+            ahead: which tiles of a step to decode, of whatever packs; None where micro-batches have theirs.
             pin_memory: bring batches in page-locked memory, for a GPU.
 
         Raises:
@@ -68,12 +92,15 @@ class Loader:
         self._sampler, self._first_step, self._pin_memory = sampler, first_step, pin_memory
         share = train.global_batch // dp_size
         self._firsts = range(dp_rank * share, (dp_rank + 1) * share, train.micro_batch)
-        self._workers = data.workers if images is not None else 0
+        self._share, self._ahead = share, ahead
+        self._workers = 0 if images is ahead is None else data.workers
+        # Each worker process decodes an equal part of a step's tiles.
+        self._most_pieces = 0 if ahead is None else max(1, data.workers)
         self._places = Places(self._workers) if self._workers else None
         assembler = Assembler(sampler.stores, sampler.model, data.seq_len, sampler.eos, images)
         self._assembly = _Assembly(assembler, sampler.model)
         self._requests: deque[_Request] = deque()
-        self._arriving: Iterator[Assembled | DataError] = iter(())
+        self._arriving: Iterator[_Arrived] = iter(())
 
     def __iter__(self) -> Iterator[StepBatch]:
         """The steps in order. Images that could not be decoded are in their `bad_images`: whoever asks for a step
@@ -83,11 +110,15 @@ class Loader:
             DataError: a document of a step cannot be read; a worker process has died or brings nothing for
                 `data.timeout_s`. The message names the documents.
         """
-        plans: deque[StepPlan] = deque()
-        self._arriving = iter(self._start(plans))
+        planned: deque[_Planned] = deque()
+        self._arriving = iter(self._start(planned))
         for step in range(self._first_step, self._sampler.train.steps):
             arrived = [self._next() for _ in self._firsts]
-            plan = plans.popleft()
+            now = planned.popleft()
+            decoded, plan = [self._next() for _ in range(now.pieces)], now.plan
+            ahead = None
+            if self._ahead is not None:
+                ahead = TilesAhead(now.by_replica, tuple(one.pixels for one in decoded))
             yield StepBatch(
                 step=step,
                 kind=plan.kind,
@@ -97,21 +128,22 @@ class Loader:
                 images=plan.images,
                 tiles=plan.tiles,
                 squared_tokens=plan.squared_tokens,
-                bad_images=tuple(bad for one in arrived for bad in one.bad_images),
+                bad_images=tuple(bad for one in (*arrived, *decoded) for bad in one.bad_images),
+                ahead=ahead,
             )
 
     def close(self) -> None:
         """End the worker processes."""
         self._arriving = iter(())
 
-    def _start(self, plans: deque[StepPlan]) -> DataLoader:
-        workers = self._workers
+    def _start(self, planned: deque[_Planned]) -> DataLoader:
+        workers, requests = self._workers, len(self._firsts) + self._most_pieces
         return DataLoader(
             self._assembly,
-            sampler=self._plan(plans),
+            sampler=self._plan(planned),
             batch_size=None,
             num_workers=workers,
-            prefetch_factor=math.ceil(self._sampler.data.prefetch * len(self._firsts) / workers) if workers else None,
+            prefetch_factor=math.ceil(self._sampler.data.prefetch * requests / workers) if workers else None,
             collate_fn=_same,
             pin_memory=self._pin_memory,
             timeout=_LOOK_S if workers else 0,
@@ -120,31 +152,52 @@ class Loader:
             multiprocessing_context="forkserver" if workers else None,
         )
 
-    def _plan(self, plans: deque[StepPlan]) -> Iterator[_Request]:
-        """What to assemble, micro-batch after micro-batch; the DataLoader asks ahead of the batches that it returns."""
+    def _plan(self, planned: deque[_Planned]) -> Iterator[_Request]:
+        """What to assemble, micro-batch after micro-batch, and then what to decode alone; the DataLoader asks ahead of
+        what it returns."""
         for step in range(self._first_step, self._sampler.train.steps):
             plan = self._sampler.plan(step)
-            plans.append(plan)
+            # Tiles before each pack.
+            borders = [0, *accumulate(sum(piece.tiles for piece in pack) for pack in plan.packs)]
+            by_replica = tuple(stop - start for start, stop in pairwise(borders[:: self._share]))
+            pieces = self._pieces(by_replica)
+            planned.append(_Planned(plan, by_replica, len(pieces)))
             for first in self._firsts:
-                packs = plan.packs[first : first + self._firsts.step]
-                place = self._places.take() if self._places is not None else None
-                self._requests.append(_Request(step, plan.kind, first, packs, place))
-                yield self._requests[-1]
+                yield self._request(step, plan, first, first + self._firsts.step, None)
+            for run in pieces:
+                first, stop = bisect_right(borders, run.start) - 1, bisect_left(borders, run.stop)
+                within = range(run.start - borders[first], run.stop - borders[first])
+                yield self._request(step, plan, first, stop, within)
 
-    def _next(self) -> Assembled:
-        """The next micro-batch, when it is there. Worker processes bring them in the order of the requests."""
+    def _pieces(self, by_replica: Sequence[int]) -> list[range]:
+        """The tiles that this rank decodes ahead, cut into as many runs as there are worker processes; the numbers of
+        tiles differ by one at most, and none is empty."""
+        if self._ahead is None:
+            return []
+        mine = self._ahead(by_replica)
+        count = min(self._most_pieces, len(mine))
+        borders = [mine.start + index * len(mine) // count for index in range(count + 1)] if count else []
+        return [range(start, stop) for start, stop in pairwise(borders)]
+
+    def _request(self, step: int, plan: StepPlan, first: int, stop: int, tiles: range | None) -> _Request:
+        place = self._places.take() if self._places is not None else None
+        self._requests.append(_Request(step, plan.kind, first, plan.packs[first:stop], tiles, place))
+        return self._requests[-1]
+
+    def _next(self) -> Assembled | Decoded:
+        """What was asked for next, when it is there. Worker processes bring it in the order of the requests."""
         arrived = self._wait()
         request = self._requests.popleft()
         if isinstance(arrived, DataError):
             raise arrived
         if self._places is not None:
-            pixels = arrived.batch.pixels
+            pixels = arrived.pixels
             # The place is free at once if the pixels were copied to pinned memory, or if there are none.
-            in_place = len(pixels) and not self._pin_memory
+            in_place = pixels is not None and len(pixels) and not self._pin_memory
             self._places.give_back(request.place, pixels if in_place else None)
         return arrived
 
-    def _wait(self) -> Assembled | DataError:
+    def _wait(self) -> _Arrived:
         timeout_s = self._sampler.data.timeout_s
         deadline = time.monotonic() + timeout_s
         while True:
@@ -189,11 +242,13 @@ class _Assembly(Dataset):
         self._assembler, self._model = assembler, model
         self._memory = PlaceMemory(model)
 
-    def __getitem__(self, request: _Request) -> Assembled | DataError:
+    def __getitem__(self, request: _Request) -> _Arrived:
         in_place = request.place is not None
         room = partial(self._memory.room, request.place) if in_place else partial(image.empty_pixels, self._model)
         try:
-            return self._assembler(request.kind, request.first, request.packs, room)
+            if request.tiles is None:
+                return self._assembler(request.kind, request.first, request.packs, room)
+            return self._assembler.decode(request.kind, request.first, request.packs, request.tiles, room)
         except DataError as error:
             # Returned, not raised: the DataLoader would bury the message under a worker's traceback.
             return error
@@ -203,5 +258,5 @@ def _start_worker(_: int) -> None:
     end_with_parent()
 
 
-def _same(arrived: Assembled | DataError) -> Assembled | DataError:
+def _same(arrived: _Arrived) -> _Arrived:
     return arrived

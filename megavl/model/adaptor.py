@@ -59,3 +59,10 @@ class TileAdaptor(nn.Module):
         squares = squares.unflatten(3, (-1, self.side)).unflatten(2, (-1, self.side))
         tokens = squares.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # [I, g * g, W * side * side]
         return self.fc2(F.gelu(self.fc1(tokens)))
+
+
+def adaptor_of(config: ModelConfig) -> nn.Module:
+    """The adaptor of a model: of tiles, of both towers, or of SigLIP alone."""
+    if config.tiling is not None:
+        return TileAdaptor(config)
+    return HybridAdaptor(config) if config.sam else SiglipAdaptor(config)

@@ -1,4 +1,4 @@
-"""Vision encoder: towers and adaptor, replicated or with the tiles sharded over tp (DeepSeek-VL section 3.3)."""
+"""Vision encoder: towers and adaptor, within the stem or apart from it (DeepSeek-VL section 3.3)."""
 
 from collections.abc import Callable
 
@@ -6,13 +6,39 @@ from torch import Tensor, nn
 
 from megavl.batch import tile_share
 from megavl.config.model import ModelConfig
+from megavl.model.adaptor import adaptor_of
 from megavl.model.pixels import tower_inputs
+from megavl.model.run_block import RunBlock, call_block
 from megavl.model.sam import Sam
 from megavl.model.siglip import Siglip
 from megavl.parallel.collectives import join_shares, summing_gradients
 from megavl.parallel.groups import TensorAxis
 
 _Layer = Callable[..., Tensor]
+
+
+def _features(pixels: Tensor, config: ModelConfig, siglip: _Layer, sam: _Layer | None, adaptor: _Layer) -> Tensor:
+    """uint8 [tiles, 3, S, S] -> [tiles, tile_features, D]."""
+    inputs = tower_inputs(pixels, config)
+    of_siglip = siglip(inputs["siglip"])  # [tiles, G * G, W_siglip]
+    return adaptor(of_siglip) if sam is None else adaptor(of_siglip, sam(inputs["sam"]))
+
+
+class TileEncoder(nn.Module):
+    """Towers and adaptor without the rest of the stem; parameters have the names that they have in it.
+
+    Pixels uint8 [tiles, 3, S, S], at least one tile, to features [tiles, tile_features, D].
+    """
+
+    def __init__(self, config: ModelConfig, run_block: RunBlock = call_block):
+        super().__init__()
+        self.config = config
+        self.siglip = Siglip(config.siglip, run_block)
+        self.sam = Sam(config.sam, config.siglip.grid, run_block) if config.sam else None
+        self.adaptor = adaptor_of(config)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return _features(pixels, self.config, self.siglip, self.sam, self.adaptor)
 
 
 class Encoder:
@@ -48,11 +74,8 @@ class Encoder:
         return join_shares(mine, tiles, self._tp)  # cuts off blank tiles
 
     def _encode(self, pixels: Tensor, called: Callable[[nn.Module], _Layer]) -> Tensor:
-        inputs = tower_inputs(pixels, self._config)
-        siglip = called(self._siglip)(inputs["siglip"])  # [tiles, G * G, W_siglip]
-        if self._sam is None:
-            return called(self._adaptor)(siglip)
-        return called(self._adaptor)(siglip, called(self._sam)(inputs["sam"]))
+        sam = None if self._sam is None else called(self._sam)
+        return _features(pixels, self._config, called(self._siglip), sam, called(self._adaptor))
 
     def _check(self, here: int, share: int, tiles: int) -> None:
         tp = self._tp

@@ -6,7 +6,7 @@ from torch.autograd import Function
 
 from megavl.batch import Batch, ImagePlaces
 from megavl.config.model import ModelConfig
-from megavl.model.adaptor import HybridAdaptor, SiglipAdaptor, TileAdaptor
+from megavl.model.adaptor import adaptor_of
 from megavl.model.encoder import Encoder
 from megavl.model.run_block import RunBlock, call_block
 from megavl.model.sam import Sam
@@ -51,7 +51,9 @@ class Splice(Function):
         for indices in (places.newlines, places.separators):
             if len(indices):
                 for_words.index_fill_(0, indices, 0.0)
-        for_features = grad.index_select(0, places.features).view(ctx.shape)  # [tiles, tile_features, D]
+        for_features = None
+        if ctx.needs_input_grad[1]:
+            for_features = grad.index_select(0, places.features).view(ctx.shape)  # [tiles, tile_features, D]
         return for_words, for_features, for_newline, for_separator, None
 
 
@@ -68,20 +70,34 @@ class Stem(nn.Module):
         self.embedding = VocabEmbedding(config.decoder.vocab_size, config.decoder.width, tp)
         self.siglip = Siglip(config.siglip, run_block)
         self.sam = Sam(config.sam, config.siglip.grid, run_block) if config.sam else None
+        self.adaptor = adaptor_of(config)
         if config.tiling:
-            self.adaptor = TileAdaptor(config)
             self.newline = nn.Parameter(torch.empty(config.decoder.width))
             self.separator = nn.Parameter(torch.empty(config.decoder.width))
         else:
-            self.adaptor = HybridAdaptor(config) if config.sam else SiglipAdaptor(config)
             self.newline = self.separator = None
         self.encode = Encoder(config, self.siglip, self.sam, self.adaptor, tp)
 
     def forward(self, batch: Batch) -> Tensor:
-        if not len(batch.pixels):
+        features = self._features(batch)  # [tiles, tile_features, D]
+        if features is None:
             return split_tokens(self.embedding(batch.tokens), self.tp)
-        features = self.encode(batch.pixels, batch.tiles)  # [tiles, tile_features, D]
         # A placeholder's own embedding is never read: it is looked up as token 0, which gets no gradient from it.
         is_image = batch.tokens == self.config.image_token_id
         words = self.embedding(batch.tokens.masked_fill(is_image, 0))  # [T, D]
         return split_tokens(Splice.apply(words, features, self.newline, self.separator, batch.places), self.tp)
+
+    def _features(self, batch: Batch) -> Tensor | None:
+        """[tiles, tile_features, D], computed here or before the pass; None in a text step.
+
+        Raises:
+            ValueError: neither pixels nor features of the batch's tiles are here.
+        """
+        if batch.pixels is not None:
+            return self.encode(batch.pixels, batch.tiles) if len(batch.pixels) else None
+        if batch.features is None and batch.tiles:
+            raise ValueError(
+                f"neither pixels nor features are here, but the images of the micro-batch have {batch.tiles} tiles: "
+                "their placeholders would be read as text"
+            )
+        return batch.features

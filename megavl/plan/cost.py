@@ -5,6 +5,7 @@ from functools import lru_cache
 
 from megavl.config.model import ModelConfig
 from megavl.config.parameters import dataflow, parameters
+from megavl.config.recompute import encodes_again
 from megavl.config.run import RunConfig
 from megavl.plan.flops import FlopCounter
 from megavl.plan.work import Work
@@ -124,7 +125,11 @@ def _unit_works(config: RunConfig, trains: bool) -> tuple[tuple[Work, ...], ...]
 def _works(
     config: RunConfig, trains: bool, *, tokens: int = 0, labels: int = 0, pairs: int = 0, tiles: int = 0
 ) -> tuple[Work, ...]:
-    recomputed = {"decoder": config.train.recompute == "block", "tower": config.train.recompute_towers}
+    # Where tiles are encoded before the passes, whole chunks of them are recomputed, and no blocks.
+    recomputed = {
+        "decoder": config.train.recompute == "block",
+        "tower": config.train.recompute_towers and not config.parallel.towers_apart,
+    }
     counter = FlopCounter(
         trains=lambda name: trains and config.optim.lr_multiplier(name) > 0,
         recomputes=recomputed.__getitem__,
@@ -139,6 +144,8 @@ def _works(
     for flow in dataflow(config.model):
         work, live = counter.work(flow, live)
         works.append(work)
+    if trains and encodes_again(config):
+        works[0] += counter.repeated_forward(dataflow(config.model)[0])
     return tuple(works)
 
 

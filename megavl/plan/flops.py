@@ -71,7 +71,11 @@ class FlopCounter:
 
     def _recomputation(self, flow: Flow) -> Work:
         """Work of the second forward pass of a flow that is recomputed in the backward pass."""
-        forward, _ = replace(self, trains=lambda name: False).work(_without_last_product(flow), live=False)
+        return self.repeated_forward(_without_last_product(flow))
+
+    def repeated_forward(self, flow: Flow) -> Work:
+        """Work of one more forward pass of a flow, as overhead."""
+        forward, _ = replace(self, trains=lambda name: False).work(flow, live=False)
         return forward.as_overhead()
 
     def _product(self, parameter: Parameter, live: bool, trained: bool) -> Work:
@@ -109,7 +113,8 @@ class FlopCounter:
 
     @property
     def _repeats_tiles(self) -> bool:
-        """Whether every tensor rank encodes all tiles."""
+        """Whether every tensor rank encodes all tiles: no rank encodes a tile of another where they share them, within
+        the first stage or before the passes."""
         return self.parallel.vision == "replicated"
 
     @property

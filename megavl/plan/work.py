@@ -7,9 +7,10 @@ from dataclasses import dataclass
 class Work:
     """FLOPs over a step, whatever the number of ranks that share them. Works add up field by field.
 
-    overhead: FLOPs beyond the method: recomputed blocks, the channels that carry SAM's relative positions, the columns
-              that make the values of latent attention as wide as its keys, the sums over packs of the auxiliary loss
-    repeated: FLOPs that every tensor rank computes in full: vision unless the tiles are sharded; without sequence
+    overhead: FLOPs beyond the method: recomputed blocks and tiles, the channels that carry SAM's relative positions,
+              the columns that make the values of latent attention as wide as its keys, the sums over packs of the
+              auxiliary loss
+    repeated: FLOPs that every tensor rank computes in full: vision where it is replicated; without sequence
               parallelism, products with replicated weights (MLA's latent, the router)
     """
 

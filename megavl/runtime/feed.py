@@ -1,9 +1,10 @@
 """Host-to-device copies of the micro-batches of a step."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from megavl.batch import Batch
 
@@ -26,6 +27,12 @@ class Feed:
     def batches(self) -> Iterator[Batch]:
         """Each micro-batch in turn, with its pixels: for the stage that holds the stem."""
         return self._one_ahead(self._micro_batches)
+
+    def featured(self, features: Iterable[Tensor | None]) -> Iterator[Batch]:
+        """Each micro-batch in turn, with its features: for the stage that holds the stem, where tiles are encoded
+        before the passes."""
+        for text, of_tiles in zip(self.texts(), features, strict=True):
+            yield replace(text, features=of_tiles)
 
     def _one_ahead(self, micro_batches: Sequence[Batch]) -> Iterator[Batch]:
         ahead = self._copy(micro_batches[0])

@@ -24,6 +24,7 @@ from megavl.runtime.optim import schedule_ratio
 from megavl.runtime.origin import find_origin
 from megavl.runtime.reading import announce, report
 from megavl.runtime.replica import build_replica
+from megavl.runtime.vision import encoder_group
 
 
 def train(config: RunConfig, env: Env) -> None:
@@ -51,9 +52,11 @@ def train(config: RunConfig, env: Env) -> None:
     on_first_rank(introduce, mesh.control)
     metrics = Metrics(config, env, mesh.control)
     bad_images = BadImages(config, state.get("bad_images", 0), mesh.control)
-    images = _images_of(mesh.tp) if replica.has_stem else None
+    apart = config.parallel.towers_apart
+    images = _images_of(mesh.tp) if replica.has_stem and not apart else None
+    ahead = encoder_group(config, mesh).share if apart else None
     pin_memory = env.device.type == "cuda"
-    loader = Loader(sampler, mesh.dp.rank, mesh.dp.size, images, first_step, pin_memory)
+    loader = Loader(sampler, mesh.dp.rank, mesh.dp.size, images, first_step, pin_memory, ahead)
     batches = iter(loader)
     try:
         for step in range(first_step, config.train.steps):

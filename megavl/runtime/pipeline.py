@@ -19,10 +19,14 @@ from megavl.runtime.deepspeed.engine import Engine, ExpectLast
 from megavl.runtime.exchange import Exchange
 from megavl.runtime.feed import Feed
 from megavl.runtime.stage import Stage
+from megavl.runtime.vision import AheadEncoder
 
 
 class Pipeline:
-    """Runs steps. Gradients accumulate in the engine, which is told which backward pass brings a stage's last ones."""
+    """Runs steps. Gradients accumulate in the engine, which is told which backward pass brings a stage's last ones.
+
+    ahead: encodes the tiles of a step before its passes; None where the first stage does
+    """
 
     def __init__(
         self,
@@ -40,6 +44,7 @@ class Pipeline:
         tokens = config.data.seq_len * train.micro_batch // (mesh.tp.size if mesh.tp.sequence else 1)
         self._hidden_shape = (tokens, config.model.decoder.width)
         self._dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
+        self.ahead = AheadEncoder(stages, config, mesh, engine.device) if parallel.towers_apart else None
 
     def train(self, batch: StepBatch) -> Tensor:
         """Forward and backward passes of a step.
@@ -61,14 +66,12 @@ class Pipeline:
         device = self._engine.device
         program = programs(self._parallel, len(batch.micro_batches), backward=backward)[self._mesh.pp.rank]
         feed = Feed(batch.micro_batches, device)
-        micro_batches = {
-            index: feed.texts() if stage.vlm.stem is None else feed.batches() for index, stage in self._stages.items()
-        }
         exchange = Exchange(self._mesh.pp, self._hidden_shape, self._dtype, device)
         normaliser = batch.supervised_tokens / self._mesh.dp.size
-        passes = _Passes(self._engine, self._stages, self._parallel.num_stages, micro_batches, exchange, normaliser)
         last = {each.stage: each for each in program if isinstance(each, Pass) and each.kind == "backward"}
         with self._products:
+            micro_batches = self._micro_batches(batch, feed)
+            passes = _Passes(self._engine, self._stages, self._parallel.num_stages, micro_batches, exchange, normaliser)
             for action in program:
                 match action:
                     case Pass(kind="forward"):
@@ -79,9 +82,16 @@ class Pipeline:
                         passes.backward(action)
                     case transfers:
                         exchange.post(transfers)
-        exchange.finish()
+            exchange.finish()
+            if self.ahead is not None and backward:
+                self.ahead.backward()
         losses = passes.losses or [torch.zeros((), device=device)]
         return torch.stack(losses).sum() / self._mesh.dp.size
+
+    def _micro_batches(self, batch: StepBatch, feed: Feed) -> dict[int, Iterator[Batch]]:
+        """What each stage of this rank takes, in the order of its forward passes."""
+        with_images = feed.batches() if self.ahead is None else feed.featured(self.ahead.forward(batch))
+        return {index: feed.texts() if stage.vlm.stem is None else with_images for index, stage in self._stages.items()}
 
 
 class _Passes:

@@ -62,7 +62,7 @@ class Replica:
 
     @property
     def has_stem(self) -> bool:
-        """Whether this rank encodes images."""
+        """Whether this rank has the first item of the model list."""
         return any(stage.vlm.stem is not None for stage in self.stages)
 
     def step(self, batch: StepBatch, lr: float) -> Step:
@@ -79,6 +79,8 @@ class Replica:
         loss = self._over_the_world(self.pipeline.train(batch))
         _refuse_infinite("loss", loss, batch.step)
         self.engine.step()
+        if self.pipeline.ahead is not None:
+            self.pipeline.ahead.weights_moved()
         load = self.balance.step()
         grad_norm = float(self.engine.get_global_grad_norm())
         _refuse_infinite("gradient norm", grad_norm, batch.step)
@@ -106,9 +108,11 @@ class Replica:
         if origin.checkpoint is None:
             if origin.weights is not None:
                 load_weights(origin.weights, held, model, control)
+                self._weights_loaded()
             return {"step": 0}
         state = on_every_rank(lambda: _state_of_a_run(origin.checkpoint), control, CheckpointError)
         load(origin.checkpoint, held, model, control)
+        self._weights_loaded()
         set_step(self.engine.basic_optimizer, state["optimizer_step"])
         return state | {"path": origin.checkpoint}
 
@@ -119,6 +123,10 @@ class Replica:
         """
         state = {"optimizer_step": done, "config": dump_run(self.config), **progress}
         return save(checkpoints, done, self.fragments(), state, self.config.checkpoint.keep, self.mesh.control)
+
+    def _weights_loaded(self) -> None:
+        if self.pipeline.ahead is not None:
+            self.pipeline.ahead.weights_loaded()
 
     def _over_the_world(self, loss: Tensor) -> float:
         """Sum of the loss over the world; every tensor rank has a copy of the same part."""

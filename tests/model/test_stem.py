@@ -11,6 +11,7 @@ from megavl.config.model import ModelConfig
 from megavl.config.tiles import Grid, Tiling
 from megavl.data.image import write_blank
 from megavl.model import encoder as encoder_module
+from megavl.model.encoder import TileEncoder
 from megavl.model.stem import Splice, Stem
 from megavl.parallel.groups import TensorAxis, build_mesh
 from megavl.parallel.shard import shard_of
@@ -126,6 +127,51 @@ def test_gradients_of_the_splice_are_right(config):
     ours, theirs = (torch.autograd.grad((h * weights).sum(), leaves) for h in (spliced, indexed))
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-5)  # measured 9.5e-7, sums in another order
+
+
+@CONFIGS
+def test_features_from_elsewhere_stand_for_pixels(config):
+    """Output and gradients are those of the stem that encodes."""
+    stem, batch = tiny.random_model(config).stem, image_batch(config)
+    encoded = TileEncoder(config)
+    encoded.load_state_dict({name: stem.get_parameter(name) for name, _ in encoded.named_parameters()}, assign=True)
+    features = encoded(batch.pixels)
+    assert torch.equal(features, stem.encode(batch.pixels, batch.tiles))
+    whole = stem(batch)
+    weights = torch.randn(whole.shape)
+    (whole * weights).sum().backward()
+    of_words = stem.embedding.weight.grad.clone()
+    of_towers = {name: parameter.grad.clone() for name, parameter in stem.named_parameters()}
+    stem.zero_grad()
+    leaf = features.detach().requires_grad_()
+    given = stem(dataclasses.replace(batch, pixels=None, features=leaf))
+    assert torch.equal(given, whole)
+    (given * weights).sum().backward()
+    assert torch.equal(stem.embedding.weight.grad, of_words)
+    features.backward(leaf.grad)
+    for name, parameter in stem.named_parameters():
+        torch.testing.assert_close(parameter.grad, of_towers[name], rtol=0, atol=0)
+
+
+@CONFIGS
+def test_a_batch_with_neither_pixels_nor_features_is_refused_if_it_has_images(config):
+    stem = tiny.random_model(config).stem
+    with pytest.raises(ValueError, match="neither pixels nor features are here, but the images .* have . tiles"):
+        stem(dataclasses.replace(image_batch(config), pixels=None))
+    text = dataclasses.replace(text_batch(config), pixels=None)
+    assert torch.equal(stem(text), stem.embedding.weight[text.tokens])
+
+
+@CONFIGS
+def test_features_of_no_tiles_give_zero_gradients_to_the_marks(config):
+    """A micro-batch without images has the gradients of the others, which ZeRO reduces together."""
+    stem = tiny.random_model(config).stem
+    nothing = torch.empty(0, config.tile_features, config.decoder.width)
+    batch = dataclasses.replace(text_batch(config), pixels=None, features=nothing)
+    assert torch.equal(stem(batch), stem.embedding.weight[batch.tokens])
+    stem(batch).sum().backward()
+    if config.tiling is not None:
+        assert not stem.newline.grad.any() and not stem.separator.grad.any()
 
 
 def test_embedding_of_a_placeholder_is_never_read():

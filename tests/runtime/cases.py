@@ -1,5 +1,6 @@
 """Tiny runs of both families, their steps made by hand, and what a rank of any topology sees of them."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megavl.batch import Batch, StepBatch, tile_share
+from megavl.batch import Batch, StepBatch, TilesAhead, tile_share
 from megavl.checkpoint.load import load_weights
 from megavl.config.model import ModelConfig
 from megavl.config.rules import check
@@ -26,6 +27,7 @@ from megavl.runtime.mesh import mesh_of
 from megavl.runtime.origin import find_origin
 from megavl.runtime.replica import Replica
 from megavl.runtime.stage import Initialise, build_stages
+from megavl.runtime.vision import encoder_group
 from tests.config.runs import make_run
 from tests.models import HYBRID, MHA_SOFTMAX, MLA_SIGMOID, MLA_SOFTMAX, changed
 
@@ -141,16 +143,20 @@ def _tile(size: int, seed: int) -> Tensor:
     return squares.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)[:, :size, :size]
 
 
-def _micro_batch(step: int, numbers: list[int], model: ModelConfig, mesh: Mesh) -> Batch:
-    packs = [_pack(step, number, model) for number in numbers]
-    lengths = [length for pack in packs for length in pack[2]]
-    grids = [grid for number in numbers for grid in _grids(step, number, model)]
-    size = model.pixel_tower.image_size
-    pixels = [
-        _tile(size, seed=7 * step + 100 * number + tile)
+def _tiles(step: int, numbers: Iterable[int], model: ModelConfig) -> list[Tensor]:
+    """Those of all images of some packs."""
+    return [
+        _tile(model.pixel_tower.image_size, seed=7 * step + 100 * number + tile)
         for number in numbers
         for tile in range(sum(grid.tiles for grid in _grids(step, number, model)))
     ]
+
+
+def _micro_batch(step: int, numbers: list[int], model: ModelConfig, mesh: Mesh, with_pixels: bool) -> Batch:
+    packs = [_pack(step, number, model) for number in numbers]
+    lengths = [length for pack in packs for length in pack[2]]
+    grids = [grid for number in numbers for grid in _grids(step, number, model)]
+    pixels, size = _tiles(step, numbers, model), model.pixel_tower.image_size
     if mesh.tp.shares_images:
         mine = tile_share(len(pixels), mesh.tp.rank, mesh.tp.size)
         pixels = pixels[mine.start : mine.stop]
@@ -163,7 +169,7 @@ def _micro_batch(step: int, numbers: list[int], model: ModelConfig, mesh: Mesh) 
         lengths=lengths,
         packs=len(packs),
         grids=grids,
-        pixels=stacked if mesh.pp.rank == 0 else None,
+        pixels=stacked if with_pixels else None,
     )
 
 
@@ -175,18 +181,34 @@ def step_batch(step: int, config: RunConfig, mesh: Mesh) -> StepBatch:
     size = config.train.micro_batch
     supervised = sum((_pack(step, number, model)[1] != IGNORE_INDEX).sum().item() for number in range(packs))
     grids = [grid for number in range(packs) for grid in _grids(step, number, model)]
+    apart = config.parallel.towers_apart
+    with_pixels = mesh.pp.rank == 0 and not apart
     return StepBatch(
         step=step,
         kind="multimodal" if grids else "text",
         micro_batches=tuple(
-            _micro_batch(step, numbers[first : first + size], model, mesh) for first in range(0, share, size)
+            _micro_batch(step, numbers[first : first + size], model, mesh, with_pixels)
+            for first in range(0, share, size)
         ),
         supervised_tokens=supervised,
         tokens=packs * SEQ_LEN,
         images=len(grids),
         tiles=sum(grid.tiles for grid in grids),
         squared_tokens=0,
+        ahead=_ahead(step, config, mesh) if apart else None,
     )
+
+
+def _ahead(step: int, config: RunConfig, mesh: Mesh) -> TilesAhead:
+    """This rank's run of tiles in two pieces, the first of one tile, as workers may bring them."""
+    share = config.train.global_batch // mesh.dp.size
+    by_replica = tuple(
+        len(_tiles(step, range(first, first + share), config.model))
+        for first in range(0, config.train.global_batch, share)
+    )
+    mine = encoder_group(config, mesh).share(by_replica)
+    pixels = _tiles(step, range(config.train.global_batch), config.model)[mine.start : mine.stop]
+    return TilesAhead(by_replica, tuple(torch.stack(piece) for piece in (pixels[:1], pixels[1:]) if piece))
 
 
 def build(config: RunConfig, ops: Ops | None = None) -> Replica:

@@ -53,8 +53,8 @@ def run(config: RunConfig, budget: int, **parallel) -> str | None:
         return str(error)
 
 
-def tensor_ranks(config: RunConfig, budget: int, vision: str) -> str | None:
-    return run(config, budget, tensor=2, vision=vision)
+def two_ranks(config: RunConfig, budget: int, axis: str, vision: str) -> str | None:
+    return run(config, budget, **{axis: 2}, vision=vision)
 
 
 def log_of(config: RunConfig) -> list[dict]:
@@ -83,10 +83,19 @@ def test_data_parallel_ranks_count_together_and_a_resume_goes_on_counting(pool, 
     assert pool.run(2, run, config, 6) == [None, None]
 
 
-@pytest.mark.parametrize("vision", ["replicated", "sharded"])
-def test_tensor_ranks_count_an_image_once(pool, config, vision):
-    """Each of two tensor ranks has met it, or one of them."""
-    assert pool.run(2, tensor_ranks, config, 6, vision) == [None, None]
+@pytest.mark.parametrize(
+    ("axis", "vision"),
+    [
+        ("tensor", "replicated"),
+        ("tensor", "sharded"),
+        ("tensor", "pipelined"),
+        ("pipeline", "pipelined"),
+        ("pipeline", "balanced"),
+    ],
+)
+def test_ranks_of_a_replica_count_an_image_once(pool, config, axis, vision):
+    """Each of two ranks has met it, or one of them."""
+    assert pool.run(2, two_ranks, config, 6, axis, vision) == [None, None]
     log = log_of(config)
     assert [(row["step"], row["pack"]) for row in log] == [(step, pack) for step in (1, 2, 3) for pack in (0, 1)]
 

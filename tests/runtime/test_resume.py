@@ -17,6 +17,10 @@ CHANGES = [
     ((3, {"zero": 1}, {"micro_batch": 4}), (2, {"tensor": 2, "zero": 0}, {"micro_batch": 3})),
     ((1, {"zero": 0}, {}), (3, {"zero": 2}, {"micro_batch": 4})),
     ((3, {"pipeline": 3, "zero": 0}, {}), (2, {"tensor": 2, "zero": 3}, {"micro_batch": 6})),
+    (
+        (4, {"pipeline": 2, "vision": "balanced"}, {"micro_batch": 3}),
+        (4, {"tensor": 2, "pipeline": 2, "vision": "pipelined"}, {"micro_batch": 3, "recompute_towers": True}),
+    ),
 ]
 RULES = [{"match": "^stem.siglip", "lr_multiplier": 0.0}, {"match": "^stem.sam", "lr_multiplier": 0.1}]
 

@@ -86,6 +86,10 @@ COMPILED = [
         Case(2, "vl", {"tensor": 2, "sequence": True}, {"micro_batch": 2, "compile": True}), marks=pytest.mark.long
     ),
     pytest.param(Case(2, "base", {"pipeline": 2}, {"micro_batch": 6, "compile": True}), marks=pytest.mark.long),
+    pytest.param(
+        Case(2, "vl", {"pipeline": 2, "vision": "pipelined"}, {"micro_batch": 3, "compile": True}),
+        marks=pytest.mark.long,
+    ),
 ]
 TABLE = [
     Case(1, "vl", {"zero": 0}, {"recompute": "selective", "recompute_towers": True}),
@@ -129,6 +133,27 @@ TABLE = [
     Case(
         4, "vl", {"tensor": 2, "sequence": True, "pipeline": 2, **_DUALPIPEV, "vision": "sharded"}, {"micro_batch": 2}
     ),
+    Case(1, "vl", {"vision": "balanced", "vision_chunk": 3}, {"micro_batch": 2, "recompute_towers": True}),
+    Case(2, "vl", {"tensor": 2, "sequence": True, "vision": "pipelined", "vision_chunk": 1}, {"micro_batch": 2}),
+    Case(2, "vl", {"pipeline": 2, "vision": "pipelined", "zero": 0}, {"recompute_towers": True}),
+    Case(2, "vl", {"zero": 1, "vision": "balanced", "vision_chunk": 2}, {"micro_batch": 3}),
+    Case(3, "vl", {"pipeline": 3, "vision": "balanced"}, {"micro_batch": 2, "recompute": "block"}),
+    Case(
+        4,
+        "vl",
+        {"pipeline": 2, "schedule": "interleaved", "virtual_stages": 3, "vision": "balanced", "vision_chunk": 1},
+        {"micro_batch": 3, "recompute_towers": True},
+    ),
+    Case(4, "vl", {"pipeline": 2, "vision": "pipelined", "stages": (3, 9)}, {"micro_batch": 1}),
+    Case(4, "vl", {"pipeline": 4, **_DUALPIPEV, "stages": (1, 2, 1, 2, 1, 2, 2, 1), "vision": "pipelined"}, {}),
+    Case(4, "vl", {"tensor": 2, "pipeline": 2, "vision": "balanced", "zero": 0}, {"micro_batch": 4}),
+    Case(8, "vl", {"tensor": 2, "sequence": True, "pipeline": 2, "vision": "balanced"}, {"micro_batch": 2}),
+    Case(
+        8,
+        "vl",
+        {"tensor": 2, "pipeline": 2, "vision": "pipelined", "vision_chunk": 2},
+        {"micro_batch": 3, "recompute": "selective", "recompute_towers": True},
+    ),
     Case(1, "base", {"zero": 0}, {"micro_batch": 4, "recompute": "block"}),
     Case(2, "tiny", {"expert": 2, "zero": 0}, {"micro_batch": 6}),
     Case(2, "base", {"expert": 2, "zero": 2}, {"micro_batch": 3, "recompute": "selective"}),
@@ -168,6 +193,21 @@ TABLE = [
         {"micro_batch": 1},
     ),
     Case(8, "tiny", {"tensor": 2, "expert": 4}, {"micro_batch": 3}),
+    Case(2, "small", {"pipeline": 2, "vision": "pipelined", "vision_chunk": 2}, {"micro_batch": 6}),
+    Case(
+        4,
+        "tiny",
+        {"tensor": 2, "sequence": True, "expert": 2, "vision": "balanced", "zero": 0},
+        {"micro_batch": 6, "recompute_towers": True},
+    ),
+    Case(4, "small", {"tensor": 2, "pipeline": 2, "expert_width": "cut", "vision": "pipelined"}, {"micro_batch": 4}),
+    Case(4, "small", {"pipeline": 2, **_DUALPIPEV, "expert": 2, "vision": "balanced", "zero": 0}, {"micro_batch": 2}),
+    Case(
+        8,
+        "base",
+        {"pipeline": 2, "schedule": "interleaved", "virtual_stages": 3, "expert": 2, "vision": "balanced"},
+        {"micro_batch": 1, "recompute": "selective", "recompute_towers": True},
+    ),
 ]
 UNDER_RULES = [
     *(
@@ -197,6 +237,31 @@ UNDER_RULES = [
     ),
     # Where tensor ranks share the images, gradients of the towers cross ranks: of those that train, and no others.
     Case(2, "vl", {"tensor": 2, "vision": "sharded"}, {"micro_batch": 6}, "towers frozen but for the convolutions"),
+    # Towers that are apart: what trains is summed over the replica, and nothing where all of them is frozen.
+    *(
+        Case(*topology, rule)
+        for topology, rule in itertools.product(
+            (
+                (4, "vl", {"tensor": 2, "pipeline": 2, "vision": "pipelined"}, {"micro_batch": 3}),
+                (
+                    4,
+                    "vl",
+                    {"pipeline": 2, "schedule": "interleaved", "virtual_stages": 2, "vision": "balanced", "zero": 0},
+                    {"micro_batch": 3, "recompute_towers": True},
+                ),
+            ),
+            (
+                "towers frozen but for the convolutions",
+                "only the adaptor trains",
+                "only the head trains",
+                "learning-rate multipliers",
+            ),
+        )
+    ),
+    *(
+        Case(4, "base", {"pipeline": 2, "vision": vision, "expert": 2}, {"micro_batch": 3}, "only the stem trains")
+        for vision in ("pipelined", "balanced")
+    ),
     *(
         Case(*topology, rule)
         for topology, rule in itertools.product(
@@ -221,6 +286,15 @@ IN_BF16 = [
     ),
     Case(2, "vl", {"pipeline": 2, **_DUALPIPEV}, {"micro_batch": 2}, precision="bf16"),
     Case(4, "vl", {"tensor": 2, "sequence": True, "pipeline": 2}, {"micro_batch": 3}, precision="bf16"),
+    Case(2, "vl", {"vision": "balanced", "vision_chunk": 2}, {"micro_batch": 6}, precision="bf16"),
+    Case(
+        4,
+        "vl",
+        {"tensor": 2, "sequence": True, "pipeline": 2, "vision": "pipelined"},
+        {"micro_batch": 3, "recompute_towers": True},
+        precision="bf16",
+    ),
+    Case(4, "small", {"pipeline": 2, "expert": 2, "vision": "balanced"}, {"micro_batch": 3}, precision="bf16"),
     # Rounding decides between two experts that are almost as good; a bias, which moves by a sign, would magnify that.
     Case(
         4,

@@ -97,6 +97,25 @@ def test_images_of_a_made_up_pack_have_their_places(preset, grid, tiles, monkeyp
         grid_of(config, "7x7")
 
 
+@pytest.mark.parametrize("vision", ["replicated", "sharded", "pipelined", "balanced"])
+def test_a_made_up_step_has_pixels_where_they_are_encoded(vision, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    from benchmarks.packs import grid_of, made_up_step
+
+    config = make_run(data={"seq_len": 500}, parallel={"vision": vision})
+    packs = config.train.global_batch
+    for kind, tiles in (("multimodal", 3), ("text", 0)):
+        step = made_up_step(config, ONE_RANK, kind, 3, grid_of(config, None))
+        assert step.tiles == packs * tiles
+        if config.parallel.towers_apart:
+            assert step.ahead.by_replica == (packs * tiles,)
+            assert sum(map(len, step.ahead.pixels)) == packs * tiles
+            assert all(batch.pixels is None for batch in step.micro_batches)
+        else:
+            assert step.ahead is None
+            assert all(len(batch.pixels) == tiles for batch in step.micro_batches)
+
+
 @pytest.mark.long
 def test_each_part_of_the_data_path_is_measured(tmp_path):
     options = {"images": 12, "megabytes": 1, "repetitions": 1, "workers": 1, "resume-at": 150, "directory": tmp_path}

@@ -6,7 +6,7 @@ from megavl.config.run import RunConfig
 
 _ONE_PROCESS = (
     *("parallel.tensor=1", "parallel.sequence=false", "parallel.pipeline=1", "parallel.stages=null"),
-    *("parallel.expert=1", "train.recompute=off", "train.micro_batch=1"),
+    *("parallel.expert=1", "parallel.vision=replicated", "train.recompute=off", "train.micro_batch=1"),
 )
 
 

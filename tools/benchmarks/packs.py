@@ -4,13 +4,14 @@ import sys
 
 import torch
 
-from megavl.batch import Batch, Kind, StepBatch, tile_share
+from megavl.batch import Batch, Kind, StepBatch, TilesAhead, tile_share
 from megavl.config.error import ConfigError
 from megavl.config.run import RunConfig
 from megavl.config.tiles import Grid, Tiling
 from megavl.config.tokens import IGNORE_INDEX
 from megavl.parallel.groups import Mesh
 from megavl.plan.schedule import rank_of
+from megavl.runtime.vision import encoder_group
 
 DOCUMENTS = 4
 
@@ -39,8 +40,8 @@ def made_up_pack(config: RunConfig, images: int, grid: Grid, mesh: Mesh, documen
     labels[torch.tensor(lengths).cumsum(0) - 1] = IGNORE_INDEX
     tiles = images * grid.tiles
     mine = len(tile_share(tiles, mesh.tp.rank, mesh.tp.size)) if mesh.tp.shares_images else tiles
-    size = model.pixel_tower.image_size
-    pixels = torch.randint(256, (max(1, mine) if images else 0, 3, size, size), dtype=torch.uint8)
+    with_pixels = mesh.pp.rank == rank_of(0, config.parallel) and not config.parallel.towers_apart
+    pixels = _made_up_tiles(config, (max(1, mine) if images else 0) if with_pixels else 0)
     return Batch.of(
         tiling,
         tokens=tokens,
@@ -48,8 +49,24 @@ def made_up_pack(config: RunConfig, images: int, grid: Grid, mesh: Mesh, documen
         lengths=lengths,
         packs=1,
         grids=(grid,) * images,
-        pixels=pixels if mesh.pp.rank == rank_of(0, config.parallel) else None,
+        pixels=pixels if with_pixels else None,
     )
+
+
+def _made_up_tiles(config: RunConfig, tiles: int) -> torch.Tensor:
+    """uint8 [tiles, 3, S, S]."""
+    size = config.model.pixel_tower.image_size
+    return torch.randint(256, (tiles, 3, size, size), dtype=torch.uint8)
+
+
+def _made_up_ahead(config: RunConfig, mesh: Mesh, tiles: int) -> TilesAhead | None:
+    """This rank's run of tiles, where each data-parallel rank has so many in its packs; None where micro-batches have
+    theirs."""
+    if not config.parallel.towers_apart:
+        return None
+    by_replica = (tiles,) * mesh.dp.size
+    mine = encoder_group(config, mesh).share(by_replica)
+    return TilesAhead(by_replica, (_made_up_tiles(config, len(mine)),) if mine else ())
 
 
 def made_up_step(
@@ -69,6 +86,7 @@ def made_up_step(
         images=packs * images,
         tiles=packs * pack.tiles,
         squared_tokens=packs * sum(length**2 for length in pack.lengths),
+        ahead=_made_up_ahead(config, mesh, packs // mesh.dp.size * pack.tiles),
     )
 
 
