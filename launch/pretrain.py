@@ -11,13 +11,15 @@ import gc
 import sys
 import time
 from datetime import timedelta
+from typing import get_args
 
 from megavl.config.error import ConfigError
 from megavl.config.files import check_files, missing_data
 from megavl.config.load import load_run
 from megavl.config.rules import check
-from megavl.config.run import RunConfig
+from megavl.config.run import Device, RunConfig
 from megavl.plan.report import describe
+from megavl.plan.split import check_memory
 
 # Rank 0 may still be importing when another rank has found that the recipe cannot be run.
 _SPEAKING_S = 10
@@ -31,6 +33,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
     parser.add_argument("--dry-run", action="store_true", help="print the plan of the run, without GPUs, and stop")
     parser.add_argument(
+        "--device", choices=get_args(Device), help="with --dry-run: plan for this device, as parallel.device does"
+    )
+    parser.add_argument(
         "--world",
         type=int,
         metavar="N",
@@ -41,6 +46,8 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_intermixed_args()
     if args.world is not None and (args.world < 1 or not args.dry_run):
         parser.error(f"--world {args.world}: a number of ranks, 1 or more, to plan for with --dry-run")
+    if args.device is not None and not args.dry_run:
+        parser.error(f"--device {args.device}: to plan for with --dry-run; a run has parallel.device")
     return args
 
 
@@ -61,8 +68,9 @@ def describe_data(config: RunConfig) -> str:
 def main() -> None:
     args = arguments()
     if args.dry_run:
+        device = [f"parallel.device={args.device}"] if args.device else []
         try:
-            config = load_run(args.config, args.overrides)
+            config = load_run(args.config, [*args.overrides, *device])
             world = args.world or config.parallel.model * config.parallel.expert
             check(config, world)
         except ConfigError as error:
@@ -86,6 +94,7 @@ def main() -> None:
         env = read_env()
         config = load_run(args.config, args.overrides)
         check(config, env.world)
+        check_memory(config, env.world)
         check_files(config)
         with process_group(env, timeout=timedelta(seconds=config.train.timeout_s)):
             train(config, env)

@@ -31,6 +31,16 @@ under the same launchers as launch/pretrain.py.
 times steps over a network of given latency and bandwidth, which it imitates between processes on CPUs, with messages
 behind computation and with a wait for each, in turns.
 
+    python tools/benchmark.py split
+
+compares the bubbles of the recipes on the papers' numbers of GPUs with equal numbers of items on each stage and with
+the automatic split, images encoded by the first stage and by all ranks.
+
+    deepspeed --num_accelerators 8 tools/benchmark.py sleeping --config launch/recipes/vl_7b_stage2.yaml
+
+times the steps of a pipeline of as many ranks as are started. Their passes sleep for as long as the plan of the recipe
+says: stages of equal numbers of items beside balanced ones, and the places where images are encoded.
+
     python tools/benchmark.py data [--subjects text images loader packed] [--megatron PATH]
 
 measures each part of the data path against the least that its work can cost.
@@ -152,6 +162,23 @@ def overlap_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--steps", type=at_least(1), default=5, help="timed steps of each kind (default 5)")
     parser.add_argument("--warmup", type=at_least(0), default=2, help="steps of each kind before them (default 2)")
+
+
+def split_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="benchmark.py split", description="bubbles of the recipes")
+    parser.add_argument("--json", type=file_to_write, metavar="FILE", help="also write the result as one JSON object")
+    return parser
+
+
+def sleeping_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="benchmark.py sleeping", description="pipelines whose passes sleep")
+    parser.add_argument("--config", required=True, metavar="RECIPE.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value")
+    parser.add_argument("--micro-batches", type=at_least(1), default=16, help="of a step (default 16)")
+    parser.add_argument(
+        "--stage-s", type=float, default=0.15, help="seconds of both passes of a mean stage in a text step (0.15)"
+    )
+    parser.add_argument("--steps", type=at_least(1), default=3, help="timed steps of each kind (default 3)")
     parser.add_argument("--json", type=file_to_write, metavar="FILE", help="also write the result as one JSON object")
     return parser
 
@@ -238,6 +265,14 @@ def main() -> None:
             from benchmarks import overlap
 
             overlap.run(overlap_parser().parse_intermixed_args(words))
+        case ["split", *words]:
+            from benchmarks import split
+
+            split.run(split_parser().parse_args(words))
+        case ["sleeping", *words]:
+            from benchmarks import sleeping
+
+            sleeping.run(sleeping_parser().parse_intermixed_args(words))
         case ["kernels", *words]:
             from benchmarks import kernels
 

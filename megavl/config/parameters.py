@@ -17,6 +17,12 @@ def parameters(config: ModelConfig) -> tuple[Parameter, ...]:
     return tuple(reversed(dict.fromkeys(reversed(found))))
 
 
+def parameters_of_encoder(config: ModelConfig) -> tuple[Parameter, ...]:
+    """Those of the vision encoder, towers and adaptor, which are whole on every rank that encodes images."""
+    encoder = "stem.siglip.", "stem.sam.", "stem.adaptor."
+    return tuple(parameter for parameter in parameters(config) if parameter.name.startswith(encoder))
+
+
 def dataflow(config: ModelConfig) -> tuple[Flow, ...]:
     """The flow of each item of the model list: stem, decoder blocks, head."""
     decoder = config.decoder

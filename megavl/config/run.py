@@ -20,6 +20,10 @@ from megavl.config.model import ModelConfig, Section
 _MONTH_S = 30 * 24 * 3600
 
 
+# Of which the plan knows the memory (`megavl.plan.hardware`).
+Device = Literal["a100-40g", "a100-80g", "h100", "h200"]
+
+
 class ParallelConfig(Section):
     """Sizes of the axes; data parallelism is what remains of the world, and expert parallelism divides that."""
 
@@ -49,6 +53,9 @@ class ParallelConfig(Section):
     )
     vision_chunk: PositiveInt = Field(8, description="pipelined and balanced: tiles that a rank encodes at a time")
     zero: Literal[0, 1, 2, 3] = 1
+    device: Device | None = Field(
+        None, description="device whose memory automatic stages have to fit; null: they only balance the work"
+    )
 
     @field_validator("schedule", mode="before")
     @classmethod

@@ -2,6 +2,13 @@
 
 import re
 
+from megavl.config.run import Device
+
+# As CUDA reports it, GiB.
+_MEMORY_GIB: dict[Device, float] = {"a100-40g": 39.4, "a100-80g": 79.2, "h100": 79.1, "h200": 139.8}
+# CUDA's context, NCCL's buffers, and gaps between blocks of the allocator take the rest.
+_USABLE = 0.9
+
 _PEAK_BF16_FLOPS = (
     (r"\bA100\b", 312e12),
     (r"\bH100 PCIe\b", 756e12),
@@ -9,6 +16,11 @@ _PEAK_BF16_FLOPS = (
     (r"\bH100\b", 989e12),
     (r"\bH200\b", 989e12),
 )
+
+
+def usable_bytes(device: Device) -> int:
+    """Memory of a device that the tensors of a run can take."""
+    return int(_USABLE * _MEMORY_GIB[device] * 2**30)
 
 
 def peak_flops(device_name: str) -> float | None:

@@ -1,18 +1,21 @@
 """What a run would look like, without a device: for `launch/pretrain.py --dry-run`."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from megavl.config.run import RunConfig
 from megavl.config.stages import split_layers
 from megavl.plan.cost import Count, active_parameters, item_parameters, item_work
-from megavl.plan.memory import state_bytes
+from megavl.plan.hardware import usable_bytes
 from megavl.plan.mix import expected_steps
-from megavl.plan.schedule import rank_of, stages_of
-from megavl.plan.split import expected_work, split, step_timeline
+from megavl.plan.peak import Memory, PeakBytes
+from megavl.plan.schedule import rank_of
+from megavl.plan.split import expected_work, memory_problem, split, step_timeline
 from megavl.plan.timeline import simulate
+from megavl.plan.traffic import rank_traffic
 
 # A rank with so many times the mean work of all is worth a remark.
 _UNEVEN = 1.1
+RECOMPUTE = ("off", "selective", "block")
 
 
 def describe(config: RunConfig, world: int) -> str:
@@ -20,9 +23,11 @@ def describe(config: RunConfig, world: int) -> str:
 
     The configuration must have passed `megavl.config.rules.check` for that world.
     """
-    return "\n\n".join(
-        (_run(config, world), _stages(config, world), _pipeline(config, world), _ranks(config, world), _work(config))
-    )
+    sections = [_run(config, world), _stages(config, world)]
+    if config.parallel.pipeline > 1:
+        sections.append(_pipeline(config, world))
+    sections += [_memory(config, world), _traffic(config, world), _work(config)]
+    return "\n\n".join(filter(None, sections))
 
 
 def _run(config: RunConfig, world: int) -> str:
@@ -118,18 +123,58 @@ def _remark(config: RunConfig, step: str, busy: tuple[float, ...]) -> str:
     )
 
 
-def _ranks(config: RunConfig, world: int) -> str:
-    parallel, items = config.parallel, item_parameters(config)
-    stages, dp = split(config, world), world // parallel.model
-    rows = [("pp rank", "parameters", "weights", "gradients", "optimizer", "together")]
-    for rank in range(parallel.pipeline):
-        held = _add(items[item] for stage in stages_of(rank, parallel) for item in stages[stage])
-        state = state_bytes(config, held, dp)
-        sizes = map(_mib, (state.weights, state.gradients, state.optimizer, state.total))
-        rows.append((str(rank), _millions(held.total), *sizes))
+def _memory(config: RunConfig, world: int) -> str:
+    """Peak of each rank as the run is configured, and under every kind of recomputation of the decoder."""
+    parallel, dp, stages = config.parallel, world // config.parallel.model, split(config, world)
+    peaks = {mode: _peaks(config, world, stages, mode) for mode in RECOMPUTE}
+    device = parallel.device
+    fits = ("fits",) if device else ()
+    rows = [
+        ("pp rank", "weights", "gradients", "optimizer", "activations", "workspace", "messages")
+        + ("images",) * parallel.towers_apart
+        + ("together", *(f"if {mode}" for mode in RECOMPUTE), *fits)
+    ]
+    for rank, peak in enumerate(peaks[config.train.recompute]):
+        passes = peak.activations, peak.workspace, peak.messages
+        cells = [peak.state.weights, peak.state.gradients, peak.state.optimizer, *passes]
+        cells += [peak.images] * parallel.towers_apart
+        cells += [peak.total, *(peaks[mode][rank].total for mode in RECOMPUTE)]
+        verdict = ("yes" if peak.total <= usable_bytes(device) else "NO",) if device else ()
+        rows.append((str(rank), *map(_gib, cells), *verdict))
     replicas = f"; {dp // parallel.expert} for routed experts" if config.model.decoder.moe else ""
-    caption = f"Memory of one rank, without activations (ZeRO-{parallel.zero} over {dp} data-parallel ranks{replicas})."
-    return f"{caption}\n{_table(rows)}"
+    caption = (
+        f"Memory of one rank at the peak of a step, GiB (ZeRO-{parallel.zero} over {dp} data-parallel ranks"
+        f"{replicas}), and with each kind of train.recompute."
+    )
+    if device:
+        caption += f" Of {device}, {usable_bytes(device) / 2**30:.1f} GiB are for the run."
+    return "\n".join(filter(None, (caption, _table(rows), memory_problem(config, world))))
+
+
+def _peaks(config: RunConfig, world: int, stages: Sequence[range], recompute: str) -> list[PeakBytes]:
+    """Of each pipeline rank, the higher one of a text and a multimodal step."""
+    train = config.train.model_copy(update={"recompute": recompute})
+    memories = [Memory(config.model_copy(update={"train": train}), world, step) for step in expected_steps(config)]
+    ranks = range(config.parallel.pipeline)
+    return [max((memory.peak(rank, stages) for memory in memories), key=lambda peak: peak.total) for rank in ranks]
+
+
+def _traffic(config: RunConfig, world: int) -> str:
+    axes = {
+        "tensor": config.parallel.tensor > 1,
+        "expert": config.parallel.expert > 1,
+        "pipeline": config.parallel.pipeline > 1,
+        "data": world > config.parallel.model,
+        "images": config.parallel.towers_apart,
+    }
+    shown = [axis for axis, used in axes.items() if used]
+    if not shown:
+        return ""
+    text, multimodal = (rank_traffic(config, world, step) for step in expected_steps(config))
+    rows = [("pp rank", *(f"{axis}, {kind}" for kind in ("text", "multimodal") for axis in shown))]
+    for rank, kinds in enumerate(zip(text, multimodal, strict=True)):
+        rows.append((str(rank), *(_gib(sent.get(axis, 0)) for sent in kinds for axis in shown)))
+    return f"Messages that a rank sends in a step, GiB by axis (ring algorithms).\n{_table(rows)}"
 
 
 def _work(config: RunConfig) -> str:
@@ -160,8 +205,8 @@ def _millions(count: int) -> str:
     return f"{count / 1e6:,.2f} M"
 
 
-def _mib(size_bytes: int) -> str:
-    return f"{size_bytes / 2**20:,.1f} MiB"
+def _gib(size_bytes: float) -> str:
+    return f"{size_bytes / 2**30:,.2f}"
 
 
 def _table(rows: list[tuple[str, ...]]) -> str:

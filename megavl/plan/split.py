@@ -12,10 +12,13 @@ from math import inf
 from operator import itemgetter
 from typing import Any
 
+from megavl.config.error import ConfigError
 from megavl.config.run import ParallelConfig, RunConfig
 from megavl.config.stages import split_layers
 from megavl.plan.cost import PassFlops, item_passes
+from megavl.plan.hardware import usable_bytes
 from megavl.plan.mix import expected_steps
+from megavl.plan.peak import Memory
 from megavl.plan.schedule import stages_of
 from megavl.plan.timeline import Timeline, simulate
 
@@ -36,11 +39,60 @@ def _automatic(config: RunConfig, world: int) -> tuple[range, ...]:
     def time(stages: tuple[range, ...]) -> float:
         return sum(step.share * step_timeline(parallel, stages, step, micro_batches).seconds for step in work)
 
+    memories = _memories(config, world) if parallel.device else []
+    limit = usable_bytes(parallel.device) if parallel.device else 0
+
+    def excess(stages: tuple[range, ...]) -> int:
+        """Bytes for which the devices have no room."""
+        return sum(max(0, most - limit) for most in _peaks(memories, parallel, stages)) if memories else 0
+
     even = least_slowest(work, parallel.num_stages)
     if parallel.pipeline == 1:
         return even
     starts = even, _with_even_ranks(even, work, parallel), _of_equal_numbers(config.model.layers, parallel.num_stages)
-    return min((_climb(start, _with_one_border_moved, time) for start in dict.fromkeys(starts)), key=time)
+    if memories:
+        starts = tuple(_climb(start, _with_some_borders_moved, excess) for start in starts)
+
+    def cost(stages: tuple[range, ...]) -> tuple[int, float]:
+        return excess(stages), time(stages)
+
+    return min((_climb(start, _with_one_border_moved, cost) for start in dict.fromkeys(starts)), key=cost)
+
+
+def _memories(config: RunConfig, world: int) -> list[Memory]:
+    return [Memory(config, world, step) for step in expected_steps(config) if step.share > 0]
+
+
+def _peaks(memories: Sequence[Memory], parallel: ParallelConfig, stages: Sequence[range]) -> list[int]:
+    """Peak memory of each pipeline rank over the expected steps, bytes."""
+    return [max(memory.peak(rank, stages).total for memory in memories) for rank in range(parallel.pipeline)]
+
+
+def check_memory(config: RunConfig, world: int) -> None:
+    """Raise ConfigError if the run has to fit a device (`parallel.device`), and its stages do not."""
+    if problem := memory_problem(config, world):
+        raise ConfigError("this run does not fit its devices", [problem])
+
+
+def memory_problem(config: RunConfig, world: int) -> str | None:
+    """What `check_memory` refuses."""
+    device = config.parallel.device
+    if device is None:
+        return None
+    most = _peaks(_memories(config, world), config.parallel, split(config, world))
+    worst = most.index(max(most))
+    if most[worst] <= usable_bytes(device):
+        return None
+    return (
+        f"parallel.device = {device}: pipeline rank {worst} would need {_gib(most[worst])} in a step, but "
+        f"{_gib(usable_bytes(device))} of a device are for the run, which would end without memory; recompute more "
+        "(train.recompute, train.recompute_towers), raise parallel.tensor or parallel.pipeline, or set "
+        "parallel.device=null to start all the same"
+    )
+
+
+def _gib(size_bytes: int) -> str:
+    return f"{size_bytes / 2**30:.1f} GiB"
 
 
 @dataclass(frozen=True)
@@ -49,11 +101,13 @@ class ExpectedWork:
 
     name, share: as in `ExpectedStep`
     items:       of each item of the model list
+    towers:      of the share of this rank in the tiles, where they are encoded apart from the stages
     """
 
     name: str
     share: float
     items: tuple[PassFlops, ...]
+    towers: PassFlops = PassFlops(0.0, 0.0)
 
     def load(self, items: range) -> float:
         """FLOPs of both passes of a stage."""
@@ -70,13 +124,18 @@ class ExpectedWork:
 
 
 def expected_work(config: RunConfig) -> tuple[ExpectedWork, ...]:
-    """Of a text and a multimodal step. Towers that run apart from the stages are not among the items."""
-    train = config.train
-    steps = []
+    """Of a text and a multimodal step."""
+    train, parallel, found = config.train, config.parallel, []
     for step in expected_steps(config):
         counts = step.counts(train.micro_batch, train.global_batch)
-        steps.append(ExpectedWork(step.name, step.share, item_passes(config, **counts)))
-    return tuple(steps)
+        if not parallel.towers_apart:
+            found.append(ExpectedWork(step.name, step.share, item_passes(config, **counts)))
+            continue
+        stem, *_ = item_passes(config, **dict.fromkeys(counts, 0) | {"tiles": counts["tiles"]})
+        towers = PassFlops(stem.forward / parallel.pipeline, stem.backward / parallel.pipeline)
+        items = item_passes(config, **counts | {"tiles": 0})
+        found.append(ExpectedWork(step.name, step.share, items, towers))
+    return tuple(found)
 
 
 def step_timeline(

@@ -8,13 +8,15 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from megavl.config.parameters import parameters_of_encoder
 from megavl.config.run import RunConfig
-from megavl.config.stages import split_layers
 from megavl.plan.activations import hidden_bytes
 from megavl.plan.cost import Count, item_parameters
 from megavl.plan.forward import operations
-from megavl.plan.message import Axis, Message
+from megavl.plan.message import Message
+from megavl.plan.mix import ExpectedStep
 from megavl.plan.schedule import rank_of, stages_of
+from megavl.plan.split import split
 from megavl.plan.tape import sent_backward, sent_forward
 
 
@@ -73,36 +75,60 @@ def data_messages(config: RunConfig, parameters: Count, dp: int, micro_batches: 
     return tuple(messages)
 
 
-def rank_traffic(
-    config: RunConfig, dp: int, *, tokens: int, supervised_tokens: int, tiles: int
-) -> tuple[dict[Axis, float], ...]:
-    """Bytes that one rank of each pipeline rank sends in a step, by axis.
-
-    Args:
-        dp: data-parallel ranks
-        tokens, supervised_tokens, tiles: of each micro-batch
-    """
-    items = item_traffic(config, tokens=tokens, supervised_tokens=supervised_tokens, tiles=tiles)
-    parameters, stages = item_parameters(config), split_layers(config.model.layers, config.parallel)
-    micro_batches = config.train.micro_batches(dp)
+def rank_traffic(config: RunConfig, world: int, step: ExpectedStep) -> tuple[dict[str, float], ...]:
+    """Bytes that one rank of each pipeline rank sends in an expected step, by axis; "images" are what
+    `parallel.vision: pipelined, balanced` sends."""
+    parallel, train, dp = config.parallel, config.train, world // config.parallel.model
+    counts = step.counts(train.micro_batch, train.global_batch)
+    tokens, tiles = counts["tokens"], counts["tiles"]
+    items = item_traffic(
+        config,
+        tokens=tokens,
+        supervised_tokens=counts["supervised_tokens"],
+        tiles=0 if parallel.towers_apart else tiles,
+    )
+    parameters, stages, micro_batches = item_parameters(config), split(config, world), train.micro_batches(dp)
     found = []
-    for rank in range(config.parallel.pipeline):
-        sent: Counter[Axis] = Counter()
-        held = [item for stage in stages_of(rank, config.parallel) for item in stages[stage]]
+    for rank in range(parallel.pipeline):
+        sent: Counter[str] = Counter()
+        held = [item for stage in stages_of(rank, parallel) for item in stages[stage]]
         for item in held:
             sent.update(_sent(items[item].messages, micro_batches))
-        for stage in stages_of(rank, config.parallel):
+        for stage in stages_of(rank, parallel):
             sent.update(_sent(border_messages(config, stage, tokens), micro_batches))
         of_rank = Count(
             *(sum(getattr(parameters[item], part) for item in held) for part in ("trainable", "frozen", "experts"))
         )
         sent.update(_sent(data_messages(config, of_rank, dp, micro_batches)))
+        if parallel.towers_apart and tiles:
+            sent["images"] = _image_bytes(config, rank, micro_batches * tiles)
         found.append(dict(sent))
     return tuple(found)
 
 
-def _sent(messages: Iterable[Message], times: int = 1) -> Counter[Axis]:
-    sent: Counter[Axis] = Counter()
+def _image_bytes(config: RunConfig, rank: int, tiles: int) -> float:
+    """What a rank sends for the tiles of a step of its replica, encoded evenly by all its ranks.
+
+    Features go from each to every tensor rank of pipeline rank 0, gradients back, each from one of these. Trained
+    weights are broadcast over the pipeline once a step, and their fp32 gradients reduced: chains, in which a rank sends
+    once.
+    """
+    parallel, element = config.parallel, 2 if config.train.precision == "bf16" else 4
+    features = tiles * config.model.tile_features * config.model.decoder.width * element
+    trained = sum(each.size for each in parameters_of_encoder(config.model) if config.optim.lr_multiplier(each.name))
+    copies = parallel.tensor - (rank == 0)  # a rank keeps its own
+    sent = features / parallel.model * copies
+    if not trained:
+        return sent
+    if rank == 0:
+        return (
+            sent + features / parallel.tensor * (1 - 1 / parallel.model) + element * trained * (parallel.pipeline > 1)
+        )
+    return sent + 4 * trained + element * trained * (rank < parallel.pipeline - 1)
+
+
+def _sent(messages: Iterable[Message], times: int = 1) -> Counter[str]:
+    sent: Counter[str] = Counter()
     for message in messages:
         sent[message.axis] += message.sent * times
     return sent

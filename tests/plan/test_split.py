@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from megavl.config.error import ConfigError
 from megavl.config.load import load_run
 from megavl.config.stages import split_layers
 from megavl.plan.cost import PassFlops, item_passes, step_flops
-from megavl.plan.split import ExpectedWork, expected_work, least_slowest, split, step_timeline
+from megavl.plan.mix import expected_steps
+from megavl.plan.peak import Memory
+from megavl.plan.split import ExpectedWork, check_memory, expected_work, least_slowest, split, step_timeline
 from tests.config.runs import make_run
 
 RECIPES = Path(__file__).parents[2] / "launch/recipes"
@@ -115,3 +118,33 @@ def test_a_kind_that_never_comes_has_no_say():
         split(make_run(parallel={"pipeline": 4}, data={"text_ratio": ratio}), 4) for ratio in (1, 0.5, 0)
     )
     assert len(text[0]) > len(mixed[0]) >= len(images[0])
+
+
+def test_stages_fit_the_memory(monkeypatch):
+    """Less and less memory, down to what no split has: as fast as any split that fits, which the first ones do not."""
+    parallel = {"pipeline": 3, "device": "h100"}
+    config = make_run(model={"decoder": {"layers": 7}}, parallel=parallel, data={"text_ratio": 1}, optim={"rules": []})
+    (work,) = (each for each in expected_work(config) if each.share)
+    (step,) = (each for each in expected_steps(config) if each.share)
+    memory = Memory(config, 3, step)
+    most = {each: max(memory.peak(rank, each).total for rank in range(3)) for each in all_splits(9, 3)}
+    seconds = {each: step_timeline(config.parallel, each, work, 24).seconds for each in most}
+    found = set()
+    for limit in sorted(set(most.values())):
+        monkeypatch.setattr("megavl.plan.split.usable_bytes", lambda _, limit=limit: limit)
+        changed = make_run(
+            model={"decoder": {"layers": 7}},
+            parallel=parallel,
+            data={"text_ratio": 1},
+            optim={"rules": []},
+            train={"seed": limit % 2**31},
+        )
+        stages = split(changed, 3)
+        assert most[stages] <= limit
+        assert seconds[stages] == min(seconds[each] for each in most if most[each] <= limit)
+        check_memory(changed, 3)
+        found.add(stages)
+    assert len(found) > 1
+    monkeypatch.setattr("megavl.plan.split.usable_bytes", lambda _: min(most.values()) - 1)
+    with pytest.raises(ConfigError, match="parallel.device = h100: pipeline rank . would need"):
+        check_memory(config.model_copy(update={"output_dir": "other"}), 3)

@@ -6,6 +6,7 @@ import pytest
 
 from megavl.plan.cost import item_parameters
 from megavl.plan.message import Message
+from megavl.plan.mix import expected_steps
 from megavl.plan.traffic import border_messages, data_messages, item_traffic, rank_traffic
 from tests.config.runs import make_run
 from tests.plan.test_activations import BLOCKS, SEQUENCE, run_of
@@ -85,9 +86,10 @@ def test_the_data_axis_by_stage_of_zero(zero, kinds):
 
 def test_a_rank_sends_what_its_items_do():
     config = make_run(parallel={"pipeline": 2, "tensor": 2, "sequence": True})
-    step = {"tokens": 192, "supervised_tokens": 190, "tiles": 2}
-    first, last = rank_traffic(config, 2, **step)
-    items = item_traffic(config, **step)
+    _, step = expected_steps(config)
+    first, last = rank_traffic(config, 8, step)
+    counts = step.counts(1, config.train.global_batch)
+    items = item_traffic(config, **{name: counts[name] for name in ("tokens", "supervised_tokens", "tiles")})
     micro_batches = config.train.micro_batches(2)
     sent = sum(message.sent for item in items for message in item.messages if message.axis == "tensor")
     assert first["tensor"] + last["tensor"] == pytest.approx(micro_batches * sent)

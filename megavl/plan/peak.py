@@ -1,0 +1,155 @@
+"""Peak memory of a rank during a step: state, activations in flight, messages of the pipeline.
+
+The order of a rank's passes says how many micro-batches each of its stages holds at a time.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import ceil
+from typing import NamedTuple
+
+from megavl.config.parameters import parameters_of_encoder
+from megavl.config.recompute import encodes_again
+from megavl.config.run import RunConfig
+from megavl.plan.activations import hidden_bytes, item_activations, layout_bytes
+from megavl.plan.cost import Count, item_parameters
+from megavl.plan.memory import StateBytes, state_bytes
+from megavl.plan.mix import ExpectedStep
+from megavl.plan.schedule import Pass, Program, programs, stages_of
+
+
+@dataclass(frozen=True)
+class PeakBytes:
+    """Bytes at the peak of a step on one rank.
+
+    activations: those that autograd keeps of all micro-batches in flight
+    workspace:   what the running pass needs besides
+    messages:    hidden states and gradients that are being sent or received
+    images:      where tiles are encoded apart from the stages: weights, pixels, features, and what autograd keeps
+    encoding:    what that needs besides, before and after the passes
+    """
+
+    state: StateBytes
+    activations: int
+    workspace: int
+    messages: int
+    images: int
+    encoding: int
+
+    @property
+    def total(self) -> int:
+        passes = self.activations + self.workspace + self.messages
+        return self.state.total + self.images + max(passes, self.encoding)
+
+
+class Memory:
+    """Memory of the ranks in an expected step, as a function of the stages."""
+
+    def __init__(self, config: RunConfig, world: int, step: ExpectedStep):
+        parallel, train = config.parallel, config.train
+        self._config, self._dp = config, world // parallel.model
+        counts = step.counts(train.micro_batch, train.global_batch)
+        self._tokens, tiles = counts["tokens"], counts["tiles"]
+        apart = parallel.towers_apart
+        self._items = item_activations(
+            config,
+            tokens=self._tokens,
+            supervised_tokens=counts["supervised_tokens"],
+            tiles=0 if apart else tiles,
+        )
+        self._parameters = item_parameters(config)
+        # With more micro-batches no more of them are in flight.
+        micro_batches = min(train.micro_batches(self._dp), 4 * parallel.num_stages)
+        self._moments = [set(_moments(program)) for program in programs(parallel, micro_batches)]
+        self._images = _image_bytes(config, self._dp, tiles) if apart and tiles else _NO_IMAGES
+
+    def peak(self, rank: int, stages: Sequence[range]) -> PeakBytes:
+        """Of a pipeline rank.
+
+        Args:
+            stages: items of the model list on each stage
+        """
+        hidden = hidden_bytes(self._config, self._tokens)
+        held = {stage: stages[stage] for stage in stages_of(rank, self._config.parallel)}
+        kept, workspace = {}, {}
+        for stage, of_stage in held.items():
+            items = [self._items[item] for item in of_stage]
+            kept[stage] = sum(item.kept for item in items) + layout_bytes(self._config, self._tokens)
+            kept[stage] += hidden * (stage > 0)
+            workspace["forward", stage] = max(item.computed for item in items)
+            workspace["backward", stage] = max(item.recomputed for item in items)
+        activations, needed = max(
+            (
+                (sum(kept[stage] * count for stage, count in in_flight), workspace[running])
+                for running, in_flight in self._moments[rank]
+            ),
+            key=sum,
+        )
+        of_rank = _add([self._parameters[item] for of_stage in held.values() for item in of_stage])
+        images = self._images[0 if rank == 0 else 1]
+        return PeakBytes(
+            state=state_bytes(self._config, of_rank, self._dp),
+            activations=activations,
+            workspace=needed,
+            messages=0 if self._config.parallel.pipeline == 1 else 2 * len(held) * hidden,
+            images=images.held,
+            encoding=images.besides,
+        )
+
+
+# A pass that runs, (kind, stage), and the micro-batches that each stage holds, (stage, number), meanwhile.
+_Moment = tuple[tuple[str, int], tuple[tuple[int, int], ...]]
+
+
+def _moments(program: Program) -> Iterator[_Moment]:
+    """Every pass of a rank."""
+    in_flight: Counter[int] = Counter()
+    for action in program:
+        if not isinstance(action, Pass):
+            continue
+        if action.kind == "forward":
+            in_flight[action.stage] += 1
+        yield (action.kind, action.stage), tuple(sorted(in_flight.items()))
+        if action.kind == "backward":
+            in_flight[action.stage] -= 1
+
+
+class _Images(NamedTuple):
+    """`PeakBytes.images` and `PeakBytes.encoding`."""
+
+    held: int
+    besides: int
+
+
+_NO_IMAGES = _Images(0, 0), _Images(0, 0)
+
+
+def _image_bytes(config: RunConfig, dp: int, tiles: int) -> tuple[_Images, _Images]:
+    """Of micro-batches of so many tiles, those of a step shared evenly: on pipeline rank 0, and on the others."""
+    parallel, model, element = config.parallel, config.model, 2 if config.train.precision == "bf16" else 4
+    of_step = config.train.micro_batches(dp) * tiles
+    mine = ceil(of_step / parallel.model)
+    encoder = parameters_of_encoder(model)
+    weights = element * sum(each.size for each in encoder)
+    gradients = 4 * sum(each.size for each in encoder if config.optim.lr_multiplier(each.name))
+    pixels = mine * 3 * model.pixel_tower.image_size**2
+    if encodes_again(config):
+        held, besides = pixels, gradients + _encoded_bytes(config, min(mine, parallel.vision_chunk))
+    else:
+        held, besides = pixels + _encoded_bytes(config, mine), gradients
+    # Features and their gradients: on pipeline rank 0 those of the whole step, elsewhere those of this rank's tiles.
+    features = 2 * model.tile_features * model.decoder.width * element
+    return _Images(held + features * of_step, besides), _Images(held + features * mine + weights, besides)
+
+
+def _encoded_bytes(config: RunConfig, tiles: int) -> int:
+    """What autograd keeps of the encoding of so many tiles."""
+    with_tiles, without = (
+        item_activations(config, tokens=1, supervised_tokens=1, tiles=each)[0].kept for each in (tiles, 0)
+    )
+    return with_tiles - without
+
+
+def _add(counts: Sequence[Count]) -> Count:
+    return Count(*(sum(getattr(count, part) for count in counts) for part in ("trainable", "frozen", "experts")))
