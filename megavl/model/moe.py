@@ -170,8 +170,10 @@ class Moe(nn.Module):
         dispatch = Dispatch(experts, self.total, self.ep, self.ops.permutation)
         under_way = dispatch.start(x)
         shared = self.shared(h)
-        rows = self.experts(dispatch.finish(under_way), dispatch.counts)
-        return shared + self._leave(dispatch.combine(rows, weights))
+        rows = dispatch.finish(under_way)
+        del under_way  # in another order than `rows`, and as large
+        # No name for the results, of which `combine` makes tensors as large.
+        return shared + self._leave(dispatch.combine(self.experts(rows, dispatch.counts), weights))
 
     def _enter(self, h: Tensor, weights: Tensor, experts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The tokens that this rank sends to the routed experts: all of the tensor ranks where their width is cut, else

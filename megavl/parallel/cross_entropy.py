@@ -85,6 +85,7 @@ class _SummedCrossEntropy(Function):
                 weight_gradient = torch.matmul(logits.t(), rows)  # [V / tp, d]
             elif of_weight:
                 weight_gradient.addmm_(logits.t(), rows)
+            del logits  # before the next chunk's are made
         ctx.gradients = torch.cat(x_gradients) if of_x else None, weight_gradient
         return loss
 

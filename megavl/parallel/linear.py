@@ -82,10 +82,11 @@ def enter_with_rows(x: Tensor, rows: Tensor, tp: TensorAxis) -> Tensor:
 
 def _select(x: Tensor, rows: Tensor) -> Tensor:
     """Rows [S, d] of x [T, d]. No row is selected twice, so the gradient is copied: atomic additions are not needed."""
+    shape = x.shape  # the tensor itself would live until the backward pass
     return with_backward(
         x,
         forward=lambda x: x.index_select(0, rows),
-        backward=lambda grad: grad.new_zeros(x.shape).index_copy_(0, rows, grad),
+        backward=lambda grad: grad.new_zeros(shape).index_copy_(0, rows, grad),
     )
 
 

@@ -1,0 +1,140 @@
+"""The stages of a rank on fake tensors: the real modules, the operators of a GPU, no memory and no other process."""
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from benchmarks.gpus import GPUS, gpu_ops
+from benchmarks.storages import Storages
+from benchmarks.triton_launches import noted_launches
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from megavl.batch import Batch, tile_share
+from megavl.config.run import RunConfig
+from megavl.config.tiles import Tiling
+from megavl.config.tokens import IGNORE_INDEX
+from megavl.parallel.experts import Dispatch, _Transfer
+from megavl.parallel.groups import Axis, ExpertAxis, Mesh, TensorAxis
+from megavl.parallel.topology import Topology
+from megavl.runtime.deepspeed.alignment import spaced
+from megavl.runtime.optim import groups_of, parameter_groups
+from megavl.runtime.stage import Stage, build_stages
+
+
+def make_batch(config: RunConfig, images: int, document: int) -> Batch:
+    """A micro-batch of equal documents with `images` images at its beginning. Placeholders and the last token of each
+    document have no label."""
+    tiling, model, total = Tiling(config.model), config.model, config.data.seq_len * config.train.micro_batch
+    grids, tensor = (tiling.grids[0],) * images, config.parallel.tensor
+    placeholders = images * int(tiling.tokens[0])
+    tokens, labels = torch.ones(2, total, dtype=torch.int64)
+    tokens[:placeholders] = model.image_token_id
+    labels[:placeholders] = labels[document - 1 :: document] = IGNORE_INDEX
+    tiles = sum(grid.tiles for grid in grids)
+    here = len(tile_share(tiles, 0, tensor)) if config.parallel.vision == "sharded" else tiles
+    side = model.pixel_tower.image_size
+    pixels = torch.zeros(here, 3, side, side, dtype=torch.uint8)
+    return Batch.of(tiling, tokens, labels, [document] * (total // document), config.train.micro_batch, grids, pixels)
+
+
+@contextmanager
+def fake_mesh(config: RunConfig, stage: int = 0) -> Iterator[Mesh]:
+    """The mesh of the first tensor and expert rank of a stage, one stage to a rank; collectives return at once."""
+    parallel = config.parallel
+    tp, ep, pp = parallel.tensor, parallel.expert, parallel.num_stages
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=tp * ep)
+    try:
+        tensor, expert = dist.new_group(list(range(tp))), dist.new_group(list(range(0, tp * ep, tp)))
+        yield Mesh(
+            Topology(pp, ep, tp, ep),
+            pp=Axis(stage, pp),
+            dp=Axis(0, ep),
+            tp=TensorAxis(
+                0, tp, tensor, parallel.sequence and tp > 1, parallel.vision == "sharded" and tp > 1
+            ),
+            ep=ExpertAxis(0, ep, expert, parallel.expert_width == "cut" and tp > 1),
+            edp=Axis(),
+            model=Axis(),
+        )
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def fake_gpu(config: RunConfig) -> Iterator[FakeTensorMode]:
+    """Fake tensors in the precision of the run. Kernels of Triton are not launched, and every expert is equally busy."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16 if config.train.precision == "bf16" else torch.float32)
+    try:
+        with (
+            FakeTensorMode() as mode,
+            noted_launches(lambda tensors: None),
+            mock.patch.object(Dispatch, "_exchange_counts", _exchange_equal_counts),
+        ):
+            yield mode
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _exchange_equal_counts(self: Dispatch) -> None:
+    """The real method reads the counts of other ranks from memory, of which there is none here."""
+    size, rows = self._ep.size, self._places.numel()
+    sent = self.counts.view(size, -1)
+    received = torch.empty_like(sent)
+    dist.all_to_all_single(received, sent, group=self._ep.group)
+    self._there = _Transfer([rows // size] * size, [rows // size] * size, self._ep)
+    self._there_dual = self._there.dual()
+    expert = torch.empty(rows, dtype=torch.int64)
+    self._by_expert, self._by_rank, self.counts = self._permutation.sort_by_expert(expert, received.shape[1])
+
+
+def fake_stage(config: RunConfig, mesh: Mesh) -> Stage:
+    """The stage of the pipeline rank of `mesh`, its trainable parameters end to end in the buffers of their groups."""
+    ops = gpu_ops(GPUS["hopper"], True, [("expert_mlp", "torch"), *config.ops])
+    (stage,) = build_stages(config, mesh, ops, torch.device("cpu"), initialise=lambda *_: None)
+    anchors = {group: [anchor] for group, anchor in zip(groups_of(config), stage.anchors, strict=True)}
+    for group in parameter_groups(stage.vlm.named_parameters(), anchors, config.optim):
+        _lay_flat(spaced(group["params"], 1, 1))
+    return stage
+
+
+def _lay_flat(parameters: list[nn.Parameter]) -> None:
+    flat, offset = torch.empty(sum(parameter.numel() for parameter in parameters)), 0
+    for parameter in parameters:
+        parameter.data = flat[offset : offset + parameter.numel()].view_as(parameter)
+        offset += parameter.numel()
+
+
+def _drop_gradient(parameter: nn.Parameter) -> None:
+    parameter.grad = None
+
+
+def hidden(config: RunConfig) -> Tensor:
+    """What a stage receives from the one before: a leaf that requires a gradient."""
+    tokens = config.data.seq_len * config.train.micro_batch
+    tokens //= config.parallel.tensor if config.parallel.sequence else 1
+    return torch.empty(tokens, config.model.decoder.width, requires_grad=True)
+
+
+def held(config: RunConfig, batch: Batch, index: int = 0) -> tuple[int, int, int]:
+    """Bytes of a micro-batch on stage `index`: in use between its forward and its backward pass, output included and
+    input not, and the most that are in use in the backward pass."""
+    with fake_mesh(config, index) as mesh, fake_gpu(config) as mode:
+        stage = fake_stage(config, mesh)
+        fake_batch = batch._map(mode.from_tensor)
+        h = None if stage.vlm.stem is not None else hidden(config)
+        for parameter in stage.parameters():  # as in the engine, which adds each gradient to its fp32 buffer at once
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(_drop_gradient)
+        with Storages() as storages:
+            out = stage(h, fake_batch)
+            gc.collect()
+            kept, in_forward = storages.bytes, storages.peak
+            storages.peak = kept
+            torch.autograd.backward(out, None if out.dim() == 0 else torch.empty_like(out))
+        return kept, storages.peak, in_forward
