@@ -1,8 +1,8 @@
 """Activation memory of a micro-batch on one rank, from the configuration alone.
 
 What autograd keeps from the forward to the backward pass is found operation by operation, by autograd's own rules: an
-operation without a trainable parameter at or before it keeps nothing, and a frozen weight does not keep its input. Routed
-experts are taken to be equally busy, and the operators to be those of a GPU with torch and Triton.
+operation without a trainable parameter at or before it keeps nothing, and a frozen weight does not keep its input.
+Routed experts are taken to be equally busy, and the operators to be those of a GPU with torch and Triton.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from megavl.config.run import RunConfig
 from megavl.plan.forward import operations
 from megavl.plan.operators import FP32_BYTES
-from megavl.plan.tape import Operation, kept, most_in_backward, most_in_forward
+from megavl.plan.tape import Operation, Storage, kept, most_in_backward, most_in_forward
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,8 @@ class Activations:
 
     kept:       in use from the forward to the backward pass, for each micro-batch in flight
     computed:   at most in use in addition while the forward pass runs: activations that are not kept
-    recomputed: at most in use in addition while the backward pass runs: activations that are computed again, gradients of
-                activations and of weights
+    recomputed: at most in use in addition while the backward pass runs: activations that are computed again, gradients
+                of activations and of weights
 
     A rank runs one forward or backward pass at a time, so of its items the largest `computed` or `recomputed` counts.
     """
@@ -31,26 +31,33 @@ class Activations:
     recomputed: int
 
 
-def item_activations(
-    config: RunConfig, *, tokens: int, supervised_tokens: int, tiles: int
-) -> tuple[Activations, ...]:
+def item_activations(config: RunConfig, *, tokens: int, supervised_tokens: int, tiles: int) -> tuple[Activations, ...]:
     """Activations of each item of the model list: stem, decoder blocks, head.
 
     `kept` includes the output of an item, which the next one reads, and not its input. A stage that does not begin with
     the stem holds its input too, and each stage what `layout_bytes` counts. The arguments are those of `operations`.
     """
     items = operations(config, tokens=tokens, supervised_tokens=supervised_tokens, tiles=tiles)
-    by_item = [0] * len(items)
+    by_item: list[set[Storage]] = [set() for _ in items]
     for storage in kept(operation for item in items for operation in item):
         if storage.item is not None:
-            by_item[storage.item] += storage.bytes
-    return tuple(_activations(item, held) for item, held in zip(items, by_item, strict=True))
+            by_item[storage.item].add(storage)
+    return tuple(_activations(number, item, by_item[number]) for number, item in enumerate(items))
 
 
-def _activations(item: Sequence[Operation], held: int) -> Activations:
-    """Activations of an item of which `held` bytes are kept."""
-    saved = sum(storage.bytes for storage in kept(item))
-    return Activations(held, most_in_forward(item) - saved, most_in_backward(item) - saved)
+def _activations(number: int, item: Sequence[Operation], held: set[Storage]) -> Activations:
+    """Activations of an item that holds `held`."""
+    saved = kept(item)
+    inputs = {x.storage for operation in item for x in operation.inputs if x.storage.item != number}
+    return Activations(
+        _bytes(held),
+        max(0, most_in_forward(item) - _bytes(held | saved | inputs)),
+        most_in_backward(item) - _bytes(saved),
+    )
+
+
+def _bytes(storages: set[Storage]) -> int:
+    return sum(storage.bytes for storage in storages)
 
 
 def hidden_bytes(config: RunConfig, tokens: int) -> int:

@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 
 from megavl.config.model import MlaConfig, MoeConfig
+from megavl.plan.message import Message
 from megavl.plan.operators import FP32_BYTES, INDEX_BYTES, Recorder
-from megavl.plan.tape import Activation, Storage, Tape
+from megavl.plan.tape import Activation, Storage
 
 # Most bytes of logits in memory (`megavl.parallel.cross_entropy`).
 LOGITS_BYTES = 2**28
@@ -61,7 +62,7 @@ class DecoderRecorder(Recorder):
     # -- Attention
 
     def _attention(self, x: Activation, path: str) -> Activation:
-        decoder, tokens, width = self.decoder, self.tokens, self.decoder.width
+        decoder, width = self.decoder, self.decoder.width
         head_width, kv_width = decoder.head_width, decoder.kv_heads * decoder.head_width
         widths = {"q_proj": width, "k_proj": kv_width, "v_proj": kv_width}
         q, k, v = self.column_linears(x, path, widths, width)
@@ -107,9 +108,7 @@ class DecoderRecorder(Recorder):
         narrow = value_width < key_width
         if narrow and not fused:
             (v,) = self.tape.apply([v], [k.bytes])
-        (out,) = self.tape.apply(
-            [q, k, v], [q.bytes], saves=[q, k, v, tokens * heads * FP32_BYTES], saves_outputs=True
-        )
+        (out,) = self.tape.apply([q, k, v], [q.bytes], saves=[q, k, v, tokens * heads * FP32_BYTES], saves_outputs=True)
         if narrow or not fused:
             (out,) = self.tape.apply([out], [self.size(tokens, heads * value_width)])
         return out
@@ -148,7 +147,8 @@ class DecoderRecorder(Recorder):
         (routed,) = self.tape.apply([results, weights], [routed_size], saves=[results, weights, places])
         return self.add(shared, self._leave_experts(routed, cut))
 
-    def _exchange(self, rows: int):
+    def _exchange(self, rows: int) -> list[Message]:
+        """Rows on their way to the ranks of their experts, or back."""
         return self.message("all_to_all", self.size(rows, self.decoder.width), "expert")
 
     def _route(self, x: Activation, path: str, moe: MoeConfig) -> tuple[Activation, Storage]:
@@ -213,24 +213,24 @@ class DecoderRecorder(Recorder):
         gate, up, down = (self._expert_weight(f"{path}.{name}", elements, cut) for name in names)
         if self.config.ops.expert_mlp == "triton" and self.element == 2:
             # Gate and up in one kernel; the backward pass computes their product again.
-            (gate_up,) = self.tape.apply([x, *gate.copies, *up.copies], [2 * self.size(rows, hidden)], saves=[x], weights=[*gate.gradients, *up.gradients])
-            (out,) = self.tape.apply([gate_up, *down.copies], [self.size(rows, width)], saves=[gate_up], weights=down.gradients)
+            (gate_up,) = self.tape.apply(
+                [x, *gate.copies, *up.copies],
+                [2 * self.size(rows, hidden)],
+                saves=[x],
+                weights=[*gate.gradients, *up.gradients],
+            )
+            (out,) = self.tape.apply(
+                [gate_up, *down.copies], [self.size(rows, width)], saves=[gate_up], weights=down.gradients
+            )
             return out
 
         def product(x: Activation, weight: _ExpertWeight, d_out: int) -> Activation:
             # It keeps its input, whether or not its weight is trained.
-            (out,) = self.tape.apply(
-                [x, *weight.copies], [self.size(rows, d_out)], saves=[x], weights=weight.gradients
-            )
+            (out,) = self.tape.apply([x, *weight.copies], [self.size(rows, d_out)], saves=[x], weights=weight.gradients)
             return out
 
         gate, up = product(x, gate, hidden), product(x, up, hidden)
-        if self.element == 2:
-            activated = self.swiglu([gate, up], rows, hidden)
-        else:  # torch's: the silu of the gate is a tensor of its own
-            (silu,) = self.tape.apply([gate], [gate.bytes], saves=[gate])
-            (activated,) = self.tape.apply([silu, up], [up.bytes], saves=[silu, up])
-            self.derive(activated, gate, up)
+        activated = self.swiglu([gate, up], rows, hidden)
         return product(activated, down, width)
 
     def _expert_weight(self, name: str, elements: int, cut: bool) -> "_ExpertWeight":

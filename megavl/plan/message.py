@@ -22,7 +22,7 @@ class Message:
 
     @property
     def sent(self) -> float:
-        """Bytes that one rank sends, by the ring algorithms: an all-reduce is a reduce-scatter and an all-gather, either
+        """Bytes that one rank sends, by the ring algorithms: an all-reduce is a reduce-scatter and an all-gather, each
         of which sends all parts but one. An all-to-all sends all parts but the rank's own."""
         if self.kind == "send":
             return self.bytes

@@ -55,9 +55,7 @@ class Recorder:
             output.storage.sources = tuple(x.storage if isinstance(x, Activation) else x for x in inputs)
             output.storage.messages = tuple(messages)
 
-    def recomputed(
-        self, x: Activation, block: Callable[[Activation], Activation], *constants: Storage
-    ) -> Activation:
+    def recomputed(self, x: Activation, block: Callable[[Activation], Activation], *constants: Storage) -> Activation:
         """A block that keeps its input and `constants`, and is computed again in the backward pass."""
         outer, self.tape = self.tape, Tape(self.tape.item)
         out, inner = block(x), self.tape.operations

@@ -1,7 +1,7 @@
 """A forward pass as a list of operations: what autograd keeps of each, what its backward pass needs, what is sent.
 
-Nothing is computed; a tensor is a number of bytes. The rules are those of autograd: an operation has a node in the graph
-if one of its inputs or of its own weights requires a gradient, and only then it keeps anything.
+Nothing is computed; a tensor is a number of bytes. The rules are those of autograd: an operation has a node in the
+graph if one of its inputs or of its own weights requires a gradient, and only then it keeps anything.
 """
 
 from collections import Counter
@@ -225,8 +225,8 @@ def _most_of_inner(operation: Operation) -> int:
 def most_in_forward(operations: Sequence[Operation], *, keeps: bool = True) -> int:
     """Most bytes in use during the forward pass of these operations, what is kept included.
 
-    A tensor that is not kept is in use until the last operation that reads it, and one that will be recomputed until the
-    end of the block, by which time all that need it have taken note of it.
+    A tensor that is not kept is in use until the last operation that reads it, and one that will be recomputed until
+    the end of the block, by which time all that need it have taken note of it.
 
     Args:
         keeps: autograd keeps what the operations save; it does not in a block that is recomputed

@@ -1,5 +1,6 @@
 """The stem as a list of operations: token embedding, towers, adaptor and splice, as `megavl.model` composes them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from megavl.config.model import SamConfig, SiglipConfig
@@ -88,7 +89,9 @@ class StemRecorder(Recorder):
 
     def _siglip_block(self, x: Activation, path: str, siglip: SiglipConfig) -> Activation:
         rows, width = self.tiles_here * siglip.grid**2, siglip.width
-        qkv = self._linear(self._layer_norm(x, f"{path}.norm1", rows, width), f"{path}.attn.qkv", rows, width, 3 * width)
+        qkv = self._linear(
+            self._layer_norm(x, f"{path}.norm1", rows, width), f"{path}.attn.qkv", rows, width, 3 * width
+        )
         statistics = rows * siglip.heads * FP32_BYTES
         (attended,) = self.tape.apply([qkv], [self.size(rows, width)], saves=[qkv, statistics], saves_outputs=True)
         x = self.add(x, self._linear(attended, f"{path}.attn.proj", rows, width, width))
@@ -117,9 +120,7 @@ class StemRecorder(Recorder):
         width, patches, attention = sam.width, self.tiles_here * sam.grid**2, f"{path}.attn"
         squares = (-(-sam.grid // side)) ** 2
         rows, head_width, spaced = self.tiles_here * squares * side**2, sam.width // sam.heads, side + -side % 8
-        (squared,) = self.tape.apply(
-            [self._layer_norm(x, f"{path}.norm1", patches, width)], [self.size(rows, width)]
-        )
+        (squared,) = self.tape.apply([self._layer_norm(x, f"{path}.norm1", patches, width)], [self.size(rows, width)])
         qkv = self._linear(squared, f"{attention}.qkv", rows, width, 3 * width)
         carried = sam.heads * 2 * spaced
         scores = self._relative_scores(qkv, attention, rows, side, head_width, spaced, sam)
@@ -155,7 +156,7 @@ class StemRecorder(Recorder):
 
     # -- Layers of the towers; all rows are patches of the tiles that are encoded here
 
-    def _tower_block(self, x: Activation, block) -> Activation:
+    def _tower_block(self, x: Activation, block: Callable[[Activation], Activation]) -> Activation:
         return self.recomputed(x, block) if self.config.train.recompute_towers else block(x)
 
     def _tower_mlp(
@@ -179,9 +180,7 @@ class StemRecorder(Recorder):
     def _layer_norm(self, x: Activation, path: str, rows: int, width: int) -> Activation:
         """It keeps its input, and mean and deviation of each row."""
         weights = self.weights((f"{path}.weight", width), (f"{path}.bias", width))
-        (out,) = self.tape.apply(
-            [x], [self.size(rows, width)], saves=[x, 2 * rows * FP32_BYTES], weights=weights
-        )
+        (out,) = self.tape.apply([x], [self.size(rows, width)], saves=[x, 2 * rows * FP32_BYTES], weights=weights)
         return out
 
     def _convolution(self, x: Activation, path: str, rows: int, d_in: int, kernel: int, d_out: int) -> Activation:

@@ -13,14 +13,18 @@ from benchmarks.triton_launches import noted_launches
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from megavl.batch import Batch, tile_share
 from megavl.config.run import RunConfig
 from megavl.config.tiles import Tiling
 from megavl.config.tokens import IGNORE_INDEX
+from megavl.ops.grouped import Groups
 from megavl.parallel.experts import Dispatch, _Transfer
 from megavl.parallel.groups import Axis, ExpertAxis, Mesh, TensorAxis
 from megavl.parallel.topology import Topology
+from megavl.plan.message import Message
 from megavl.runtime.deepspeed.alignment import spaced
 from megavl.runtime.optim import groups_of, parameter_groups
 from megavl.runtime.stage import Stage, build_stages
@@ -54,9 +58,7 @@ def fake_mesh(config: RunConfig, stage: int = 0) -> Iterator[Mesh]:
             Topology(pp, ep, tp, ep),
             pp=Axis(stage, pp),
             dp=Axis(0, ep),
-            tp=TensorAxis(
-                0, tp, tensor, parallel.sequence and tp > 1, parallel.vision == "sharded" and tp > 1
-            ),
+            tp=TensorAxis(0, tp, tensor, parallel.sequence and tp > 1, parallel.vision == "sharded" and tp > 1),
             ep=ExpertAxis(0, ep, expert, parallel.expert_width == "cut" and tp > 1),
             edp=Axis(),
             model=Axis(),
@@ -67,7 +69,7 @@ def fake_mesh(config: RunConfig, stage: int = 0) -> Iterator[Mesh]:
 
 @contextmanager
 def fake_gpu(config: RunConfig) -> Iterator[FakeTensorMode]:
-    """Fake tensors in the precision of the run. Kernels of Triton are not launched, and every expert is equally busy."""
+    """Fake tensors in the precision of the run. No kernel of Triton is launched, and every expert is equally busy."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16 if config.train.precision == "bf16" else torch.float32)
     try:
@@ -75,10 +77,21 @@ def fake_gpu(config: RunConfig) -> Iterator[FakeTensorMode]:
             FakeTensorMode() as mode,
             noted_launches(lambda tensors: None),
             mock.patch.object(Dispatch, "_exchange_counts", _exchange_equal_counts),
+            mock.patch.object(Groups, "sizes", property(lambda groups: _equal_sizes(config, len(groups.ends)))),
         ):
             yield mode
     finally:
         torch.set_default_dtype(before)
+
+
+def _equal_sizes(config: RunConfig, experts: int) -> list[int]:
+    """Rows of each expert of a rank."""
+    parallel, rows = (
+        config.parallel,
+        config.data.seq_len * config.train.micro_batch * config.model.decoder.moe.per_token,
+    )
+    rows //= 1 if parallel.expert_width == "cut" else parallel.tensor
+    return [rows // experts + (expert < rows % experts) for expert in range(experts)]
 
 
 def _exchange_equal_counts(self: Dispatch) -> None:
@@ -99,7 +112,8 @@ def fake_stage(config: RunConfig, mesh: Mesh) -> Stage:
     (stage,) = build_stages(config, mesh, ops, torch.device("cpu"), initialise=lambda *_: None)
     anchors = {group: [anchor] for group, anchor in zip(groups_of(config), stage.anchors, strict=True)}
     for group in parameter_groups(stage.vlm.named_parameters(), anchors, config.optim):
-        _lay_flat(spaced(group["params"], 1, 1))
+        if config.parallel.zero in (1, 2):
+            _lay_flat(spaced(group["params"], 1, 1))
     return stage
 
 
@@ -121,6 +135,43 @@ def hidden(config: RunConfig) -> Tensor:
     return torch.empty(tokens, config.model.decoder.width, requires_grad=True)
 
 
+class Collectives(TorchDispatchMode):
+    """While entered, records the collectives as messages. Nothing is sent."""
+
+    _KINDS = {
+        "allreduce_": "all_reduce",
+        "_allgather_base_": "all_gather",
+        "_reduce_scatter_base_": "reduce_scatter",
+        "alltoall_base_": "all_to_all",
+    }
+
+    def __init__(self, mesh: Mesh):
+        super().__init__()
+        self._axes = {mesh.tp.group.group_name: "tensor", mesh.ep.group.group_name: "expert"}
+        self.messages: list[Message] = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        if operation.namespace == "c10d":
+            kind = self._KINDS[operation.overloadpacket.__name__]
+            tensors = tree_leaves([arg for arg in args if isinstance(arg, Tensor | list)])
+            size = max(x.numel() * x.element_size() for x in tensors if isinstance(x, Tensor))
+            group = dist.ProcessGroup.unbox(next(arg for arg in args if isinstance(arg, torch.ScriptObject)))
+            self.messages.append(Message(self._axes[group.group_name], kind, size, group.size()))
+        return operation(*args, **(kwargs or {}))
+
+
+def messages(config: RunConfig, batch: Batch, index: int = 0) -> tuple[list[Message], list[Message]]:
+    """Collectives of a micro-batch on stage `index`, of the forward and of the backward pass."""
+    with fake_mesh(config, index) as mesh, fake_gpu(config) as mode:
+        stage = fake_stage(config, mesh)
+        fake_batch, h = batch._map(mode.from_tensor), None if stage.vlm.stem is not None else hidden(config)
+        with Collectives(mesh) as collectives:
+            out = stage(h, fake_batch)
+            forward = list(collectives.messages)
+            torch.autograd.backward(out, None if out.dim() == 0 else torch.empty_like(out))
+        return forward, collectives.messages[len(forward) :]
+
+
 def held(config: RunConfig, batch: Batch, index: int = 0) -> tuple[int, int, int]:
     """Bytes of a micro-batch on stage `index`: in use between its forward and its backward pass, output included and
     input not, and the most that are in use in the backward pass."""
@@ -136,5 +187,6 @@ def held(config: RunConfig, batch: Batch, index: int = 0) -> tuple[int, int, int
             gc.collect()
             kept, in_forward = storages.bytes, storages.peak
             storages.peak = kept
-            torch.autograd.backward(out, None if out.dim() == 0 else torch.empty_like(out))
+            if out.requires_grad:  # a stage alone, without an anchor, may have nothing to train
+                torch.autograd.backward(out, None if out.dim() == 0 else torch.empty_like(out))
         return kept, storages.peak, in_forward
