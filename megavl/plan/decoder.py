@@ -212,15 +212,13 @@ class DecoderRecorder(Recorder):
         names = ("gate_proj", "up_proj", "down_proj")
         gate, up, down = (self._expert_weight(f"{path}.{name}", elements, cut) for name in names)
         if self.config.ops.expert_mlp == "triton" and self.element == 2:
-            # Gate and up in one kernel; the backward pass computes their product again.
-            (gate_up,) = self.tape.apply(
-                [x, *gate.copies, *up.copies],
-                [2 * self.size(rows, hidden)],
-                saves=[x],
-                weights=[*gate.gradients, *up.gradients],
-            )
+            # One node: the backward pass computes the activations, and their gradients and gate's and up's, besides.
+            within = 3 * self.size(rows, hidden)
             (out,) = self.tape.apply(
-                [gate_up, *down.copies], [self.size(rows, width)], saves=[gate_up], weights=down.gradients
+                [x, *gate.copies, *up.copies, *down.copies],
+                [self.size(rows, width)],
+                saves=[x, 2 * self.size(rows, hidden)],
+                weights=[*gate.gradients, *up.gradients, *down.gradients] + [within] * x.live,
             )
             return out
 

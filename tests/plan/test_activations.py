@@ -19,12 +19,12 @@ __all__ = ["tools"]
 pytest.importorskip("triton")
 pytestmark = pytest.mark.usefixtures("tools")
 
-# Measured: 9e-4 (a stem whose towers are frozen: on a CPU the statistics of its norms are in bf16), 1e-5 for blocks and
+# Measured: 9.5e-4 (a stem with frozen towers: on a CPU the statistics of its norms are in bf16), 1e-5 for blocks and
 # heads.
 TOLERANCE = 3e-2
-# Peaks of the backward pass. Measured: at most 3.7e-2 above, of a block under selective recomputation, and never below.
-PEAK_TOLERANCE = 4e-2
-FORWARD_TOLERANCE = 0.25
+# Highest of forward and backward pass together. Measured: at most 3.9e-2 above, of the head
+# and of a block under selective recomputation, and never below.
+PEAK_TOLERANCE = 6e-2
 # A dense block and one with experts, at the full widths.
 BLOCKS = 2
 SEQUENCE = {"tensor": 2, "sequence": True}
@@ -63,10 +63,8 @@ def assert_held(config: RunConfig, items: range, images: int = 1) -> None:
         kept, in_backward, in_forward = held(config, batch, item)
         found = predicted(config, item, len(batch.tokens), len(batch.supervised), batch.tiles)
         assert found.kept == pytest.approx(kept, rel=TOLERANCE), item
-        assert found.kept + found.recomputed == pytest.approx(in_backward, rel=PEAK_TOLERANCE), item
-        # Of use where this is more than the backward pass needs. A block that is recomputed is not such a place.
-        if config.train.recompute != "block" and not config.train.recompute_towers:
-            assert found.kept + found.computed == pytest.approx(in_forward, rel=FORWARD_TOLERANCE), item
+        highest = found.kept + max(found.computed, found.recomputed)
+        assert highest == pytest.approx(max(in_forward, in_backward), rel=PEAK_TOLERANCE), item
 
 
 ITEMS = range(BLOCKS + 2)
