@@ -9,12 +9,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from megavl.config.run import RunConfig
-from megavl.config.stages import split_layers
 from megavl.plan.activations import hidden_bytes
 from megavl.plan.cost import Count, item_parameters
 from megavl.plan.forward import operations
 from megavl.plan.message import Axis, Message
 from megavl.plan.schedule import rank_of, stages_of
+from megavl.plan.split import split
 from megavl.plan.tape import sent_backward, sent_forward
 
 
@@ -83,7 +83,7 @@ def rank_traffic(
         tokens, supervised_tokens, tiles: of each micro-batch
     """
     items = item_traffic(config, tokens=tokens, supervised_tokens=supervised_tokens, tiles=tiles)
-    parameters, stages = item_parameters(config), split_layers(config.model.layers, config.parallel)
+    parameters, stages = item_parameters(config), split(config, dp * config.parallel.model)
     micro_batches = config.train.micro_batches(dp)
     found = []
     for rank in range(config.parallel.pipeline):
