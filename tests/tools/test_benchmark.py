@@ -100,7 +100,7 @@ def test_images_of_a_made_up_batch_have_their_places(preset, grid, tiles, monkey
 @pytest.mark.parametrize("vision", ["replicated", "sharded", "pipelined", "balanced"])
 def test_a_made_up_step_has_pixels_where_they_are_encoded(vision, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "tools")
-    from benchmarks.packs import grid_of, made_up_step
+    from megavl.rehearsal.packs import grid_of, made_up_step
 
     config = make_run(data={"seq_len": 500}, parallel={"vision": vision})
     packs = config.train.global_batch
