@@ -9,6 +9,7 @@ from megavl.plan.memory import state_bytes
 from megavl.plan.mix import expected_steps
 from megavl.plan.schedule import rank_of, stages_of
 from megavl.plan.split import expected_work, split, step_timeline
+from megavl.plan.table import table
 from megavl.plan.timeline import simulate
 
 # A rank with so many times the mean work of all is worth a remark.
@@ -64,7 +65,7 @@ def _stages(config: RunConfig, world: int) -> str:
             (
                 str(stage),
                 str(rank_of(stage, parallel)),
-                _items(held, config.model.layers),
+                items_of(held, config.model.layers),
                 _millions(parameters.trainable),
                 _millions(parameters.frozen),
                 *(f"{step.load(held) / step.load(range(len(items))):.1%}" for step in (text, multimodal)),
@@ -78,7 +79,7 @@ def _stages(config: RunConfig, world: int) -> str:
         f"images ({step.tiles // config.train.global_batch} tiles) each"
         + (", and equally busy experts." if config.model.decoder.moe else ".")
     )
-    return f"{caption}\n{_table(rows)}"
+    return f"{caption}\n{table(rows)}"
 
 
 def _pipeline(config: RunConfig, world: int) -> str:
@@ -101,7 +102,7 @@ def _pipeline(config: RunConfig, world: int) -> str:
         f"Bubble of {parallel.schedule} with {micro_batches} micro-batches; it is {ideal:.1%} if all stages take "
         "equally long."
     )
-    return "\n".join((caption, _table(rows), *remarks))
+    return "\n".join((caption, table(rows), *remarks))
 
 
 def _remark(config: RunConfig, step: str, busy: tuple[float, ...]) -> str:
@@ -129,7 +130,7 @@ def _ranks(config: RunConfig, world: int) -> str:
         rows.append((str(rank), _millions(held.total), *sizes))
     replicas = f"; {dp // parallel.expert} for routed experts" if config.model.decoder.moe else ""
     caption = f"Memory of one rank, without activations (ZeRO-{parallel.zero} over {dp} data-parallel ranks{replicas})."
-    return f"{caption}\n{_table(rows)}"
+    return f"{caption}\n{table(rows)}"
 
 
 def _work(config: RunConfig) -> str:
@@ -139,7 +140,7 @@ def _work(config: RunConfig) -> str:
         work = item_work(config, **step.counts(packs, packs))
         parts = ("forward", "input_grad", "weight_grad", "model", "overhead")
         rows.append((step.name, *(f"{sum(getattr(item, part) for item in work):.3e}" for part in parts)))
-    return _table(rows)
+    return table(rows)
 
 
 def _add(counts: Iterable[Count]) -> Count:
@@ -147,7 +148,7 @@ def _add(counts: Iterable[Count]) -> Count:
     return Count(*(sum(getattr(count, part) for count in counts) for part in ("trainable", "frozen", "experts")))
 
 
-def _items(held: range, layers: int) -> str:
+def items_of(held: range, layers: int) -> str:
     """ "stem, blocks 0-2" for the items of a stage."""
     blocks = [item - 1 for item in held if 0 < item < layers - 1]
     names = ["stem"] if 0 in held else []
@@ -162,10 +163,3 @@ def _millions(count: int) -> str:
 
 def _mib(size_bytes: int) -> str:
     return f"{size_bytes / 2**20:,.1f} MiB"
-
-
-def _table(rows: list[tuple[str, ...]]) -> str:
-    """Columns aligned to the right, under a heading and a line."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    heading, *lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    return "\n".join((heading, "-" * len(heading), *lines))
