@@ -3,7 +3,8 @@
     deepspeed launch/pretrain.py --config launch/recipes/NAME.yaml [section.field=value ...]
 
 The same script runs under torchrun, srun and as one plain python process; data parallelism is what remains of the
-world after parallel.tensor and parallel.pipeline. `--dry-run --world N` prints the plan of the run and starts nothing.
+world after parallel.tensor and parallel.pipeline. `--dry-run --world N` prints the plan of the run and starts nothing;
+with `--execute RANK` it runs the program of that rank on tensors without memory, and prints what that needs and does.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from megavl.config.rules import check
 from megavl.config.run import Device, RunConfig
 from megavl.plan.report import describe
 from megavl.plan.split import check_memory
+from megavl.rehearsal.rules import check_rank
 
 # Rank 0 may still be importing when another rank has found that the recipe cannot be run.
 _SPEAKING_S = 10
@@ -41,6 +43,13 @@ def arguments() -> argparse.Namespace:
         metavar="N",
         help="with --dry-run: ranks to plan for (default: the fewest, tensor * pipeline * expert)",
     )
+    parser.add_argument(
+        "--execute",
+        type=int,
+        metavar="RANK",
+        help="with --dry-run: run one step of each kind as this rank, on tensors without memory and with the operators "
+        "of a GPU, and print its peak memory, kernels and messages",
+    )
     # The deepspeed launcher passes it; LOCAL_RANK says the same.
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     args = parser.parse_intermixed_args()
@@ -48,6 +57,8 @@ def arguments() -> argparse.Namespace:
         parser.error(f"--world {args.world}: a number of ranks, 1 or more, to plan for with --dry-run")
     if args.device is not None and not args.dry_run:
         parser.error(f"--device {args.device}: to plan for with --dry-run; a run has parallel.device")
+    if args.execute is not None and not args.dry_run:
+        parser.error(f"--execute {args.execute}: the rank to execute with --dry-run")
     return args
 
 
@@ -65,6 +76,24 @@ def describe_data(config: RunConfig) -> str:
         sys.exit(f"error: {error}")
 
 
+def execute(config: RunConfig, world: int, rank: int) -> str:
+    """Run one step of each kind as a rank, and describe what it needs and does. Ends the process where it cannot."""
+    # Imported here: the plan of a run does not need torch. What the imports create stays, as in a run.
+    gc.disable()
+    from megavl.ops.dispatch import OpsError
+    from megavl.rehearsal.execute import execute
+    from megavl.rehearsal.gpus import GPUS
+    from megavl.rehearsal.report import describe
+
+    gc.freeze()
+    gc.enable()
+
+    try:
+        return describe(execute(config, world, rank, GPUS["hopper"]), config)
+    except OpsError as error:
+        sys.exit(f"error: {error}")
+
+
 def main() -> None:
     args = arguments()
     if args.dry_run:
@@ -73,10 +102,15 @@ def main() -> None:
             config = load_run(args.config, [*args.overrides, *device])
             world = args.world or config.parallel.model * config.parallel.expert
             check(config, world)
+            if args.execute is not None:
+                check_rank(config, world, args.execute)
         except ConfigError as error:
             sys.exit(f"error: {error}")
-        print(describe(config, world))
-        print(f"\n{describe_data(config)}")
+        if args.execute is None:
+            print(describe(config, world))
+            print(f"\n{describe_data(config)}")
+        else:
+            print(execute(config, world, args.execute))
         return
 
     # Imported here: a dry run needs neither torch nor DeepSpeed, whose import takes seconds. What they create

@@ -110,12 +110,12 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The same micro-batch on another device; copies from pinned memory do not wait."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        return self.map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
         """The same micro-batch in page-locked memory, from which copies to a GPU do not wait. A DataLoader calls it, in
         a thread of its own."""
-        return self._map(Tensor.pin_memory)
+        return self.map_tensors(Tensor.pin_memory)
 
     def record_stream(self, stream: torch.cuda.Stream) -> None:
         """Keep the memory of the tensors, once they are freed, until `stream` has done what it was given by then."""
@@ -124,9 +124,9 @@ class Batch:
             tensor.record_stream(stream)
             return tensor
 
-        self._map(record)
+        self.map_tensors(record)
 
-    def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+    def map_tensors(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         return replace(
             self,
             tokens=change(self.tokens),

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megavl.parallel.autograd import with_backward
-from megavl.parallel.groups import Axis
+from megavl.parallel.groups import Axis, ExpertAxis
 
 
 @dataclass
@@ -95,7 +95,7 @@ class Dispatch:
         counts: int64 [total / ep.size], rows of each expert of this rank, on the device of `experts`
     """
 
-    def __init__(self, experts: Tensor, total: int, ep: Axis, permutation: Permutation):
+    def __init__(self, experts: Tensor, total: int, ep: ExpertAxis, permutation: Permutation):
         self._ep, self._permutation = ep, permutation
         order, places, self.counts = permutation.sort_by_expert(experts.flatten(), total)  # of [T * k]
         self._tokens = order // experts.shape[1]  # [T * k], the token that a row is of
@@ -109,7 +109,8 @@ class Dispatch:
         received = torch.empty_like(sent)
         dist.all_to_all_single(received, sent, group=self._ep.group)
         # The only device-to-host sync of a layer: all_to_all_single needs its split sizes on the host.
-        to_ranks, from_ranks = torch.stack((sent.sum(1), received.sum(1))).tolist()
+        sizes = torch.stack((sent.sum(1), received.sum(1)))  # [2, ep]
+        to_ranks, from_ranks = self._ep.read_sizes(sizes, len(self._tokens))
         self._there = _Transfer(to_ranks, from_ranks, self._ep)
         self._there_dual = self._there.dual()
         if not sum(from_ranks):

@@ -47,11 +47,21 @@ class TensorAxis(Axis):
     gathers_again: bool = False
 
 
+def _read_sizes(sizes: Tensor, rows: int) -> list[list[int]]:
+    return sizes.tolist()
+
+
 @dataclass(frozen=True)
 class ExpertAxis(Axis):
-    """The expert axis. With `cut_width`, the experts of a rank are also cut over the tensor axis."""
+    """The expert axis.
+
+    cut_width:  the experts of a rank are also cut over the tensor axis
+    read_sizes: (rows to and from each rank, int64 [2, size]; rows of this rank) -> the same on the host; replaced where
+                tensors have no values
+    """
 
     cut_width: bool = False
+    read_sizes: Callable[[Tensor, int], list[list[int]]] = _read_sizes
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from megavl.config.run import RunConfig
 from megavl.plan.forward import operations
 from megavl.plan.operators import FP32_BYTES
 from megavl.plan.tape import Operation, Storage, kept, most_in_backward, most_in_forward
+from megavl.plan.vision import StemRecorder
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,20 @@ def item_activations(config: RunConfig, *, tokens: int, supervised_tokens: int, 
         if storage.item is not None:
             by_item[storage.item].add(storage)
     return tuple(_activations(number, item, by_item[number]) for number, item in enumerate(items))
+
+
+def tile_activations(config: RunConfig, tiles: int) -> Activations:
+    """Of `tiles` tiles that a rank encodes apart from the stem (`RunConfig.parallel.towers_apart`). `kept` includes the
+    features. The stem of such a run has no activations of towers, and its input, the features, is not counted there."""
+    encoder = StemRecorder(config, tokens=0, tiles=tiles)
+    features = encoder.encode_apart()
+    saved = kept(encoder.tape.operations)
+    held = saved | {features.storage}
+    return Activations(
+        _bytes(held),
+        max(0, most_in_forward(encoder.tape.operations) - _bytes(held)),
+        most_in_backward(encoder.tape.operations) - _bytes(saved),
+    )
 
 
 def _activations(number: int, item: Sequence[Operation], held: set[Storage]) -> Activations:

@@ -76,12 +76,9 @@ class DecoderRecorder(Recorder):
         decoder, mla, tokens, width = self.decoder, self.decoder.mla, self.tokens, self.decoder.width
         heads = decoder.heads // self.tensor
         latent, k_rope = self._latent(x, path, mla)
-        both = latent
-        if self.tensor > 1:  # the positioned channels of the keys enter the region with the latent
-            (both,) = self.tape.apply([latent, k_rope], [self.size(self.stream, mla.kv_rank + mla.rope_width)])
-            both = k_rope = self.enter(both, mla.kv_rank + mla.rope_width)
+        entered, k_rope = self._enter_with(latent, k_rope, mla)
         kv_width = heads * (mla.nope_width + mla.value_width)
-        kv = self.linear(both, f"{path}.kv_up_proj.weight", tokens, mla.kv_rank, kv_width)
+        kv = self.linear(entered, f"{path}.kv_up_proj.weight", tokens, mla.kv_rank, kv_width)
         (q,) = self.column_linears(x, path, {"q_proj": decoder.heads * mla.key_width}, width)
         values = Activation(kv.storage, self.size(tokens, heads * mla.value_width), kv.live)
         q, k, v = self.tape.apply([q, kv, k_rope], [q.bytes, q.bytes, values], saves=[self.tables])
@@ -99,6 +96,24 @@ class DecoderRecorder(Recorder):
         k_rope = Activation(both.storage, self.size(self.stream, mla.rope_width), both.live)
         latent, k_rope = self.tape.apply([both], [latent, k_rope])
         return self.rms_norm(latent, f"{path}.kv_norm.weight", self.stream, mla.kv_rank), k_rope
+
+    def _enter_with(self, latent: Activation, k_rope: Activation, mla: MlaConfig) -> tuple[Activation, Activation]:
+        """Latent and positioned channels enter the parallel region by one collective. What is gathered is one tensor;
+        selective recomputation gathers the latent alone again."""
+        rank, width = mla.kv_rank, mla.kv_rank + mla.rope_width
+        whole = self.size(self.tokens, width)
+        if self.tensor == 1:
+            return latent, k_rope
+        if not self.sequence:
+            return self.tape.apply([latent, k_rope], [latent, k_rope], replies=self.message("all_reduce", whole))
+        (both,) = self.tape.apply([latent, k_rope], [self.size(self.stream, width)])
+        sends, replies = self.message("all_gather", whole), self.message("reduce_scatter", whole)
+        (both,) = self.tape.apply([both], [whole], sends=sends, replies=replies)
+        if not (self.selective and both.live):
+            return both, both
+        again = Storage(self.size(self.tokens, rank), self.tape.item, (latent.storage,))
+        again.messages = tuple(self.message("all_gather", again.bytes))
+        return Activation(again, again.bytes, True), both
 
     def _attend(self, q: Activation, k: Activation, v: Activation, key_width: int, value_width: int) -> Activation:
         """It keeps queries, keys, values, its result and the log-sum-exp of each row. Fused kernels have one width, to

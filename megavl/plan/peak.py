@@ -12,7 +12,7 @@ from typing import NamedTuple
 from megavl.config.parameters import parameters_of_encoder
 from megavl.config.recompute import encodes_again
 from megavl.config.run import RunConfig
-from megavl.plan.activations import hidden_bytes, item_activations, layout_bytes
+from megavl.plan.activations import hidden_bytes, item_activations, layout_bytes, tile_activations
 from megavl.plan.cost import Count, item_parameters
 from megavl.plan.memory import StateBytes, state_bytes
 from megavl.plan.mix import ExpectedStep
@@ -51,18 +51,17 @@ class Memory:
         self._config, self._dp = config, world // parallel.model
         counts = step.counts(train.micro_batch, train.global_batch)
         self._tokens, tiles = counts["tokens"], counts["tiles"]
-        apart = parallel.towers_apart
         self._items = item_activations(
             config,
             tokens=self._tokens,
             supervised_tokens=counts["supervised_tokens"],
-            tiles=0 if apart else tiles,
+            tiles=tiles,
         )
         self._parameters = item_parameters(config)
         # With more micro-batches no more of them are in flight.
         micro_batches = min(train.micro_batches(self._dp), 4 * parallel.num_stages)
         self._moments = [set(_moments(program)) for program in programs(parallel, micro_batches)]
-        self._images = _image_bytes(config, self._dp, tiles) if apart and tiles else _NO_IMAGES
+        self._images = _image_bytes(config, self._dp, tiles) if parallel.towers_apart and tiles else _NO_IMAGES
 
     def peak(self, rank: int, stages: Sequence[range]) -> PeakBytes:
         """Of a pipeline rank.
@@ -133,22 +132,16 @@ def _image_bytes(config: RunConfig, dp: int, tiles: int) -> tuple[_Images, _Imag
     encoder = parameters_of_encoder(model)
     weights = element * sum(each.size for each in encoder)
     gradients = 4 * sum(each.size for each in encoder if config.optim.lr_multiplier(each.name))
-    pixels = mine * 3 * model.pixel_tower.image_size**2
+    features = model.tile_features * model.decoder.width * element
+    held, chunk = mine * 3 * model.pixel_tower.image_size**2, tile_activations(config, min(mine, parallel.vision_chunk))
     if encodes_again(config):
-        held, besides = pixels, gradients + _encoded_bytes(config, min(mine, parallel.vision_chunk))
+        besides = gradients + chunk.kept + chunk.recomputed
     else:
-        held, besides = pixels + _encoded_bytes(config, mine), gradients
-    # Features and their gradients: on pipeline rank 0 those of the whole step, elsewhere those of this rank's tiles.
-    features = 2 * model.tile_features * model.decoder.width * element
-    return _Images(held + features * of_step, besides), _Images(held + features * mine + weights, besides)
-
-
-def _encoded_bytes(config: RunConfig, tiles: int) -> int:
-    """What autograd keeps of the encoding of so many tiles."""
-    with_tiles, without = (
-        item_activations(config, tokens=1, supervised_tokens=1, tiles=each)[0].kept for each in (tiles, 0)
-    )
-    return with_tiles - without
+        # The features themselves are freed once they are sent.
+        held += tile_activations(config, mine).kept - mine * features
+        besides = gradients + chunk.recomputed
+    # On pipeline rank 0 the features of the step and their gradients, elsewhere a copy of the encoder's weights.
+    return _Images(held + 2 * of_step * features, besides), _Images(held + weights, besides)
 
 
 def _add(counts: Sequence[Count]) -> Count:

@@ -10,6 +10,7 @@ from megavl.plan.mix import expected_steps
 from megavl.plan.peak import Memory, PeakBytes
 from megavl.plan.schedule import rank_of
 from megavl.plan.split import expected_work, memory_problem, split, step_timeline
+from megavl.plan.table import table
 from megavl.plan.timeline import simulate
 from megavl.plan.traffic import rank_traffic
 
@@ -69,7 +70,7 @@ def _stages(config: RunConfig, world: int) -> str:
             (
                 str(stage),
                 str(rank_of(stage, parallel)),
-                _items(held, config.model.layers),
+                items_of(held, config.model.layers),
                 _millions(parameters.trainable),
                 _millions(parameters.frozen),
                 *(f"{step.load(held) / step.load(range(len(items))):.1%}" for step in (text, multimodal)),
@@ -77,13 +78,17 @@ def _stages(config: RunConfig, world: int) -> str:
         )
     _, step = expected_steps(config)
     origin = ", chosen to balance the work" if parallel.stages == "auto" else ""
+    if parallel.towers_apart:
+        apart = parallel.pipeline * multimodal.towers.both
+        share = apart / (apart + multimodal.load(range(len(items))))
+        origin += f", images apart from them ({share:.1%} of a multimodal step)"
     caption = (
         f"Stages{origin}: parameters on one rank, and share of a step's FLOPs (vision: {parallel.vision}).\n"
         f"Taken for it: packs of one document of {config.data.seq_len} tokens, in a multimodal step with {step.images} "
         f"images ({step.tiles // config.train.global_batch} tiles) each"
         + (", and equally busy experts." if config.model.decoder.moe else ".")
     )
-    return f"{caption}\n{_table(rows)}"
+    return f"{caption}\n{table(rows)}"
 
 
 def _pipeline(config: RunConfig, world: int) -> str:
@@ -106,17 +111,17 @@ def _pipeline(config: RunConfig, world: int) -> str:
         f"Bubble of {parallel.schedule} with {micro_batches} micro-batches; it is {ideal:.1%} if all stages take "
         "equally long."
     )
-    return "\n".join((caption, _table(rows), *remarks))
+    return "\n".join((caption, table(rows), *remarks))
 
 
 def _remark(config: RunConfig, step: str, busy: tuple[float, ...]) -> str:
     """What to do about ranks that wait for the busiest."""
     most, least = busy.index(max(busy)), busy.index(min(busy))
     remedy = "parallel.stages=auto balances the stages"
-    if step == "multimodal" and most == rank_of(0, config.parallel):
+    if step == "multimodal" and most == rank_of(0, config.parallel) and not config.parallel.towers_apart:
         remedy = "its stem encodes the images; parallel.vision=pipelined has all ranks encode them"
     elif config.parallel.stages == "auto":
-        remedy = "fewer or shorter stages would divide better"
+        remedy = "no other stages are better; the items may divide better over another parallel.pipeline"
     return (
         f"In a {step} step pp rank {least} has {min(busy) / max(busy):.0%} of the work of pp rank {most} and waits for "
         f"it: {remedy}."
@@ -148,7 +153,7 @@ def _memory(config: RunConfig, world: int) -> str:
     )
     if device:
         caption += f" Of {device}, {usable_bytes(device) / 2**30:.1f} GiB are for the run."
-    return "\n".join(filter(None, (caption, _table(rows), memory_problem(config, world))))
+    return "\n".join(filter(None, (caption, table(rows), memory_problem(config, world))))
 
 
 def _peaks(config: RunConfig, world: int, stages: Sequence[range], recompute: str) -> list[PeakBytes]:
@@ -174,7 +179,7 @@ def _traffic(config: RunConfig, world: int) -> str:
     rows = [("pp rank", *(f"{axis}, {kind}" for kind in ("text", "multimodal") for axis in shown))]
     for rank, kinds in enumerate(zip(text, multimodal, strict=True)):
         rows.append((str(rank), *(_gib(sent.get(axis, 0)) for sent in kinds for axis in shown)))
-    return f"Messages that a rank sends in a step, GiB by axis (ring algorithms).\n{_table(rows)}"
+    return f"Messages that a rank sends in a step, GiB by axis (ring algorithms).\n{table(rows)}"
 
 
 def _work(config: RunConfig) -> str:
@@ -184,7 +189,7 @@ def _work(config: RunConfig) -> str:
         work = item_work(config, **step.counts(packs, packs))
         parts = ("forward", "input_grad", "weight_grad", "model", "overhead")
         rows.append((step.name, *(f"{sum(getattr(item, part) for item in work):.3e}" for part in parts)))
-    return _table(rows)
+    return table(rows)
 
 
 def _add(counts: Iterable[Count]) -> Count:
@@ -192,7 +197,7 @@ def _add(counts: Iterable[Count]) -> Count:
     return Count(*(sum(getattr(count, part) for count in counts) for part in ("trainable", "frozen", "experts")))
 
 
-def _items(held: range, layers: int) -> str:
+def items_of(held: range, layers: int) -> str:
     """ "stem, blocks 0-2" for the items of a stage."""
     blocks = [item - 1 for item in held if 0 < item < layers - 1]
     names = ["stem"] if 0 in held else []
@@ -207,10 +212,3 @@ def _millions(count: int) -> str:
 
 def _gib(size_bytes: float) -> str:
     return f"{size_bytes / 2**30:,.2f}"
-
-
-def _table(rows: list[tuple[str, ...]]) -> str:
-    """Columns aligned to the right, under a heading and a line."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    heading, *lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    return "\n".join((heading, "-" * len(heading), *lines))

@@ -22,7 +22,7 @@ class StemRecorder(Recorder):
 
     def stem(self) -> Activation:
         """Hidden states [T, D], or under sequence parallelism a view [T / tp, D] of them."""
-        features = self._encode() if self.tiles else None
+        features = self._features() if self.tiles else None
         words = self._embedding()
         if features is not None:
             marks = [] if self.config.model.tiling is None else ["newline", "separator"]
@@ -46,6 +46,18 @@ class StemRecorder(Recorder):
         return words
 
     # -- Encoder
+
+    def _features(self) -> Activation:
+        """Of all tiles. Where they are encoded before the pass, the tensor is not of this micro-batch."""
+        if not self.config.parallel.towers_apart:
+            return self._encode()
+        size = self.size(self.tiles * self.config.model.tile_features, self.config.model.decoder.width)
+        return Activation(Storage(size, None), size, bool(self._trained_weights()))
+
+    def encode_apart(self) -> Activation:
+        """Features of tiles that are encoded apart from the stem, which holds them in full."""
+        self.tiles_here = self.tiles
+        return self._adapt()
 
     def _encode(self) -> Activation:
         """Features [tiles, tile_features, D] of all tiles, which are encoded here or on all tensor ranks together."""

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from megavl.runtime.deepspeed.start import device_type, start_deepspeed
+from megavl.runtime.deepspeed.start import device_type, start_deepspeed, use_cpu
 
 
 class LaunchError(ValueError):
@@ -133,3 +133,24 @@ def start_process_group(env: Env, timeout: timedelta) -> None:
                 f"({str(error).splitlines()[0]}); another run may have that port: choose one, e.g. --master_port 29501"
             ) from error
     start_deepspeed(backend)
+
+
+@contextmanager
+def fake_process_group(env: Env) -> Iterator[None]:
+    """Be a rank of a world whose other ranks do not exist: collectives return at once, and leave their results as they
+    are. The device is the CPU.
+
+    Args:
+        env: the rank
+    """
+    # Imported here: it registers the backend, which no run needs.
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    use_cpu()
+    os.environ.update(RANK=str(env.rank), LOCAL_RANK=str(env.local_rank), WORLD_SIZE=str(env.world))
+    dist.init_process_group("fake", store=FakeStore(), rank=env.rank, world_size=env.world)
+    try:
+        start_deepspeed("fake")
+        yield
+    finally:
+        dist.destroy_process_group()

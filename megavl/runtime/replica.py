@@ -75,16 +75,31 @@ class Replica:
         Raises:
             RunError: loss or gradient norm is not finite; after a loss that is not, nothing has been updated.
         """
-        set_learning_rate(self.engine.basic_optimizer, lr)
+        loss = self.accumulate(batch)
+        grad_norm, load = self.update(batch.step, lr)
+        return Step(loss, grad_norm, load)
+
+    def accumulate(self, batch: StepBatch) -> float:
+        """The first half of a step: forward and backward passes. Returns and raises what `step` does."""
         loss = self._over_the_world(self.pipeline.train(batch))
         _refuse_infinite("loss", loss, batch.step)
+        return loss
+
+    def update(self, step: int, lr: float) -> tuple[float, Load | None]:
+        """The second half: the optimizer step. Returns the gradient norm and the load, and raises what `step` does.
+
+        Args:
+            step: its number from 0, for messages
+            lr: as in `step`
+        """
+        set_learning_rate(self.engine.basic_optimizer, lr)
         self.engine.step()
         if self.pipeline.ahead is not None:
             self.pipeline.ahead.weights_moved()
         load = self.balance.step()
         grad_norm = float(self.engine.get_global_grad_norm())
-        _refuse_infinite("gradient norm", grad_norm, batch.step)
-        return Step(loss, grad_norm, load)
+        _refuse_infinite("gradient norm", grad_norm, step)
+        return grad_norm, load
 
     def evaluate(self, batch: StepBatch) -> float:
         """The loss of a batch under the current weights, as `Step.loss`; nothing is changed or counted."""

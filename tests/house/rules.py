@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "checkpoint": {"config", "parallel"},
     "evaluate": {"model", "data", "config", "batch"},
     "runtime": {"model", "data", "plan", "checkpoint", "config", "parallel", "ops", "batch"},
+    "rehearsal": {"runtime", "model", "plan", "config", "parallel", "ops", "batch"},
 }
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "misc"}
 ENVIRONMENT_READER = Path("megavl/runtime/env.py")

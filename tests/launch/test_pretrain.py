@@ -178,6 +178,23 @@ def test_dry_run_says_which_files_of_the_data_are_absent_and_refuses_repeats(rec
     refused(plain(recipe, "--dry-run", "train.steps=40", limited), corpus.prefix("text"), "max_epochs is 0.01")
 
 
+def test_a_rank_is_executed_without_a_device(recipe):
+    """Its report is all that is printed, and nothing is written."""
+    done = plain(recipe, "--dry-run", "--execute", "1", "--world", "2", "parallel.pipeline=2", "output_dir=nowhere")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("vl_debug, rank 1 of 2: pipeline 1 of 2, data 0 of 1, tensor 0 of 1; stage 1: block")
+    assert re.search(r"^ *multimodal: forward and backward +[\d. ]+$", done.stdout, re.MULTILINE), done.stdout
+    assert re.search(r"^ *pipeline +receive +4 ", done.stdout, re.MULTILINE), done.stdout
+    assert not done.stderr and not (ROOT / "nowhere").exists()
+
+
+@pytest.mark.parametrize(
+    ("rank", "world", "reason"), [("2", "2", "2 ranks have no rank 2"), ("0", "3", "3 ranks are not divisible")]
+)
+def test_a_rank_that_does_not_exist_is_not_executed(recipe, rank, world, reason):
+    refused(plain(recipe, "--dry-run", "--execute", rank, "--world", world, "parallel.pipeline=2"), reason)
+
+
 def refused(done: subprocess.CompletedProcess, *parts: str) -> None:
     """Ended with one readable message on all ranks; the only traceback may be torchrun's own of a failed child."""
     said = done.stdout + done.stderr

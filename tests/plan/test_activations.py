@@ -8,7 +8,7 @@ from megavl.config.load import load_run
 from megavl.config.presets import PRESETS
 from megavl.config.run import RunConfig
 from megavl.parallel import cross_entropy
-from megavl.plan.activations import Activations, hidden_bytes, item_activations, layout_bytes
+from megavl.plan.activations import Activations, hidden_bytes, item_activations, layout_bytes, tile_activations
 from megavl.plan.decoder import LOGITS_BYTES
 from tests.config.runs import make_run
 from tests.models import changed, merged
@@ -95,6 +95,7 @@ def test_every_item_at_full_size(preset):
         ("vl_7b", SEQUENCE | {"vision": "sharded"}),
         ("vl_7b", {"tensor": 2}),
         ("vl2_small", SEQUENCE),
+        ("vl2_small", {"tensor": 2}),
         ("vl2_base", SEQUENCE | {"expert_width": "cut"}),
         ("vl2_tiny", SEQUENCE | {"expert": 2}),
     ],
@@ -172,3 +173,15 @@ def test_a_wrong_model_would_be_noticed():
     kept, *_ = held(config, batch, 1)
     wrong = predicted(other, 1, len(batch.tokens), len(batch.supervised), batch.tiles)
     assert wrong.kept > (1 + TOLERANCE) * kept
+
+
+def test_tiles_that_are_encoded_apart():
+    """The stem keeps its output and the tokens without placeholders; features are not needed once they are written over
+    those."""
+    apart, within = run_of("vl_7b", parallel={"vision": "pipelined"}), run_of("vl_7b")
+    step = {"tokens": 2048, "supervised_tokens": 1000}
+    stem, *_ = item_activations(within, **step, tiles=2)
+    rest, *_ = item_activations(apart, **step, tiles=2)
+    features = 2 * 576 * 4096 * 2
+    assert stem.kept - rest.kept == tile_activations(apart, 2).kept - features
+    assert rest.kept == hidden_bytes(apart, 2048) + 8 * 2048

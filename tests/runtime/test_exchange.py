@@ -9,8 +9,8 @@ import pytest
 import torch.distributed as dist
 
 from megavl.config.run import RunConfig
+from megavl.rehearsal.storages import Storages
 from tests.runtime.cases import SEQ_LEN, build, run_config, step_batch
-from tools.benchmarks.storages import Storages
 
 SCHEDULES = {
     "1f1b": {},

@@ -44,7 +44,7 @@ def batch_of(config: ModelConfig, images: int) -> Batch:
 def step(config: ModelConfig, ops: Ops, images: int) -> list[str]:
     """Names of the parameters that have a gradient after a micro-batch."""
     fake = FakeTensorMode()
-    batch = batch_of(config, images)._map(fake.from_tensor)
+    batch = batch_of(config, images).map_tensors(fake.from_tensor)
     torch.set_default_dtype(torch.bfloat16)
     try:
         with fake:

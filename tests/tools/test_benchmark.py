@@ -83,13 +83,13 @@ def test_a_step_of_each_kind_is_timed():
 
 
 @pytest.mark.parametrize(("preset", "grid", "tiles"), [("vl_debug", None, 3), ("vl2_debug", "2x2", 15)])
-def test_images_of_a_made_up_pack_have_their_places(preset, grid, tiles, monkeypatch):
+def test_images_of_a_made_up_batch_have_their_places(preset, grid, tiles, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "tools")
-    from benchmarks.packs import grid_of, made_up_pack
+    from megavl.rehearsal.packs import grid_of, made_up_batch
 
     config = make_run(model=PRESETS[preset], data={"seq_len": 500})
     grid, tiling = grid_of(config, grid), Tiling(config.model)
-    pack = made_up_pack(config, 3, grid, ONE_RANK)
+    pack = made_up_batch(config, 3, grid, ONE_RANK)
     assert (pack.tokens == config.model.image_token_id).sum() == 3 * tiling.tokens[tiling.grids.index(grid)]
     assert pack.grids == (grid,) * 3
     assert len(pack.pixels) == tiles
@@ -100,7 +100,7 @@ def test_images_of_a_made_up_pack_have_their_places(preset, grid, tiles, monkeyp
 @pytest.mark.parametrize("vision", ["replicated", "sharded", "pipelined", "balanced"])
 def test_a_made_up_step_has_pixels_where_they_are_encoded(vision, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "tools")
-    from benchmarks.packs import grid_of, made_up_step
+    from megavl.rehearsal.packs import grid_of, made_up_step
 
     config = make_run(data={"seq_len": 500}, parallel={"vision": vision})
     packs = config.train.global_batch
@@ -212,11 +212,11 @@ def test_an_operator_that_does_not_serve_is_refused_with_a_reason(subject, pool)
 
 
 def test_each_document_needs_a_token(tools):
-    from benchmarks.packs import grid_of, made_up_pack
+    from megavl.rehearsal.packs import grid_of, made_up_batch
 
     config = make_run(model=PRESETS["vl_debug"])
-    with pytest.raises(SystemExit, match=r"--documents 500 is more than the \d+ tokens of a pack"):
-        made_up_pack(config, 0, grid_of(config, None), ONE_RANK, 500)
+    with pytest.raises(ConfigError, match=r"500 documents are more than the \d+ tokens of a pack"):
+        made_up_batch(config, 0, grid_of(config, None), ONE_RANK, 500)
 
 
 def test_skewed_routing_needs_experts(tools):

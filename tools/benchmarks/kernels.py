@@ -13,16 +13,13 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
-from unittest import mock
 
 import torch
 from benchmarks.attribution import REST, Attribution, Products
 from benchmarks.blocks import kinds_of_blocks
 from benchmarks.bound import Work, backward_bound, forward_bound, residual_bound
 from benchmarks.flat import lay_flat, name_of
-from benchmarks.gpus import GPUS, Gpu, gpu_ops
 from benchmarks.record import circumstances, heading, write_json
-from benchmarks.traffic import distinct_bytes, launches
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -36,6 +33,8 @@ from megavl.ops.candidates import CANDIDATES
 from megavl.ops.dispatch import Ops, OpsError
 from megavl.ops.rope import rotary_tables
 from megavl.parallel.groups import ExpertAxis, TensorAxis
+from megavl.rehearsal.gpus import GPUS, Gpu, gpu_kernels, gpu_ops
+from megavl.rehearsal.traffic import distinct_bytes, launches
 
 FORWARD, BACKWARD = "forward", "backward"
 
@@ -104,15 +103,7 @@ class Tally(TorchDispatchMode):
         self._stack = ExitStack()
 
     def __enter__(self) -> "Tally":
-        if find_spec("triton"):
-            from benchmarks.triton_launches import noted_launches
-
-            from megavl.ops.kernels import norm
-
-            self._stack.enter_context(noted_launches(self._add))
-            self._stack.enter_context(
-                mock.patch.object(norm, "multiprocessors", lambda device: self.gpu.multiprocessors)
-            )
+        self._stack.enter_context(gpu_kernels(self.gpu, self._add))
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:

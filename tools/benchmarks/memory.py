@@ -19,10 +19,8 @@ import torch.distributed as dist
 from benchmarks.blocks import kinds_of_blocks
 from benchmarks.clock import clock_of
 from benchmarks.flat import lay_flat
-from benchmarks.gpus import GPUS, gpu_ops
 from benchmarks.paired import Ratio, paired_ratio, take_turns
 from benchmarks.record import circumstances, heading, write_json
-from benchmarks.storages import Storages
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -37,6 +35,8 @@ from megavl.model.siglip import SiglipBlock
 from megavl.ops.dispatch import Ops, choose
 from megavl.ops.rope import rotary_tables
 from megavl.parallel.groups import ExpertAxis, TensorAxis
+from megavl.rehearsal.gpus import GPUS, gpu_ops
+from megavl.rehearsal.storages import Storages
 from megavl.runtime.recompute import recomputing
 from megavl.runtime.selective import Selective
 
@@ -85,7 +85,7 @@ def kept_bytes(forward: Callable[[Tensor], Tensor], *shape: int) -> int:
 @contextmanager
 def _fake_gpu() -> Iterator[Ops]:
     """Fake tensors, bf16 by default, and the operators of a GPU. Kernels of Triton are not launched."""
-    from benchmarks.triton_launches import noted_launches
+    from megavl.rehearsal.triton_launches import noted_launches
 
     ops = gpu_ops(GPUS["hopper"], triton=True, wanted=[("expert_mlp", "torch")])
     before = torch.get_default_dtype()

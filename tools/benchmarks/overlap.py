@@ -12,7 +12,6 @@ from unittest import mock
 
 import torch.distributed as dist
 from benchmarks.clock import clock_of
-from benchmarks.packs import grid_of, made_up_step
 from benchmarks.paired import Ratio, paired_ratio, take_turns
 from benchmarks.record import circumstances, heading, write_json
 from benchmarks.slow_network import Message, SlowNetwork
@@ -23,6 +22,7 @@ from megavl.config.load import load_run
 from megavl.config.rules import check
 from megavl.config.run import RunConfig
 from megavl.parallel.agree import gather
+from megavl.rehearsal.packs import grid_of, made_up_step
 from megavl.runtime.deepspeed import engine
 from megavl.runtime.env import Env, LaunchError, process_group, read_env
 from megavl.runtime.mesh import mesh_of

@@ -17,7 +17,6 @@ from benchmarks.agreement import Disagreement, check_losses
 from benchmarks.clock import Read, Spent, clock_of
 from benchmarks.mixed import made_corpus, mixed_steps, text_data
 from benchmarks.one_process import load_one_process
-from benchmarks.packs import grid_of, made_up_step
 from benchmarks.padded import documents_of, padded_batches, padding_share
 from benchmarks.paired import Ratio, paired_ratio, take_turns
 from benchmarks.record import circumstances, heading, write_json
@@ -30,6 +29,7 @@ from megavl.config.error import ConfigError
 from megavl.config.run import DataConfig, RunConfig
 from megavl.data.errors import DataError
 from megavl.parallel.agree import RunError
+from megavl.rehearsal.packs import grid_of, made_up_step
 from megavl.runtime.env import Env, process_group, read_env
 from megavl.runtime.mesh import mesh_of
 from megavl.runtime.replica import build_replica

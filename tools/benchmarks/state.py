@@ -12,9 +12,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from benchmarks.packs import grid_of, made_up_step
 from benchmarks.record import circumstances, heading, write_json
-from benchmarks.storages import Storages
 from torch import Tensor
 
 from megavl.config.error import ConfigError
@@ -22,6 +20,8 @@ from megavl.config.load import load_run
 from megavl.config.rules import check
 from megavl.config.run import RunConfig
 from megavl.parallel.agree import RunError
+from megavl.rehearsal.packs import grid_of, made_up_step
+from megavl.rehearsal.storages import Storages
 from megavl.runtime.env import Env, LaunchError, process_group, read_env
 from megavl.runtime.mesh import mesh_of
 from megavl.runtime.replica import build_replica

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch.distributed as dist
 from benchmarks.clock import Spent, clock_of
-from benchmarks.packs import grid_of, made_up_step
 from benchmarks.paired import Ratio, paired_ratio, take_turns
 from benchmarks.record import circumstances, heading, write_json
 from benchmarks.skew import skew_routing
@@ -28,6 +27,7 @@ from megavl.config.tiles import Grid
 from megavl.parallel.agree import RunError, gather
 from megavl.plan.cost import step_flops
 from megavl.plan.split import split
+from megavl.rehearsal.packs import grid_of, made_up_step
 from megavl.runtime.env import Env, LaunchError, process_group, read_env
 from megavl.runtime.mesh import mesh_of
 from megavl.runtime.metrics import memory_bytes, peak
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
             found = benchmark(settings, env, args)
     except LaunchError as error:
         sys.exit(f"error: {error}")
-    except RunError as error:
+    except (ConfigError, RunError) as error:  # every rank has the same
         sys.exit(f"error: {error}" if env.rank == 0 else 1)
     if env.rank == 0:
         print("\n".join(page(found)))

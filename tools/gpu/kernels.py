@@ -5,12 +5,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
-from benchmarks.traffic import distinct_bytes, launches
 from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from megavl.rehearsal.traffic import distinct_bytes, launches
 
 # Matrix products by the name that the profiler has for them.
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm")

@@ -7,7 +7,6 @@ from datetime import timedelta
 
 import torch
 from benchmarks.one_process import load_one_process
-from benchmarks.packs import grid_of, made_up_step
 from torch import nn
 
 from megavl.batch import Kind, StepBatch
@@ -15,6 +14,7 @@ from megavl.config.model import ModelConfig
 from megavl.config.run import RunConfig
 from megavl.ops.dispatch import Ops
 from megavl.parallel.groups import Mesh
+from megavl.rehearsal.packs import grid_of, made_up_step
 from megavl.runtime.env import Env, read_env, start_process_group
 from megavl.runtime.feed import Feed
 from megavl.runtime.mesh import mesh_of

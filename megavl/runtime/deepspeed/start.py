@@ -5,13 +5,19 @@ import warnings
 
 import deepspeed
 import torch
-from deepspeed.accelerator import get_accelerator
+from deepspeed.accelerator import get_accelerator, set_accelerator
+from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from deepspeed.runtime import bf16_optimizer, compiler
 
 
 def device_type() -> str:
     """ "cuda" or "cpu": DeepSpeed's choice, which DS_ACCELERATOR overrides."""
     return torch.device(get_accelerator().device_name()).type
+
+
+def use_cpu() -> None:
+    """Make the CPU DeepSpeed's device, also where it has found a GPU."""
+    set_accelerator(CPU_Accelerator())
 
 
 def start_deepspeed(backend: str) -> None:

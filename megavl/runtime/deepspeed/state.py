@@ -11,7 +11,9 @@ from collections.abc import Iterator
 
 import deepspeed
 import torch
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
 from megavl.checkpoint.fragments import Fragment
@@ -37,6 +39,21 @@ def fragments(engine: deepspeed.DeepSpeedEngine, stages: nn.ModuleList, dp_rank:
         for name, buffer in _persistent_buffers(stage.vlm)
     ]
     return trained + buffers
+
+
+def gradients(engine: deepspeed.DeepSpeedEngine, stages: nn.ModuleList) -> list[Tensor]:
+    """Gradients of the weights as they are kept from one backward pass to the next: flat buffers, or one tensor for
+    each parameter that has had a gradient."""
+    held = [parameter.grad for parameter in stages.parameters() if parameter.grad is not None]
+    zero = engine.optimizer
+    match zero:
+        case BF16_Optimizer():
+            held += zero.fp32_groups_gradients_flat
+        case DeepSpeedZeroOptimizer_Stage3():
+            held.append(zero.grad_partitions_flat_buffer)
+        case DeepSpeedZeroOptimizer():
+            held += [each for group in zero.averaged_gradients.values() if group is not None for each in group]
+    return held
 
 
 def _persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

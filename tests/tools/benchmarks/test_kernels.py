@@ -84,8 +84,9 @@ def table(block: tuple[str, int], experts: str) -> dict[str, tuple[int, int, flo
 
 @cache
 def counted(gpu: str, triton: bool, preset: str, layer: int, experts: str = "auto") -> dict:
-    from benchmarks.gpus import GPUS, gpu_ops
     from benchmarks.kernels import block_row
+
+    from megavl.rehearsal.gpus import GPUS, gpu_ops
 
     ops = gpu_ops(GPUS[gpu], triton, [("expert_mlp", experts)])
     return block_row(PRESETS[preset], layer, TOKENS, DOCUMENTS, GPUS[gpu], ops)
@@ -123,7 +124,7 @@ def test_torch_alone_keeps_no_bar(block):
 def test_a_launch_of_a_kernel_has_the_bytes_of_its_tensors():
     """RMSNorm of [T, D] in bf16 reads x and the weight, and writes the normalised values and 4 bytes for each row. In
     its backward pass every program writes a part of the weight's gradient in fp32, and a second kernel adds them up."""
-    from benchmarks.gpus import GPUS
+    from megavl.rehearsal.gpus import GPUS
 
     rows, width, parts = TOKENS, 4096, 4 * GPUS["hopper"].multiprocessors
     (norm,) = (row for row in counted("hopper", True, "vl_7b", 0)["operators"] if row["operator"] == "rms_norm")
@@ -135,8 +136,9 @@ def test_a_launch_of_a_kernel_has_the_bytes_of_its_tensors():
 
 def test_kernels_run_again_afterwards():
     """Outside of a count, a launch is Triton's own."""
-    from benchmarks.triton_launches import noted_launches
     from triton.runtime.jit import JITFunction
+
+    from megavl.rehearsal.triton_launches import noted_launches
 
     run, noted = JITFunction.run, []
     with noted_launches(noted.append):
@@ -204,8 +206,9 @@ def without_labels(ops: Ops, gpu) -> tuple[int, int]:
 @pytest.mark.parametrize("triton", [True, False], ids=["triton", "torch"])
 def test_labels_add_no_launches(triton):
     """What a block launches in all is what it launches without labels."""
-    from benchmarks.gpus import GPUS, gpu_ops
     from benchmarks.kernels import count_block
+
+    from megavl.rehearsal.gpus import GPUS, gpu_ops
 
     gpu = GPUS["hopper"]
     ops = gpu_ops(gpu, triton)

@@ -1,12 +1,18 @@
 """Operations that launch work, and the bytes of memory that they touch, as a dispatch mode sees them."""
 
+from functools import cache
+
 from torch import Tensor
 from torch._ops import OpOverload
 
-# These allocate, return another view, or compute a dtype, and launch nothing.
-_WITHOUT_KERNEL = ("empty", "new_empty", "_unsafe_view", "detach", "alias", "lift_fresh", "promote_types")
+# These allocate, return another view, compute a dtype, or copy a number to the host, and launch nothing.
+_WITHOUT_KERNEL = (
+    *("empty", "new_empty", "_unsafe_view", "detach", "alias", "lift_fresh"),
+    *("promote_types", "_local_scalar_dense"),
+)
 
 
+@cache
 def launches(operation: OpOverload) -> bool:
     """Whether an operation launches a kernel."""
     if operation.namespace == "prim":  # such as the device of a fake tensor

@@ -1,7 +1,5 @@
 """Made-up packs: random tokens in documents of equal length, and images at the beginning of the first ones."""
 
-import sys
-
 import torch
 
 from megavl.batch import Batch, Kind, StepBatch, TilesAhead, tile_share
@@ -16,20 +14,30 @@ from megavl.runtime.vision import encoder_group
 DOCUMENTS = 4
 
 
-def made_up_pack(config: RunConfig, images: int, grid: Grid, mesh: Mesh, documents: int = DOCUMENTS) -> Batch:
-    """Random tokens in documents of equal length; the images begin the first documents, as many as each can hold."""
-    model, seq_len = config.model, config.data.seq_len
+def made_up_batch(config: RunConfig, images: int, grid: Grid, mesh: Mesh, documents: int = DOCUMENTS) -> Batch:
+    """A micro-batch of `train.micro_batch` packs, all alike, in host memory. The images begin the first documents, as
+    many as each can hold.
+
+    Args:
+        images: of each pack
+        grid: local tiles of each image
+        documents: of each pack
+
+    Raises:
+        ConfigError: a pack has fewer tokens than documents, or its documents cannot hold the images.
+    """
+    model, seq_len, packs = config.model, config.data.seq_len, config.train.micro_batch
     tiling = Tiling(model)
     placeholders = int(tiling.tokens[tiling.grids.index(grid)])
     length = seq_len // documents
     if not length:
-        sys.exit(f"error: --documents {documents} is more than the {seq_len} tokens of a pack; each needs one at least")
+        _refuse(f"{documents} documents are more than the {seq_len} tokens of a pack; each needs one at least")
     lengths = [length] * (documents - 1) + [seq_len - (documents - 1) * length]
     in_each = length // placeholders
     if images > in_each * documents:
-        sys.exit(
-            f"error: {images} images of {placeholders} tokens do not fit {documents} documents of {length}; take fewer "
-            "--images, a smaller --grid or a longer data.seq_len"
+        _refuse(
+            f"{images} images of {placeholders} tokens do not fit {documents} documents of {length}; take fewer "
+            "images, a smaller grid or a longer data.seq_len"
         )
     tokens = torch.randint(0, min(model.image_token_id, model.decoder.vocab_size), (seq_len,))
     for image in range(images):
@@ -38,17 +46,17 @@ def made_up_pack(config: RunConfig, images: int, grid: Grid, mesh: Mesh, documen
     labels = tokens.roll(-1)
     labels[labels == model.image_token_id] = IGNORE_INDEX
     labels[torch.tensor(lengths).cumsum(0) - 1] = IGNORE_INDEX
-    tiles = images * grid.tiles
+    tiles = packs * images * grid.tiles
     mine = len(tile_share(tiles, mesh.tp.rank, mesh.tp.size)) if mesh.tp.shares_images else tiles
     with_pixels = mesh.pp.rank == rank_of(0, config.parallel) and not config.parallel.towers_apart
     pixels = _made_up_tiles(config, (max(1, mine) if images else 0) if with_pixels else 0)
     return Batch.of(
         tiling,
-        tokens=tokens,
-        labels=labels,
-        lengths=lengths,
-        packs=1,
-        grids=(grid,) * images,
+        tokens=tokens.repeat(packs),  # [packs * seq_len]
+        labels=labels.repeat(packs),  # [packs * seq_len]
+        lengths=lengths * packs,
+        packs=packs,
+        grids=(grid,) * images * packs,
         pixels=pixels if with_pixels else None,
     )
 
@@ -72,26 +80,27 @@ def _made_up_ahead(config: RunConfig, mesh: Mesh, tiles: int) -> TilesAhead | No
 def made_up_step(
     config: RunConfig, mesh: Mesh, kind: Kind, images: int, grid: Grid, documents: int = DOCUMENTS
 ) -> StepBatch:
-    """A step whose micro-batches are one pack each, all alike."""
+    """A step whose micro-batches are one and the same; arguments and errors as of `made_up_batch`."""
     images = images if kind == "multimodal" else 0
     torch.manual_seed(0)
-    pack = made_up_pack(config, images, grid, mesh, documents)
-    packs = config.train.global_batch
+    batch = made_up_batch(config, images, grid, mesh, documents)
+    packs, micro_batches = config.train.global_batch, config.train.micro_batches(mesh.dp.size)
+    everywhere = mesh.dp.size * micro_batches
     return StepBatch(
         step=0,
         kind=kind,
-        micro_batches=(pack,) * (packs // mesh.dp.size),
-        supervised_tokens=packs * int((pack.labels != IGNORE_INDEX).sum()),
+        micro_batches=(batch,) * micro_batches,
+        supervised_tokens=everywhere * int((batch.labels != IGNORE_INDEX).sum()),
         tokens=packs * config.data.seq_len,
         images=packs * images,
-        tiles=packs * pack.tiles,
-        squared_tokens=packs * sum(length**2 for length in pack.lengths),
-        ahead=_made_up_ahead(config, mesh, packs // mesh.dp.size * pack.tiles),
+        tiles=everywhere * batch.tiles,
+        squared_tokens=everywhere * sum(length**2 for length in batch.lengths),
+        ahead=_made_up_ahead(config, mesh, micro_batches * batch.tiles),
     )
 
 
 def grid_of(config: RunConfig, asked: str | None) -> Grid:
-    """The grid of local tiles that the command line asks for as ROWSxCOLUMNS, or the smallest that the model has.
+    """The grid of local tiles that is asked for as ROWSxCOLUMNS, or the smallest that the model has.
 
     Raises ConfigError for one that its images cannot have.
     """
@@ -99,5 +108,9 @@ def grid_of(config: RunConfig, asked: str | None) -> Grid:
     if asked is None:
         return next(iter(grids.values()))
     if asked not in grids:
-        raise ConfigError("this benchmark", [f"--grid {asked} is none of {config.model.name}'s: {', '.join(grids)}"])
+        _refuse(f"--grid {asked} is none of {config.model.name}'s: {', '.join(grids)}")
     return grids[asked]
+
+
+def _refuse(problem: str) -> None:
+    raise ConfigError("made-up packs", [problem])

@@ -1,12 +1,14 @@
-"""Operators that a GPU without the optional libraries gets, on a machine that has no GPU."""
+"""Operators that a GPU without the optional libraries gets, and their kernels, on a machine that has no GPU."""
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from unittest import mock
 
 import torch
+from torch import Tensor
 
 from megavl.ops.dispatch import Ops, choose
 
@@ -34,6 +36,24 @@ def gpu_ops(gpu: Gpu, triton: bool, wanted: Iterable[tuple[str, str]] = ()) -> O
         mock.patch.object(torch.cuda, "get_device_name", lambda device: gpu.name),
     ):
         return choose(torch.device("cuda"), wanted)
+
+
+@contextmanager
+def gpu_kernels(gpu: Gpu, note: Callable[[Sequence[Tensor]], None]) -> Iterator[None]:
+    """While entered, Triton kernels are launched as on a GPU, and compute nothing.
+
+    Args:
+        note: called with the tensors of each launch, each once
+    """
+    if find_spec("triton") is None:
+        yield
+        return
+    # Imported here: these modules need Triton.
+    from megavl.ops.kernels import norm
+    from megavl.rehearsal.triton_launches import noted_launches
+
+    with noted_launches(note), mock.patch.object(norm, "multiprocessors", lambda device: gpu.multiprocessors):
+        yield
 
 
 @contextmanager
