@@ -61,7 +61,7 @@ class Memory:
         # With more micro-batches no more of them are in flight.
         micro_batches = min(train.micro_batches(self._dp), 4 * parallel.num_stages)
         self._moments = [set(_moments(program)) for program in programs(parallel, micro_batches)]
-        self._images = _image_bytes(config, self._dp, tiles) if parallel.towers_apart and tiles else _NO_IMAGES
+        self._images = _image_bytes(config, self._dp, tiles) if parallel.towers_apart else _NO_IMAGES
 
     def peak(self, rank: int, stages: Sequence[range]) -> PeakBytes:
         """Of a pipeline rank.
@@ -132,8 +132,13 @@ def _image_bytes(config: RunConfig, dp: int, tiles: int) -> tuple[_Images, _Imag
     encoder = parameters_of_encoder(model)
     weights = element * sum(each.size for each in encoder)
     gradients = 4 * sum(each.size for each in encoder if config.optim.lr_multiplier(each.name))
+    if not tiles:
+        return _Images(0, 0), _Images(weights, 0)
     features = model.tile_features * model.decoder.width * element
-    held, chunk = mine * 3 * model.pixel_tower.image_size**2, tile_activations(config, min(mine, parallel.vision_chunk))
+    held = mine * 3 * model.pixel_tower.image_size**2
+    # A chunk that is encoded again keeps everything meanwhile.
+    whole = config.model_copy(update={"train": config.train.model_copy(update={"recompute_towers": False})})
+    chunk = tile_activations(whole, min(mine, parallel.vision_chunk))
     if encodes_again(config):
         besides = gradients + chunk.kept + chunk.recomputed
     else:

@@ -9,6 +9,8 @@ from megavl.config.load import load_run
 from megavl.config.run import RunConfig
 from megavl.plan.cost import Count, item_parameters
 from megavl.plan.memory import state_bytes
+from megavl.plan.mix import expected_steps
+from megavl.plan.peak import Memory
 from megavl.plan.split import split
 from megavl.rehearsal.execute import Rehearsal, execute
 from megavl.rehearsal.gpus import GPUS
@@ -103,6 +105,9 @@ def test_a_rank_of_a_full_size_run(pool):
         assert peak.bytes["weights"] == pytest.approx(expected.weights, rel=1e-4)  # spacers and anchors
         assert peak.bytes["gradients"] == pytest.approx(expected.gradients, rel=1e-4)
         assert peak.bytes["masters"] + peak.bytes["moments"] == pytest.approx(expected.optimizer, rel=1e-4)
+    for step, most in zip(expected_steps(config), done.peaks[1::2], strict=True):
+        planned = Memory(config, 512, step).peak(3, split(config, 512)).total
+        assert planned == pytest.approx(most.total, rel=0.05)  # measured 1.5 %
     for step in done.steps:
         sent = step.passes.messages["pipeline", "send"]
         assert (sent.count, sent.bytes) == (2 * 72, 2 * 72 * 2048 * 4096 * 2)  # [T / tp, D] in bf16, both ways
