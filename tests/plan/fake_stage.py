@@ -7,9 +7,6 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from benchmarks.gpus import GPUS, gpu_ops
-from benchmarks.storages import Storages
-from benchmarks.triton_launches import noted_launches
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -25,6 +22,9 @@ from megavl.parallel.experts import Dispatch, _Transfer
 from megavl.parallel.groups import Axis, ExpertAxis, Mesh, TensorAxis
 from megavl.parallel.topology import Topology
 from megavl.plan.message import Message
+from megavl.rehearsal.gpus import GPUS, gpu_ops
+from megavl.rehearsal.storages import Storages
+from megavl.rehearsal.triton_launches import noted_launches
 from megavl.runtime.deepspeed.alignment import spaced
 from megavl.runtime.optim import groups_of, parameter_groups
 from megavl.runtime.stage import Stage, build_stages
@@ -164,7 +164,7 @@ def messages(config: RunConfig, batch: Batch, index: int = 0) -> tuple[list[Mess
     """Collectives of a micro-batch on stage `index`, of the forward and of the backward pass."""
     with fake_mesh(config, index) as mesh, fake_gpu(config) as mode:
         stage = fake_stage(config, mesh)
-        fake_batch, h = batch._map(mode.from_tensor), None if stage.vlm.stem is not None else hidden(config)
+        fake_batch, h = batch.map_tensors(mode.from_tensor), None if stage.vlm.stem is not None else hidden(config)
         with Collectives(mesh) as collectives:
             out = stage(h, fake_batch)
             forward = list(collectives.messages)
@@ -177,7 +177,7 @@ def held(config: RunConfig, batch: Batch, index: int = 0) -> tuple[int, int, int
     input not, and the most that are in use in the backward pass."""
     with fake_mesh(config, index) as mesh, fake_gpu(config) as mode:
         stage = fake_stage(config, mesh)
-        fake_batch = batch._map(mode.from_tensor)
+        fake_batch = batch.map_tensors(mode.from_tensor)
         h = None if stage.vlm.stem is not None else hidden(config)
         for parameter in stage.parameters():  # as in the engine, which adds each gradient to its fp32 buffer at once
             if parameter.requires_grad:

@@ -43,7 +43,7 @@ def test_7b_on_512_ranks():
 
 def test_bubbles_beside_equal_numbers_of_items():
     """The head is as long as two blocks in a text step, and the towers are in a multimodal one."""
-    text = describe(load_run(ROOT / "launch/recipes/vl_7b_stage2.yaml"), 512)
+    text = describe(load_run(ROOT / "launch/recipes/vl_7b_stage2.yaml", ["parallel.vision=replicated"]), 512)
     assert "Bubble of 1f1b with 72 micro-batches; it is 8.9% if all stages take equally long." in text
     (chosen, equal, *_) = rows(text, "step  of the steps")
     assert chosen[:3] == ["text", "70%", "as above"] and equal[2] == "equal numbers of items"
@@ -89,7 +89,8 @@ def test_vl2_small_on_48_ranks():
 
 
 def test_memory_of_a_device():
-    overrides = ["parallel.device=a100-40g", "parallel.pipeline=2", "parallel.tensor=1", "parallel.sequence=false"]
+    sizes = ["parallel.pipeline=2", "parallel.tensor=1", "parallel.sequence=false", "parallel.vision=replicated"]
+    overrides = ["parallel.device=a100-40g", *sizes]
     recipe = ROOT / "launch/recipes/vl_7b_stage2.yaml"
     text = describe(load_run(recipe, [*overrides, "train.recompute=block"]), 512)
     assert "Of a100-40g, 35.5 GiB are for the run." in text

@@ -1,4 +1,4 @@
-"""The memory that the plan predicts is what the program of the rank needs, on fake tensors and with a GPU's operators."""
+"""The memory that the plan predicts is what a rank's program needs, on fake tensors and with a GPU's operators."""
 
 import pytest
 import torch.distributed as dist

@@ -252,7 +252,7 @@ def test_parts_of_a_step_are_its_calls(tools):
 
     replica = SimpleNamespace(
         pipeline=SimpleNamespace(train=lambda batch: passed.append(batch)),
-        engine=SimpleNamespace(step=lambda: passed.append("update")),
+        engine=SimpleNamespace(step=lambda: passed.append("update"), device=torch.device("cpu")),
         config=SimpleNamespace(optim=SimpleNamespace(lr=0.5)),
     )
     replica.step = lambda batch, lr: (replica.pipeline.train(batch), replica.engine.step(), passed.append(lr))
@@ -266,6 +266,29 @@ def test_parts_of_a_step_are_its_calls(tools):
     assert both.engine_step.wall_s == (2**4 - 2**3 + 2**11 - 2**10) / 2
     replica.pipeline.train("another")
     assert next(now) == 14  # the methods are no longer timed
+
+
+def test_a_rank_is_busy_while_it_does_not_wait_for_messages(tools, monkeypatch):
+    """The second rank waits for 2 of its 6 seconds, and is done 2 seconds before the first."""
+    from benchmarks.clock import Spent
+    from benchmarks.step_time import StepTime, busy_share, timed_step
+
+    from megavl.runtime.exchange import Exchange
+
+    def took(passes_s: float, messages_s: float) -> StepTime:
+        return StepTime(Spent(9.0), Spent(passes_s), Spent(messages_s), Spent(), Spent())
+
+    assert busy_share([took(8.0, 0.0), took(6.0, 2.0)]) == 1 - 4 / 16
+    clock = [0.0]
+    monkeypatch.setattr(Exchange, "take", lambda exchange, consumer: clock.__setitem__(0, clock[0] + 3))
+    replica = SimpleNamespace(
+        pipeline=SimpleNamespace(train=lambda batch: [Exchange.take(None, None) for _ in range(2)]),
+        engine=SimpleNamespace(step=lambda: None, device=torch.device("cpu")),
+        config=SimpleNamespace(optim=SimpleNamespace(lr=0.5)),
+        step=lambda batch, lr: replica.pipeline.train(batch),
+    )
+    time = timed_step(replica, "pack", lambda: Spent(clock[0]), lambda: None)
+    assert time.messages.wall_s == time.forward_backward.wall_s == 6
 
 
 def test_ratios_are_those_of_each_round(tools):
@@ -283,7 +306,7 @@ def test_ratios_are_those_of_each_round(tools):
     assert paired_ratio([1.0], [0.0]) is None
 
     def times(*seconds: float) -> list[StepTime]:
-        return [StepTime(Spent(each, 2 * each), Spent(), Spent(), Spent()) for each in seconds]
+        return [StepTime(Spent(each, 2 * each), Spent(), Spent(), Spent(), Spent()) for each in seconds]
 
     batches = {"A": SimpleNamespace(tokens=100), "B": SimpleNamespace(tokens=50)}
     found = speed_ratios(batches, {"A": times(1.0, 3.0), "B": times(0.25, 1.5)}, "B", "A")

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch.distributed as dist
 from benchmarks.clock import clock_of
-from benchmarks.packs import grid_of, made_up_step
 from benchmarks.paired import Ratio, paired_ratio, take_turns
 from benchmarks.record import circumstances, heading, write_json
 from benchmarks.step_time import StepTime, busy_share, timed_step
@@ -36,6 +35,7 @@ from megavl.parallel.agree import gather
 from megavl.plan.mix import expected_steps
 from megavl.plan.schedule import stages_of
 from megavl.plan.split import ExpectedWork, expected_work, split, step_timeline
+from megavl.rehearsal.packs import grid_of, made_up_step
 from megavl.runtime.env import Env, LaunchError, process_group, read_env
 from megavl.runtime.mesh import mesh_of
 from megavl.runtime.replica import Replica, build_replica
