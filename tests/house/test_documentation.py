@@ -83,8 +83,8 @@ def test_links_lead_somewhere(page):
 
 def quoted_dry_runs(text: str) -> list[tuple[str, str]]:
     """Commands of dry runs in the code blocks of a page, each with the output that the page quotes."""
-    blocks = "\n".join(re.findall(r"^```\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
-    sessions = re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", blocks, re.MULTILINE)
+    blocks = re.findall(r"^```\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    sessions = [each for block in blocks for each in re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", block, re.MULTILINE)]
     return [(command, output) for command, output in sessions if "--dry-run" in command]
 
 
