@@ -87,7 +87,7 @@ class Counting(TorchDispatchMode):
         if group.size() == 1:
             return
         name = operation._schema.name.partition("::")[2]
-        name = _OPERATIONS.get(name, name)
+        name = _OPERATIONS.get(name, name.strip("_"))
         sides = [[leaf for leaf in tree_leaves(arg) if isinstance(leaf, Tensor)] for arg in args]
         self._message(name, sum(sides, []))
         size = max(sum(map(distinct_bytes, side)) for side in sides)

@@ -189,6 +189,8 @@ def label_state(memory: Memory, replica: Replica) -> None:
     for kind in ("exp_avg", "exp_avg_sq", "master", "param"):
         memory.label((each.values for each in held if each.kind == kind), _KINDS[kind])
     memory.label(replica.stages.parameters(), "weights")  # anchors and spacers
+    if replica.pipeline.ahead is not None:
+        memory.label(replica.pipeline.ahead.weights, "weights")
     memory.label_rest("workspace")
 
 

@@ -14,7 +14,7 @@ changed. A text step does none of this.
 Source: DeepSeek-VL2 section 4.2 balances tiles over data-parallel ranks.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -96,6 +96,11 @@ class AheadEncoder:
             parameter.register_post_accumulate_grad_hook(partial(self._accumulate, index))
         self._sums: Flat | None = None  # of the gradients, fp32, while chunks run backward
         self._step: _Step | None = None
+
+    @property
+    def weights(self) -> Iterator[nn.Parameter]:
+        """The parameters that it encodes with; where the engine's serve, these."""
+        return self._encoder.parameters()
 
     def weights_moved(self) -> None:
         """The optimizer has updated the trainable weights."""

@@ -21,6 +21,7 @@ from tests.runtime.cases import MODEL, VL2, run_config
 KINDS = ["text", "multimodal"]
 BF16, FP32 = ({"precision": precision, "global_batch": 4} for precision in ("bf16", "fp32"))
 RECOMPUTED = {"recompute": "block", "recompute_towers": True}
+LONG = ("tp 2, tiles sharded", "ZeRO-1, recomputed, fp32")
 COPIED = ("reduce-scatter", "all-gather")
 SHALLOW = changed(MODEL, decoder={"layers": 4})
 # name: (ranks, configuration)
@@ -34,7 +35,11 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module", params=CASES)
+def _param(name: str):
+    return pytest.param(name, marks=pytest.mark.long if name in LONG else ())
+
+
+@pytest.fixture(scope="module", params=map(_param, CASES))
 def ranks(request, pool) -> list[tuple[Observed, Observed]]:
     """The first and the last rank, each in a real process and on fake tensors."""
     world, changes = CASES[request.param]
@@ -58,11 +63,11 @@ def test_the_same_messages_are_sent(ranks):
 
 
 def test_the_same_kernels_are_launched(ranks):
-    """Where gloo copies a message, a process has up to two operations more for it."""
+    """Where gloo copies a message, a process has up to three operations more for it."""
     for process, rehearsed in ranks:
         for theirs, ours in zip(sum(process.steps, ()), sum(rehearsed.steps, ()), strict=True):
             copied = sum(each.count for (_, name), each in ours.messages.items() if name in COPIED)
-            assert 0 <= theirs.kernels - ours.kernels <= 2 * copied
+            assert 0 <= theirs.kernels - ours.kernels <= 3 * copied
             if not copied:
                 assert ours.bytes == theirs.bytes
 
