@@ -2,6 +2,7 @@
 
 import gc
 import threading
+from collections import Counter
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from unittest import mock
@@ -36,12 +37,14 @@ class Observed:
     """What a rank did.
 
     steps:     counts of the passes and of the update of each step
+    copies:    how many of the kernels of each of these are copies
     peaks:     of all phases
     reads:     every number that was read on the host, in order
     allocated: of a real process, the most bytes in each phase by torch's own record of its CPU allocator
     """
 
     steps: list[tuple[Counts, Counts]] = field(default_factory=list)
+    copies: list[int] = field(default_factory=list)
     peaks: list[Peak] = field(default_factory=list)
     reads: list[float | int | bool] = field(default_factory=list)
     allocated: list[int] = field(default_factory=list)
@@ -82,6 +85,19 @@ class _Counting(_OfThisThread, Counting):
     pass
 
 
+@contextmanager
+def _copies_counted():
+    """Yields the number of copies by the identity of the `Counts` that they are in."""
+    found, dispatch = Counter(), Counting.__torch_dispatch__
+
+    def counting(mode, operation, types, args=(), kwargs=None):
+        found[id(mode.counts)] += operation is torch.ops.aten.copy_.default
+        return dispatch(mode, operation, types, args, kwargs)
+
+    with mock.patch.object(Counting, "__torch_dispatch__", counting):
+        yield found
+
+
 def _tolist(tensor: Tensor) -> list:
     """One read for each number, as of a fake tensor; torch reads real ones all at once."""
     return [each.item() if each.dim() == 0 else _tolist(each) for each in tensor]
@@ -116,7 +132,10 @@ def real(config: RunConfig, kinds: list[Kind]) -> Observed:
             for mode in (memory, counting, Reads(done.reads)):
                 stack.enter_context(mode)
             stack.enter_context(mock.patch.object(Tensor, "tolist", _tolist))
+            found = stack.enter_context(_copies_counted())
             yield
+        if name != "build":
+            done.copies.append(found[id(counting.counts)])
 
     with phase("build"):
         replica = Replica(config, mesh, choose(CPU), build_stages(config, mesh, choose(CPU), CPU, zero_buffers))
@@ -145,9 +164,11 @@ def fake(config: RunConfig, kinds: list[Kind], world: int, rank: int, reads: lis
     """`rank` of `world` on fake tensors, which reads the numbers `reads`."""
     dist.destroy_process_group()  # that of the pool
     remaining = iter(reads)
-    with fake_process_group(Env(rank, 0, world)):
+    with fake_process_group(Env(rank, 0, world)), _copies_counted() as found:
         mesh = mesh_of(config, world, CPU)
         recorder = Recorder(GPUS["hopper"], Answers(lambda tensor: next(remaining)))
         replica = recorder.build(config, mesh, choose(CPU))
         steps: list[Step] = [recorder.step(replica, made_up(config, mesh, kind)) for kind in kinds]
-    return Observed([(step.passes, step.update) for step in steps], recorder.memory.peaks(), list(remaining))
+    counted = [(step.passes, step.update) for step in steps]
+    copies = [found[id(counts)] for counts in sum(counted, ())]
+    return Observed(counted, copies, recorder.memory.peaks(), list(remaining))

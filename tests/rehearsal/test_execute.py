@@ -63,13 +63,18 @@ def test_the_same_messages_are_sent(ranks):
 
 
 def test_the_same_kernels_are_launched(ranks):
-    """Where gloo copies a message, a process has up to three operations more for it."""
+    """All but copies are equal. A process may have more copies than fake tensors have, and how many differs from run to
+    run: in backward passes they have the shapes of gradients that were just reduced over gloo."""
     for process, rehearsed in ranks:
-        for theirs, ours in zip(sum(process.steps, ()), sum(rehearsed.steps, ()), strict=True):
-            copied = sum(each.count for (_, name), each in ours.messages.items() if name in COPIED)
-            assert 0 <= theirs.kernels - ours.kernels <= 3 * copied
-            if not copied:
+        for theirs, their_copies, ours, our_copies in zip(
+            sum(process.steps, ()), process.copies, sum(rehearsed.steps, ()), rehearsed.copies, strict=True
+        ):
+            assert ours.kernels - our_copies == theirs.kernels - their_copies
+            assert our_copies <= their_copies
+            if our_copies == their_copies:
                 assert ours.bytes == theirs.bytes
+            else:
+                assert ours.messages
 
 
 def test_the_same_memory_is_in_use(ranks):
@@ -87,7 +92,7 @@ def test_the_allocator_of_a_process_agrees(ranks):
     for process, rehearsed in ranks:
         messages = [{}, *(counts.messages for step in rehearsed.steps for counts in step)]
         for allocated, ours, sent in zip(process.allocated, rehearsed.peaks, messages, strict=True):
-            # gloo allocates copies for these.
+            # Not compared: the process allocates more there, which is outside of what the rank itself does.
             if not {name for _, name in sent} & {*COPIED, "all-to-all"}:
                 total = ours.total - ours.bytes["inputs"]
                 assert total == pytest.approx(allocated, rel=0.05)
@@ -100,7 +105,7 @@ def _rehearse(config: RunConfig, world: int, rank: int) -> Rehearsal:
 
 @pytest.mark.long
 def test_a_rank_of_a_full_size_run(pool):
-    """Rank 192 of 512 of DeepSeek-VL-7B: 144 micro-batches in 26 s of one core."""
+    """Rank 192 of 512 of DeepSeek-VL-7B: 144 micro-batches, 26 to 41 s of processor time."""
     config = load_run("launch/recipes/vl_7b_stage2.yaml", [])
     [done] = pool.run(1, _rehearse, config, 512, 192)
     stage = split(config, 512)[3]
