@@ -1,8 +1,8 @@
 """Pipelines of more ranks than the machine has cores: passes sleep for as long as the plan of a recipe says they take.
 
-Schedule, stages, messages, encoding of images apart from the stages and the engine are those of a run. The model is
-small, with as many blocks as the recipe's, so that its own computation hardly counts beside the sleep. The tensor axis
-is only in the durations.
+Schedule, messages, encoding of images apart from the stages and the engine are those of a run. A stage is one item of a
+small model, whose own computation hardly counts beside the sleep: it sleeps for all items that the recipe's stage has.
+The tensor axis is only in the durations.
 """
 
 import argparse
@@ -57,8 +57,8 @@ class Setting:
     """A recipe cut in one way.
 
     planned: the recipe itself
-    small:   what runs, cut alike
-    stages:  items of the model list on each
+    small:   what runs
+    stages:  items of the model list on each stage, as planned
     """
 
     name: str
@@ -96,16 +96,17 @@ def _settings(args: argparse.Namespace, ranks: int) -> Iterator[Setting]:
             continue
         if vision == "sharded" and parallel.tensor == 1:
             continue
-        cut = split(planned, parallel.model)
-        yield Setting(name, planned, _small(planned, cut), cut)
+        yield Setting(name, planned, _small(planned), split(planned, parallel.model))
 
 
-def _small(planned: RunConfig, stages: tuple[range, ...]) -> RunConfig:
-    """A small model of the same family and number of blocks, cut into the same stages, on one tensor rank."""
-    model = PRESETS["vl_debug" if planned.model.tiling is None else "vl2_debug"]
-    decoder = model.decoder.model_copy(update={"layers": planned.model.decoder.layers})
+def _small(planned: RunConfig) -> RunConfig:
+    """A small model of the same family with as many items as stages (at least three), on one tensor rank."""
+    model, count = PRESETS["vl_debug" if planned.model.tiling is None else "vl2_debug"], planned.parallel.num_stages
+    layers = max(1, count - 2)
+    decoder = model.decoder.model_copy(update={"layers": layers})
     vision = "pipelined" if planned.parallel.vision == "pipelined" else "replicated"
-    sizes = {"tensor": 1, "sequence": False, "zero": 1, "vision": vision, "stages": tuple(map(len, stages))}
+    stages = (*[1] * (count - 1), layers + 3 - count)
+    sizes = {"tensor": 1, "sequence": False, "zero": 1, "vision": vision, "stages": stages}
     return planned.model_copy(
         update={
             "model": model.model_copy(update={"decoder": decoder}),
