@@ -162,6 +162,8 @@ def overlap_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--steps", type=at_least(1), default=5, help="timed steps of each kind (default 5)")
     parser.add_argument("--warmup", type=at_least(0), default=2, help="steps of each kind before them (default 2)")
+    parser.add_argument("--json", type=file_to_write, metavar="FILE", help="also write the result as one JSON object")
+    return parser
 
 
 def split_parser() -> argparse.ArgumentParser:
