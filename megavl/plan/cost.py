@@ -28,11 +28,17 @@ class StepFlops:
 
 @dataclass(frozen=True)
 class Count:
-    """Parameters in elements. `experts` are those of routed experts among the trainable ones."""
+    """Parameters in elements. Counts add up field by field.
 
-    trainable: int
-    frozen: int
-    experts: int
+    experts: those of routed experts among the trainable ones
+    """
+
+    trainable: int = 0
+    frozen: int = 0
+    experts: int = 0
+
+    def __add__(self, other: "Count") -> "Count":
+        return Count(self.trainable + other.trainable, self.frozen + other.frozen, self.experts + other.experts)
 
     @property
     def total(self) -> int:

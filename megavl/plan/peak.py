@@ -85,10 +85,10 @@ class Memory:
             ),
             key=sum,
         )
-        of_rank = _add([self._parameters[item] for of_stage in held.values() for item in of_stage])
+        parameters = sum((self._parameters[item] for of_stage in held.values() for item in of_stage), start=Count())
         images = self._images[0 if rank == 0 else 1]
         return PeakBytes(
-            state=state_bytes(self._config, of_rank, self._dp),
+            state=state_bytes(self._config, parameters, self._dp),
             activations=activations,
             workspace=needed,
             messages=0 if self._config.parallel.pipeline == 1 else 2 * len(held) * hidden,
@@ -147,7 +147,3 @@ def _image_bytes(config: RunConfig, dp: int, tiles: int) -> tuple[_Images, _Imag
         besides = gradients + chunk.recomputed
     # On pipeline rank 0 the features of the step and their gradients, elsewhere a copy of the encoder's weights.
     return _Images(held + 2 * of_step * features, besides), _Images(held + weights, besides)
-
-
-def _add(counts: Sequence[Count]) -> Count:
-    return Count(*(sum(getattr(count, part) for count in counts) for part in ("trainable", "frozen", "experts")))

@@ -1,6 +1,6 @@
 """What a run would look like, without a device: for `launch/pretrain.py --dry-run`."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from megavl.config.run import RunConfig
 from megavl.config.stages import split_layers
@@ -36,7 +36,7 @@ def _run(config: RunConfig, world: int) -> str:
     dp, tokens = world // parallel.model, train.global_batch * seq_len
     micro_batches = train.micro_batches(dp)
     uncut = config.model_copy(update={"parallel": parallel.model_copy(update={"tensor": 1, "expert": 1})})
-    parameters = _add(item_parameters(uncut))
+    parameters = sum(item_parameters(uncut), start=Count())
     counts = f"parameters: {parameters.total:,} = {parameters.trainable:,} trainable + {parameters.frozen:,} frozen"
     experts = ""
     if config.model.decoder.moe is not None:
@@ -65,7 +65,7 @@ def _stages(config: RunConfig, world: int) -> str:
     items, (text, multimodal) = item_parameters(config), expected_work(config)
     rows = [("stage", "pp rank", "items", "trainable", "frozen", "text step", "multimodal step")]
     for stage, held in enumerate(stages):
-        parameters = _add(items[item] for item in held)
+        parameters = sum((items[item] for item in held), start=Count())
         rows.append(
             (
                 str(stage),
@@ -190,11 +190,6 @@ def _work(config: RunConfig) -> str:
         parts = ("forward", "input_grad", "weight_grad", "model", "overhead")
         rows.append((step.name, *(f"{sum(getattr(item, part) for item in work):.3e}" for part in parts)))
     return table(rows)
-
-
-def _add(counts: Iterable[Count]) -> Count:
-    counts = tuple(counts)
-    return Count(*(sum(getattr(count, part) for count in counts) for part in ("trainable", "frozen", "experts")))
 
 
 def items_of(held: range, layers: int) -> str:

@@ -96,9 +96,7 @@ def rank_traffic(config: RunConfig, world: int, step: ExpectedStep) -> tuple[dic
             sent.update(_sent(items[item].messages, micro_batches))
         for stage in stages_of(rank, parallel):
             sent.update(_sent(border_messages(config, stage, tokens), micro_batches))
-        of_rank = Count(
-            *(sum(getattr(parameters[item], part) for item in held) for part in ("trainable", "frozen", "experts"))
-        )
+        of_rank = sum((parameters[item] for item in held), start=Count())
         sent.update(_sent(data_messages(config, of_rank, dp, micro_batches)))
         if parallel.towers_apart and tiles:
             sent["images"] = _image_bytes(config, rank, micro_batches * tiles)
