@@ -2,7 +2,7 @@
 
 import re
 
-from megavl.config.parameters import parameters
+from megavl.config.parameters import parameters_of_encoder
 from megavl.config.run import RunConfig
 
 # What lies in a block of a tower, or before one.
@@ -18,7 +18,7 @@ def encodes_again(config: RunConfig) -> bool:
         and config.parallel.towers_apart
         and any(
             config.optim.lr_multiplier(parameter.name) > 0
-            for parameter in parameters(config.model)
+            for parameter in parameters_of_encoder(config.model)
             if _UP_TO_BLOCKS.match(parameter.name)
         )
     )

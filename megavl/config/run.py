@@ -236,6 +236,11 @@ class TrainConfig(Section):
         600.0, le=_MONTH_S, description="seconds that a collective of the training may take before the run aborts"
     )
 
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of an element of a weight or an activation."""
+        return 2 if self.precision == "bf16" else 4
+
     def micro_batches(self, dp: int) -> int:
         """Micro-batches of a step on each of `dp` data-parallel ranks."""
         return self.global_batch // (dp * self.micro_batch)

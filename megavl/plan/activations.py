@@ -79,7 +79,7 @@ def hidden_bytes(config: RunConfig, tokens: int) -> int:
     """Hidden states between two items on one rank, which is also a message of the pipeline."""
     parallel = config.parallel
     rows = tokens // parallel.tensor if parallel.sequence else tokens
-    return rows * config.model.decoder.width * (2 if config.train.precision == "bf16" else 4)
+    return rows * config.model.decoder.width * config.train.element_bytes
 
 
 def layout_bytes(config: RunConfig, tokens: int) -> int:

@@ -126,7 +126,7 @@ _NO_IMAGES = _Images(0, 0), _Images(0, 0)
 
 def _image_bytes(config: RunConfig, dp: int, tiles: int) -> tuple[_Images, _Images]:
     """Of micro-batches of so many tiles, those of a step shared evenly: on pipeline rank 0, and on the others."""
-    parallel, model, element = config.parallel, config.model, 2 if config.train.precision == "bf16" else 4
+    parallel, model, element = config.parallel, config.model, config.train.element_bytes
     of_step = config.train.micro_batches(dp) * tiles
     mine = ceil(of_step / parallel.model)
     encoder = parameters_of_encoder(model)

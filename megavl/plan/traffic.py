@@ -57,7 +57,7 @@ def data_messages(config: RunConfig, parameters: Count, dp: int, micro_batches: 
     forward and each backward pass instead of after the update. Routed experts have dp / `parallel.expert` replicas.
     DeepSpeed's own padding, and its choice of algorithms under ZeRO-2 and 3 and in fp32, are not counted.
     """
-    zero, element = config.zero_stage(dp), 2 if config.train.precision == "bf16" else 4
+    zero, element = config.zero_stage(dp), config.train.element_bytes
     experts = parameters.experts if config.parallel.expert > 1 else 0
     messages: list[Message] = []
     for trained, held, ranks in (
@@ -111,7 +111,7 @@ def _image_bytes(config: RunConfig, rank: int, tiles: int) -> float:
     weights are broadcast over the pipeline once a step, and their fp32 gradients reduced: chains, in which a rank sends
     once.
     """
-    parallel, element = config.parallel, 2 if config.train.precision == "bf16" else 4
+    parallel, element = config.parallel, config.train.element_bytes
     features = tiles * config.model.tile_features * config.model.decoder.width * element
     trained = sum(each.size for each in parameters_of_encoder(config.model) if config.optim.lr_multiplier(each.name))
     copies = parallel.tensor - (rank == 0)  # a rank keeps its own

@@ -4,11 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from megavl.config.model import SamConfig, SiglipConfig
-from megavl.config.parameters import parameters
+from megavl.config.parameters import parameters_of_encoder
 from megavl.plan.operators import FP32_BYTES, INDEX_BYTES, Recorder
 from megavl.plan.tape import Activation, Storage
-
-_ENCODER = ("stem.siglip.", "stem.sam.", "stem.adaptor.")
 
 
 @dataclass
@@ -72,8 +70,7 @@ class StemRecorder(Recorder):
         return features
 
     def _trained_weights(self) -> list[int]:
-        found = parameters(self.config.model)
-        return self.weights(*((each.name, each.size) for each in found if each.name.startswith(_ENCODER)))
+        return self.weights(*((each.name, each.size) for each in parameters_of_encoder(self.config.model)))
 
     def _adapt(self) -> Activation:
         """Towers and adaptor: [tiles, tile_features, D]."""
