@@ -19,8 +19,8 @@ from megavl.config.files import check_files, missing_data
 from megavl.config.load import load_run
 from megavl.config.rules import check
 from megavl.config.run import Device, RunConfig
+from megavl.plan.fit import check_memory
 from megavl.plan.report import describe
-from megavl.plan.split import check_memory
 from megavl.rehearsal.rules import check_rank
 
 # Rank 0 may still be importing when another rank has found that the recipe cannot be run.

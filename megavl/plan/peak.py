@@ -43,12 +43,15 @@ class PeakBytes:
         return self.state.total + self.images + max(passes, self.encoding)
 
 
-class Memory:
-    """Memory of the ranks in an expected step, as a function of the stages."""
+class StepMemory:
+    """Memory of the ranks in an expected step, as a function of the stages.
+
+    ranks: of the pipeline
+    """
 
     def __init__(self, config: RunConfig, world: int, step: ExpectedStep):
         parallel, train = config.parallel, config.train
-        self._config, self._dp = config, world // parallel.model
+        self._config, self._dp, self.ranks = config, world // parallel.model, parallel.pipeline
         counts = step.counts(train.micro_batch, train.global_batch)
         self._tokens, tiles = counts["tokens"], counts["tiles"]
         self._items = item_activations(
@@ -95,6 +98,12 @@ class Memory:
             images=images.held,
             encoding=images.besides,
         )
+
+
+def rank_peaks(memories: Sequence[StepMemory], stages: Sequence[range]) -> list[PeakBytes]:
+    """Of each pipeline rank the highest peak over the steps of `memories`, which are those of one run."""
+    ranks = range(memories[0].ranks)
+    return [max((memory.peak(rank, stages) for memory in memories), key=lambda peak: peak.total) for rank in ranks]
 
 
 # A pass that runs, (kind, stage), and the micro-batches that each stage holds, (stage, number), meanwhile.

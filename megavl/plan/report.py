@@ -1,17 +1,17 @@
 """What a run would look like, without a device: for `launch/pretrain.py --dry-run`."""
 
-from collections.abc import Sequence
-
 from megavl.config.run import RunConfig
 from megavl.config.stages import split_layers
 from megavl.plan.cost import Count, active_parameters, item_parameters, item_work
+from megavl.plan.expected_work import expected_work, step_timeline
+from megavl.plan.fit import memory_problem
 from megavl.plan.hardware import usable_bytes
 from megavl.plan.mix import expected_steps
-from megavl.plan.peak import Memory, PeakBytes
+from megavl.plan.peak import StepMemory, rank_peaks
 from megavl.plan.schedule import rank_of
-from megavl.plan.split import expected_work, memory_problem, split, step_timeline
+from megavl.plan.split import split_model
 from megavl.plan.table import table
-from megavl.plan.timeline import simulate
+from megavl.plan.timeline import equal_stages_bubble
 from megavl.plan.traffic import rank_traffic
 
 # A rank with so many times the mean work of all is worth a remark.
@@ -61,7 +61,7 @@ def _run(config: RunConfig, world: int) -> str:
 
 
 def _stages(config: RunConfig, world: int) -> str:
-    parallel, stages = config.parallel, split(config, world)
+    parallel, stages = config.parallel, split_model(config, world)
     items, (text, multimodal) = item_parameters(config), expected_work(config)
     rows = [("stage", "pp rank", "items", "trainable", "frozen", "text step", "multimodal step")]
     for stage, held in enumerate(stages):
@@ -94,7 +94,7 @@ def _stages(config: RunConfig, world: int) -> str:
 def _pipeline(config: RunConfig, world: int) -> str:
     """How full the schedule keeps the ranks, simulated without time for messages."""
     parallel, micro_batches = config.parallel, config.train.micro_batches(world // config.parallel.model)
-    splits = {"as above": split(config, world)}
+    splits = {"as above": split_model(config, world)}
     if parallel.stages is not None and config.model.layers % parallel.num_stages == 0:
         equal = parallel.model_copy(update={"stages": None})
         splits["equal numbers of items"] = split_layers(config.model.layers, equal)
@@ -106,10 +106,9 @@ def _pipeline(config: RunConfig, world: int) -> str:
             rows.append((step.name, f"{step.share:.0%}", name, f"{timeline.bubble:.1%}", f"{busiest:.2f}"))
             if name == "as above" and step.share and busiest > _UNEVEN:
                 remarks.append(_remark(config, step.name, timeline.busy))
-    ideal = simulate(parallel, micro_batches, lambda each: 1 if each.kind == "forward" else 2).bubble
     caption = (
-        f"Bubble of {parallel.schedule} with {micro_batches} micro-batches; it is {ideal:.1%} if all stages take "
-        "equally long."
+        f"Bubble of {parallel.schedule} with {micro_batches} micro-batches; it is "
+        f"{equal_stages_bubble(parallel, micro_batches):.1%} if all stages take equally long."
     )
     return "\n".join((caption, table(rows), *remarks))
 
@@ -130,8 +129,11 @@ def _remark(config: RunConfig, step: str, busy: tuple[float, ...]) -> str:
 
 def _memory(config: RunConfig, world: int) -> str:
     """Peak of each rank as the run is configured, and under every kind of recomputation of the decoder."""
-    parallel, dp, stages = config.parallel, world // config.parallel.model, split(config, world)
-    peaks = {mode: _peaks(config, world, stages, mode) for mode in RECOMPUTE}
+    parallel, dp, stages = config.parallel, world // config.parallel.model, split_model(config, world)
+    peaks = {}
+    for mode in RECOMPUTE:
+        changed = config.model_copy(update={"train": config.train.model_copy(update={"recompute": mode})})
+        peaks[mode] = rank_peaks([StepMemory(changed, world, step) for step in expected_steps(changed)], stages)
     device = parallel.device
     fits = ("fits",) if device else ()
     rows = [
@@ -154,14 +156,6 @@ def _memory(config: RunConfig, world: int) -> str:
     if device:
         caption += f" Of {device}, {usable_bytes(device) / 2**30:.1f} GiB are for the run."
     return "\n".join(filter(None, (caption, table(rows), memory_problem(config, world))))
-
-
-def _peaks(config: RunConfig, world: int, stages: Sequence[range], recompute: str) -> list[PeakBytes]:
-    """Of each pipeline rank, the higher one of a text and a multimodal step."""
-    train = config.train.model_copy(update={"recompute": recompute})
-    memories = [Memory(config.model_copy(update={"train": train}), world, step) for step in expected_steps(config)]
-    ranks = range(config.parallel.pipeline)
-    return [max((memory.peak(rank, stages) for memory in memories), key=lambda peak: peak.total) for rank in ranks]
 
 
 def _traffic(config: RunConfig, world: int) -> str:

@@ -16,7 +16,7 @@ from megavl.plan.forward import operations
 from megavl.plan.message import Message
 from megavl.plan.mix import ExpectedStep
 from megavl.plan.schedule import rank_of, stages_of
-from megavl.plan.split import split
+from megavl.plan.split import split_model
 from megavl.plan.tape import sent_backward, sent_forward
 
 
@@ -87,7 +87,7 @@ def rank_traffic(config: RunConfig, world: int, step: ExpectedStep) -> tuple[dic
         supervised_tokens=counts["supervised_tokens"],
         tiles=0 if parallel.towers_apart else tiles,
     )
-    parameters, stages, micro_batches = item_parameters(config), split(config, world), train.micro_batches(dp)
+    parameters, stages, micro_batches = item_parameters(config), split_model(config, world), train.micro_batches(dp)
     found = []
     for rank in range(parallel.pipeline):
         sent: Counter[str] = Counter()

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from megavl.config.run import RunConfig
 from megavl.plan.report import items_of
 from megavl.plan.schedule import stages_of
-from megavl.plan.split import split
+from megavl.plan.split import split_model
 from megavl.plan.table import table
 from megavl.rehearsal.counts import Counts, Traffic
 from megavl.rehearsal.execute import Rehearsal, Step
@@ -20,7 +20,7 @@ def describe(done: Rehearsal, config: RunConfig) -> str:
 
 def _rank(done: Rehearsal, config: RunConfig) -> str:
     topology, (pp, dp, tp) = done.topology, done.topology.coordinates(done.rank)
-    layers, slices = config.model.layers, split(config, topology.world)
+    layers, slices = config.model.layers, split_model(config, topology.world)
     held = "; ".join(f"stage {stage}: {items_of(slices[stage], layers)}" for stage in stages_of(pp, config.parallel))
     first = next(step for step in done.steps)
     size = config.train.micro_batch

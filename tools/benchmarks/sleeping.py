@@ -32,9 +32,11 @@ from megavl.config.presets import PRESETS
 from megavl.config.run import RunConfig
 from megavl.model.encoder import TileEncoder
 from megavl.parallel.agree import gather
+from megavl.plan.expected_work import ExpectedWork, expected_work, step_timeline
 from megavl.plan.mix import expected_steps
 from megavl.plan.schedule import stages_of
-from megavl.plan.split import ExpectedWork, expected_work, split, step_timeline
+from megavl.plan.split import split_model
+from megavl.plan.timeline import equal_stages_bubble
 from megavl.rehearsal.packs import grid_of, made_up_step
 from megavl.runtime.env import Env, LaunchError, process_group, read_env
 from megavl.runtime.mesh import mesh_of
@@ -96,7 +98,7 @@ def _settings(args: argparse.Namespace, ranks: int) -> Iterator[Setting]:
             continue
         if vision == "sharded" and parallel.tensor == 1:
             continue
-        cut = split(planned, parallel.model)
+        cut = split_model(planned, parallel.model)
         yield Setting(name, planned, _small(planned, cut), cut)
 
 
@@ -227,6 +229,7 @@ def benchmark(settings: Sequence[Setting], env: Env, args: argparse.Namespace) -
         "model": settings[0].planned.model.name,
         "ranks": env.world,
         "micro_batches": args.micro_batches,
+        "equal_stages_busy": 1 - equal_stages_bubble(settings[0].planned.parallel, args.micro_batches),
         "rows": rows,
     }
 
@@ -249,12 +252,11 @@ def _work(replica: Replica, batch: StepBatch, each: Durations, env: Env) -> Call
 
 def page(found: dict[str, Any]) -> list[str]:
     """The result in Markdown."""
-    micro_batches, ranks = found["micro_batches"], found["ranks"]
     return [
         heading(found),
-        f"{found['model']}, {ranks} pipeline ranks, {micro_batches} micro-batches. Seconds are those of forward and "
-        "backward passes, measured / predicted; a rank is busy while it does not wait for messages; with stages that "
-        f"take equally long it is {micro_batches / (micro_batches + ranks - 1):.1%} of the time. The last column is "
+        f"{found['model']}, {found['ranks']} pipeline ranks, {found['micro_batches']} micro-batches. Seconds are those "
+        "of forward and backward passes, measured / predicted; a rank is busy while it does not wait for messages; "
+        f"with stages that take equally long it is {found['equal_stages_busy']:.1%} of the time. The last column is "
         "the rate of a multimodal step over that of a text step in the same round.",
         "",
         "| stages, images | text, s | multimodal, s | busy, text | busy, multimodal | multimodal / text |",

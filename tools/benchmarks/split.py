@@ -10,8 +10,10 @@ from benchmarks.record import write_json
 
 from megavl.config.load import load_run
 from megavl.config.rules import check
-from megavl.config.run import RunConfig
-from megavl.plan.split import ExpectedWork, expected_work, split, step_timeline
+from megavl.config.run import ParallelConfig
+from megavl.plan.expected_work import ExpectedWork, expected_work, step_timeline
+from megavl.plan.split import equal_numbers, split_model
+from megavl.plan.timeline import equal_stages_bubble
 
 # Recipes with a pipeline and the GPUs that they are for.
 RECIPES = {
@@ -50,7 +52,9 @@ def rows_of(recipe: str, world: int) -> list[dict[str, Any]]:
         if vision == "sharded" and config.parallel.tensor == 1:
             continue
         check(config, world)
-        items = split(config, world) if stages == "auto" else equal_numbers(config)
+        parallel, micro_batches = config.parallel, config.train.micro_batches(world // config.parallel.model)
+        equal = stages == "equal"
+        items = equal_numbers(config.model.layers, parallel.num_stages) if equal else split_model(config, world)
         steps = [work for work in expected_work(config) if work.share]
         rows.append(
             {
@@ -58,28 +62,21 @@ def rows_of(recipe: str, world: int) -> list[dict[str, Any]]:
                 "world": world,
                 "way": name,
                 "stages": list(map(len, items)),
-                "micro_batches": config.train.micro_batches(world // config.parallel.model),
-                "pipeline": config.parallel.pipeline,
-                "steps": {work.name: step_row(config, world, items, work) for work in steps},
+                "micro_batches": micro_batches,
+                "equal_stages_bubble": equal_stages_bubble(parallel, micro_batches),
+                "steps": {work.name: step_row(parallel, items, work, micro_batches) for work in steps},
             }
         )
     return rows
 
 
-def equal_numbers(config: RunConfig) -> tuple[range, ...]:
-    """Stages whose numbers of items differ by at most one, the larger ones at the end."""
-    count, layers = config.parallel.num_stages, config.model.layers
-    borders = [layers * stage // count for stage in range(count + 1)]
-    return tuple(map(range, borders, borders[1:]))
-
-
-def step_row(config: RunConfig, world: int, stages: tuple[range, ...], work: ExpectedWork) -> dict[str, float]:
+def step_row(
+    parallel: ParallelConfig, stages: tuple[range, ...], work: ExpectedWork, micro_batches: int
+) -> dict[str, float]:
     """Share of the step in which ranks wait, and its FLOPs of one rank, waiting included."""
-    micro_batches = config.train.micro_batches(world // config.parallel.model)
-    timeline = step_timeline(config.parallel, stages, work, micro_batches)
-    apart = micro_batches * work.towers.both
-    whole = timeline.seconds + apart
-    return {"bubble": 1 - (sum(timeline.busy) / len(timeline.busy) + apart) / whole, "flops": whole}
+    timeline = step_timeline(parallel, stages, work, micro_batches)
+    encoding = micro_batches * work.towers.both
+    return {"bubble": timeline.bubble_beside(encoding), "flops": timeline.seconds + encoding}
 
 
 def page(rows: list[dict[str, Any]]) -> list[str]:
@@ -89,12 +86,11 @@ def page(rows: list[dict[str, Any]]) -> list[str]:
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
-        ideal = 1 - 1 / (1 + (row["pipeline"] - 1) / row["micro_batches"])
         bubbles = (
             f"{row['steps'][kind]['bubble']:.1%}" if kind in row["steps"] else "" for kind in ("text", "multimodal")
         )
         lines.append(
-            f"| {row['recipe']}, {row['world']} | {row['way']} | {', '.join(map(str, row['stages']))} | {ideal:.1%} | "
-            f"{' | '.join(bubbles)} |"
+            f"| {row['recipe']}, {row['world']} | {row['way']} | {', '.join(map(str, row['stages']))} | "
+            f"{row['equal_stages_bubble']:.1%} | {' | '.join(bubbles)} |"
         )
     return lines

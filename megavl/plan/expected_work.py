@@ -1,0 +1,66 @@
+"""Work of the expected steps of a run, item by item of the model list, and the timeline that follows from it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+
+from megavl.config.run import ParallelConfig, RunConfig
+from megavl.plan.cost import PassFlops, item_passes
+from megavl.plan.mix import expected_steps
+from megavl.plan.timeline import Timeline, simulate
+
+
+@dataclass(frozen=True)
+class ExpectedWork:
+    """What a micro-batch of an expected step costs on one tensor rank.
+
+    name, share: as in `ExpectedStep`
+    items:       of each item of the model list
+    towers:      of the share of this rank in the tiles, where they are encoded apart from the stages
+    """
+
+    name: str
+    share: float
+    items: tuple[PassFlops, ...]
+    towers: PassFlops = PassFlops(0.0, 0.0)
+
+    def load(self, items: range) -> float:
+        """FLOPs of both passes of a stage."""
+        return self._sums[items.stop] - self._sums[items.start]
+
+    def slowest(self, stages: Sequence[range]) -> float:
+        """The largest load of a stage."""
+        return max(map(self.load, stages))
+
+    @cached_property
+    def _sums(self) -> list[float]:
+        """FLOPs of both passes of the items before each item."""
+        return list(accumulate((item.both for item in self.items), initial=0.0))
+
+
+def expected_work(config: RunConfig) -> tuple[ExpectedWork, ...]:
+    """Of a text and a multimodal step."""
+    train, parallel, found = config.train, config.parallel, []
+    for step in expected_steps(config):
+        counts = step.counts(train.micro_batch, train.global_batch)
+        if not parallel.towers_apart:
+            found.append(ExpectedWork(step.name, step.share, item_passes(config, **counts)))
+            continue
+        stem, *_ = item_passes(config, **dict.fromkeys(counts, 0) | {"tiles": counts["tiles"]})
+        towers = PassFlops(stem.forward / parallel.pipeline, stem.backward / parallel.pipeline)
+        items = item_passes(config, **counts | {"tiles": 0})
+        found.append(ExpectedWork(step.name, step.share, items, towers))
+    return tuple(found)
+
+
+def step_timeline(
+    parallel: ParallelConfig, stages: Sequence[range], work: ExpectedWork, micro_batches: int
+) -> Timeline:
+    """The simulated step, its time in FLOPs of one rank."""
+    durations = {
+        (kind, stage): sum(getattr(work.items[item], kind) for item in items)
+        for stage, items in enumerate(stages)
+        for kind in ("forward", "backward")
+    }
+    return simulate(parallel, micro_batches, lambda each: durations[each.kind, each.stage])
