@@ -15,7 +15,7 @@ def encodes_again(config: RunConfig) -> bool:
     blocks keep no activations."""
     return (
         config.train.recompute_towers
-        and config.parallel.towers_apart
+        and config.parallel.encodes_ahead
         and any(
             config.optim.lr_multiplier(parameter.name) > 0
             for parameter in parameters_of_encoder(config.model)

@@ -134,7 +134,7 @@ def _works(
     # Where tiles are encoded before the passes, whole chunks of them are recomputed, and no blocks.
     recomputed = {
         "decoder": config.train.recompute == "block",
-        "tower": config.train.recompute_towers and not config.parallel.towers_apart,
+        "tower": config.train.recompute_towers and not config.parallel.encodes_ahead,
     }
     counter = FlopCounter(
         trains=lambda name: trains and config.optim.lr_multiplier(name) > 0,

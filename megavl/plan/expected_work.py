@@ -17,7 +17,7 @@ class ExpectedWork:
 
     name, share: as in `ExpectedStep`
     items:       of each item of the model list
-    towers:      of the share of this rank in the tiles, where they are encoded apart from the stages
+    towers:      of this rank's share of the tiles, where they are encoded before the passes
     """
 
     name: str
@@ -40,11 +40,11 @@ class ExpectedWork:
 
 
 def expected_work(config: RunConfig) -> tuple[ExpectedWork, ...]:
-    """Of a text and a multimodal step."""
+    """Work of a text step and of a multimodal step."""
     train, parallel, found = config.train, config.parallel, []
     for step in expected_steps(config):
         counts = step.counts(train.micro_batch, train.global_batch)
-        if not parallel.towers_apart:
+        if not parallel.encodes_ahead:
             found.append(ExpectedWork(step.name, step.share, item_passes(config, **counts)))
             continue
         stem, *_ = item_passes(config, **dict.fromkeys(counts, 0) | {"tiles": counts["tiles"]})
@@ -57,7 +57,7 @@ def expected_work(config: RunConfig) -> tuple[ExpectedWork, ...]:
 def step_timeline(
     parallel: ParallelConfig, stages: Sequence[range], work: ExpectedWork, micro_batches: int
 ) -> Timeline:
-    """The simulated step, its time in FLOPs of one rank."""
+    """The simulated passes of a step; the unit of time is a FLOP of one rank."""
     durations = {
         (kind, stage): sum(getattr(work.items[item], kind) for item in items)
         for stage, items in enumerate(stages)

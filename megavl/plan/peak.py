@@ -1,6 +1,6 @@
-"""Peak memory of a rank during a step: state, activations in flight, messages of the pipeline.
+"""Peak memory of a rank in a step: state, activations in flight, messages of the pipeline, images.
 
-The order of a rank's passes says how many micro-batches each of its stages holds at a time.
+The order of a rank's passes decides how many micro-batches each of its stages holds at a time.
 """
 
 from collections import Counter
@@ -14,9 +14,9 @@ from megavl.config.recompute import encodes_again
 from megavl.config.run import RunConfig
 from megavl.plan.activations import hidden_bytes, item_activations, layout_bytes, tile_activations
 from megavl.plan.cost import Count, item_parameters
-from megavl.plan.memory import StateBytes, state_bytes
 from megavl.plan.mix import ExpectedStep
 from megavl.plan.schedule import Pass, Program, programs, stages_of
+from megavl.plan.state import StateBytes, state_bytes
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class PeakBytes:
     activations: those that autograd keeps of all micro-batches in flight
     workspace:   what the running pass needs besides
     messages:    hidden states and gradients that are being sent or received
-    images:      where tiles are encoded apart from the stages: weights, pixels, features, and what autograd keeps
-    encoding:    what that needs besides, before and after the passes
+    images:      where tiles are encoded before the passes: weights, pixels, features, and what autograd keeps
+    encoding:    what encoding them and its backward pass need besides; both run outside of the passes
     """
 
     state: StateBytes
@@ -64,12 +64,13 @@ class StepMemory:
         # With more micro-batches no more of them are in flight.
         micro_batches = min(train.micro_batches(self._dp), 4 * parallel.num_stages)
         self._moments = [set(_moments(program)) for program in programs(parallel, micro_batches)]
-        self._images = _image_bytes(config, self._dp, tiles) if parallel.towers_apart else _NO_IMAGES
+        self._images = _image_bytes(config, self._dp, tiles) if parallel.encodes_ahead else _NO_IMAGES
 
     def peak(self, rank: int, stages: Sequence[range]) -> PeakBytes:
-        """Of a pipeline rank.
+        """Peak of a step on one pipeline rank.
 
         Args:
+            rank: of the pipeline
             stages: items of the model list on each stage
         """
         hidden = hidden_bytes(self._config, self._tokens)
@@ -134,7 +135,8 @@ _NO_IMAGES = _Images(0, 0), _Images(0, 0)
 
 
 def _image_bytes(config: RunConfig, dp: int, tiles: int) -> tuple[_Images, _Images]:
-    """Of micro-batches of so many tiles, those of a step shared evenly: on pipeline rank 0, and on the others."""
+    """Images of pipeline rank 0, and of every other rank, if each micro-batch has `tiles` tiles and the ranks of the
+    replica share those of a step evenly."""
     parallel, model, element = config.parallel, config.model, config.train.element_bytes
     of_step = config.train.micro_batches(dp) * tiles
     mine = ceil(of_step / parallel.model)

@@ -78,10 +78,10 @@ def _stages(config: RunConfig, world: int) -> str:
         )
     _, step = expected_steps(config)
     origin = ", chosen to balance the work" if parallel.stages == "auto" else ""
-    if parallel.towers_apart:
-        apart = parallel.pipeline * multimodal.towers.both
-        share = apart / (apart + multimodal.load(range(len(items))))
-        origin += f", images apart from them ({share:.1%} of a multimodal step)"
+    if parallel.encodes_ahead:
+        encoding = parallel.pipeline * multimodal.towers.both
+        share = encoding / (encoding + multimodal.load(range(len(items))))
+        origin += f", images encoded before the passes ({share:.1%} of a multimodal step)"
     caption = (
         f"Stages{origin}: parameters on one rank, and share of a step's FLOPs (vision: {parallel.vision}).\n"
         f"Taken for it: packs of one document of {config.data.seq_len} tokens, in a multimodal step with {step.images} "
@@ -117,7 +117,7 @@ def _remark(config: RunConfig, step: str, busy: tuple[float, ...]) -> str:
     """What to do about ranks that wait for the busiest."""
     most, least = busy.index(max(busy)), busy.index(min(busy))
     remedy = "parallel.stages=auto balances the stages"
-    if step == "multimodal" and most == rank_of(0, config.parallel) and not config.parallel.towers_apart:
+    if step == "multimodal" and most == rank_of(0, config.parallel) and not config.parallel.encodes_ahead:
         remedy = "its stem encodes the images; parallel.vision=pipelined has all ranks encode them"
     elif config.parallel.stages == "auto":
         remedy = "no other stages are better; the items may divide better over another parallel.pipeline"
@@ -138,13 +138,13 @@ def _memory(config: RunConfig, world: int) -> str:
     fits = ("fits",) if device else ()
     rows = [
         ("pp rank", "weights", "gradients", "optimizer", "activations", "workspace", "messages")
-        + ("images",) * parallel.towers_apart
+        + ("images",) * parallel.encodes_ahead
         + ("together", *(f"if {mode}" for mode in RECOMPUTE), *fits)
     ]
     for rank, peak in enumerate(peaks[config.train.recompute]):
         passes = peak.activations, peak.workspace, peak.messages
         cells = [peak.state.weights, peak.state.gradients, peak.state.optimizer, *passes]
-        cells += [peak.images] * parallel.towers_apart
+        cells += [peak.images] * parallel.encodes_ahead
         cells += [peak.total, *(peaks[mode][rank].total for mode in RECOMPUTE)]
         verdict = ("yes" if peak.total <= usable_bytes(device) else "NO",) if device else ()
         rows.append((str(rank), *map(_gib, cells), *verdict))
@@ -164,7 +164,7 @@ def _traffic(config: RunConfig, world: int) -> str:
         "expert": config.parallel.expert > 1,
         "pipeline": config.parallel.pipeline > 1,
         "data": world > config.parallel.model,
-        "images": config.parallel.towers_apart,
+        "images": config.parallel.encodes_ahead,
     }
     shown = [axis for axis, used in axes.items() if used]
     if not shown:

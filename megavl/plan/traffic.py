@@ -85,7 +85,7 @@ def rank_traffic(config: RunConfig, world: int, step: ExpectedStep) -> tuple[dic
         config,
         tokens=tokens,
         supervised_tokens=counts["supervised_tokens"],
-        tiles=0 if parallel.towers_apart else tiles,
+        tiles=0 if parallel.encodes_ahead else tiles,
     )
     parameters, stages, micro_batches = item_parameters(config), split_model(config, world), train.micro_batches(dp)
     found = []
@@ -98,7 +98,7 @@ def rank_traffic(config: RunConfig, world: int, step: ExpectedStep) -> tuple[dic
             sent.update(_sent(border_messages(config, stage, tokens), micro_batches))
         of_rank = sum((parameters[item] for item in held), start=Count())
         sent.update(_sent(data_messages(config, of_rank, dp, micro_batches)))
-        if parallel.towers_apart and tiles:
+        if parallel.encodes_ahead and tiles:
             sent["images"] = _image_bytes(config, rank, micro_batches * tiles)
         found.append(dict(sent))
     return tuple(found)

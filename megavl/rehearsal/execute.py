@@ -93,10 +93,10 @@ def execute(config: RunConfig, world: int, rank: int, gpu: Gpu) -> Rehearsal:
         answers = Answers()
         mesh = replace(mesh, ep=replace(mesh.ep, read_sizes=answers.equal_sizes(mesh.ep)))
         steps = [made_up(config, mesh, kind) for kind in kinds_of(config)]
-        recorder = Recorder(gpu, answers)
-        replica = recorder.build(config, mesh, ops)
-        done = tuple(recorder.step(replica, batch) for batch in steps)
-    return Rehearsal(rank, mesh.topology, gpu, replica.lines, tuple(recorder.memory.peaks()), done)
+        meter = Meter(gpu, answers)
+        replica = meter.build(config, mesh, ops)
+        done = tuple(meter.step(replica, batch) for batch in steps)
+    return Rehearsal(rank, mesh.topology, gpu, replica.lines, tuple(meter.memory.peaks()), done)
 
 
 def kinds_of(config: RunConfig) -> list[Kind]:
@@ -111,7 +111,7 @@ def made_up(config: RunConfig, mesh: Mesh, kind: Kind) -> StepBatch:
     return made_up_step(config, mesh, kind, images[kind], grid_of(config, None), documents=1)
 
 
-class Recorder:
+class Meter:
     """Memory, kernels and messages of a replica on fake tensors.
 
     memory: of all that it has built and run

@@ -8,7 +8,7 @@ from megavl.plan.report import items_of
 from megavl.plan.schedule import stages_of
 from megavl.plan.split import split_model
 from megavl.plan.table import table
-from megavl.rehearsal.counts import Counts, Traffic
+from megavl.rehearsal.counts import Counts, Messages
 from megavl.rehearsal.execute import Rehearsal, Step
 from megavl.rehearsal.memory import KINDS, Peak
 
@@ -68,19 +68,19 @@ def _messages(steps: Sequence[Step]) -> str:
     found = [_together(step.passes, step.update) for step in steps]
     rows = [("axis", "operation", *(word for step in steps for word in (f"{step.kind} step", "MB")))]
     for axis, operation in dict.fromkeys(key for each in found for key in each):
-        traffic = [each.get((axis, operation), Traffic()) for each in found]
+        traffic = [each.get((axis, operation), Messages()) for each in found]
         cells = (cell for each in traffic for cell in (f"{each.count:,}", f"{each.bytes / 1e6:,.1f}"))
         rows.append((axis, operation, *cells))
     caption = "Messages of a step, with the size of whole tensors: what a reduce-scatter takes and an all-gather gives."
     return f"{caption}\n{table(rows)}" if len(rows) > 1 else "No messages."
 
 
-def _together(*parts: Counts) -> dict[tuple[str, str], Traffic]:
-    total: dict[tuple[str, str], Traffic] = {}
+def _together(*parts: Counts) -> dict[tuple[str, str], Messages]:
+    total: dict[tuple[str, str], Messages] = {}
     for part in parts:
         for key, traffic in part.messages.items():
-            before = total.get(key, Traffic())
-            total[key] = Traffic(before.count + traffic.count, before.bytes + traffic.bytes)
+            before = total.get(key, Messages())
+            total[key] = Messages(before.count + traffic.count, before.bytes + traffic.bytes)
     return total
 
 

@@ -44,7 +44,7 @@ class Pipeline:
         tokens = config.data.seq_len * train.micro_batch // (mesh.tp.size if mesh.tp.sequence else 1)
         self._hidden_shape = (tokens, config.model.decoder.width)
         self._dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
-        self.ahead = AheadEncoder(stages, config, mesh, engine.device) if parallel.towers_apart else None
+        self.ahead = AheadEncoder(stages, config, mesh, engine.device) if parallel.encodes_ahead else None
 
     def train(self, batch: StepBatch) -> Tensor:
         """Forward and backward passes of a step.

@@ -1,4 +1,4 @@
-"""Vision encoder apart from the stages: the tiles of a step are encoded before its passes, by all ranks of the replica
+"""Vision encoder ahead of the passes: the tiles of a step are encoded before its passes, by all ranks of the replica
 or of the world (`parallel.vision: pipelined, balanced`).
 
 before the passes: each rank encodes its run of tiles in chunks; an all-to-all brings the features to the tensor ranks

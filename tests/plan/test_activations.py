@@ -186,13 +186,13 @@ def test_a_wrong_model_would_be_noticed():
     assert wrong.kept > (1 + TOLERANCE) * kept
 
 
-def test_tiles_that_are_encoded_apart():
+def test_tiles_that_are_encoded_ahead():
     """The stem keeps its output and the tokens without placeholders; features are not needed once they are written over
     those."""
-    apart, within = run_of("vl_7b", parallel={"vision": "pipelined"}), run_of("vl_7b")
+    ahead, within = run_of("vl_7b", parallel={"vision": "pipelined"}), run_of("vl_7b")
     step = {"tokens": 2048, "supervised_tokens": 1000}
     stem, *_ = item_activations(within, **step, tiles=2)
-    rest, *_ = item_activations(apart, **step, tiles=2)
+    rest, *_ = item_activations(ahead, **step, tiles=2)
     features = 2 * 576 * 4096 * 2
-    assert stem.kept - rest.kept == tile_activations(apart, 2).kept - features
-    assert rest.kept == hidden_bytes(apart, 2048) + 8 * 2048
+    assert stem.kept - rest.kept == tile_activations(ahead, 2).kept - features
+    assert rest.kept == hidden_bytes(ahead, 2048) + 8 * 2048

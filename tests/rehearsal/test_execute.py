@@ -8,10 +8,10 @@ import torch.distributed as dist
 from megavl.config.load import load_run
 from megavl.config.run import RunConfig
 from megavl.plan.cost import Count, item_parameters
-from megavl.plan.memory import state_bytes
 from megavl.plan.mix import expected_steps
 from megavl.plan.peak import StepMemory
 from megavl.plan.split import split_model
+from megavl.plan.state import state_bytes
 from megavl.rehearsal.execute import Rehearsal, execute
 from megavl.rehearsal.gpus import GPUS
 from tests.models import changed

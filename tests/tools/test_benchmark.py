@@ -107,7 +107,7 @@ def test_a_made_up_step_has_pixels_where_they_are_encoded(vision, monkeypatch):
     for kind, tiles in (("multimodal", 3), ("text", 0)):
         step = made_up_step(config, ONE_RANK, kind, 3, grid_of(config, None))
         assert step.tiles == packs * tiles
-        if config.parallel.towers_apart:
+        if config.parallel.encodes_ahead:
             assert step.ahead.by_replica == (packs * tiles,)
             assert sum(map(len, step.ahead.pixels)) == packs * tiles
             assert all(batch.pixels is None for batch in step.micro_batches)

@@ -1,8 +1,8 @@
 """Pipelines of more ranks than the machine has cores: passes sleep for as long as the plan of a recipe says they take.
 
-Schedule, stages, messages, encoding of images apart from the stages and the engine are those of a run. The model is
-small, with as many blocks as the recipe's, so that its own computation hardly counts beside the sleep. The tensor axis
-is only in the durations.
+Schedule, stages, messages, encoding of images before the passes and the engine are those of a run. The model is small,
+with as many blocks as the recipe's, so that its own computation hardly counts beside the sleep. The tensor axis is only
+in the durations.
 """
 
 import argparse
@@ -138,7 +138,7 @@ class Durations:
     """Seconds of the passes of one kind of step.
 
     stages: forward and backward pass of each stage
-    tile:   the same of a tile that is encoded apart from the stages
+    tile:   the same of a tile that is encoded before the passes
     """
 
     stages: tuple[tuple[float, float], ...]
@@ -165,7 +165,7 @@ def durations(setting: Setting, work: ExpectedWork, scale: float) -> Durations:
 
 @contextmanager
 def sleeping(replica: Replica, each: Durations) -> Iterator[None]:
-    """While entered, stages and the encoder apart from them sleep behind their own computation."""
+    """While entered, stages, and the encoder ahead of the passes, sleep after their own computation."""
     parallel, rank = replica.config.parallel, replica.mesh.pp.rank
     of_stage = dict(zip(replica.stages, (each.stages[index] for index in stages_of(rank, parallel)), strict=True))
 
