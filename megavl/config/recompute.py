@@ -1,4 +1,4 @@
-"""What a run computes again in the backward pass of the vision encoder, beyond blocks."""
+"""Whether the backward pass of the vision encoder recomputes whole chunks of tiles."""
 
 import re
 
@@ -10,9 +10,11 @@ _UP_TO_BLOCKS = re.compile(r"^stem\.(siglip|sam)\.(patch_embed|pos_embed|blocks)
 
 
 def encodes_again(config: RunConfig) -> bool:
-    """Whether a chunk of tiles is encoded a second time when its gradient has come back (`train.recompute_towers` where
-    tiles are encoded before the passes). Where no block of a tower needs a gradient, there is nothing to gain: the
-    blocks keep no activations."""
+    """Whether a chunk of tiles is encoded a second time when its gradient has returned.
+
+    It is under `train.recompute_towers` where tiles are encoded before the passes. If no block of a tower needs a
+    gradient, the blocks keep no activations, and there is nothing to gain.
+    """
     return (
         config.train.recompute_towers
         and config.parallel.encodes_ahead

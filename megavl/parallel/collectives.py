@@ -84,7 +84,7 @@ def leave_parallel(x: Tensor, tp: TensorAxis) -> Tensor:
 
 @dataclass(frozen=True)
 class AsyncResult:
-    """A collective that has started."""
+    """The result of a collective that has started; its values are there after `wait`."""
 
     result: Tensor
     work: dist.Work

@@ -13,8 +13,8 @@ from megavl.plan.message import Kind, Message
 from megavl.plan.tape import Activation, Storage, Tape, kept, sent_forward
 
 FP32_BYTES, INDEX_BYTES = 4, 8
-# A weight begins at a multiple of so many elements of its buffer (`megavl.runtime.deepspeed.alignment`).
-_UNIT_ELEMENTS = 64
+# Weights begin at multiples of this in their buffers (`megavl.runtime.deepspeed.alignment`).
+UNIT_ELEMENTS = 64
 
 
 @dataclass
@@ -160,5 +160,5 @@ class Recorder:
         no buffer."""
         *before, _ = weights.values()
         rates = {self.config.optim.lr_multiplier(name) for name in weights}
-        aligned = not any(elements % _UNIT_ELEMENTS for elements in before)
+        aligned = not any(elements % UNIT_ELEMENTS for elements in before)
         return self.config.parallel.zero in (1, 2) and len(rates) == 1 and rates != {0.0} and aligned

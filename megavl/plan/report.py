@@ -1,4 +1,4 @@
-"""What a run would look like, without a device: for `launch/pretrain.py --dry-run`."""
+"""The plan of a run as text: stages, bubbles, memory, messages and FLOPs (`launch/pretrain.py --dry-run`)."""
 
 from megavl.config.run import RunConfig
 from megavl.config.stages import split_layers
@@ -14,13 +14,13 @@ from megavl.plan.table import table
 from megavl.plan.timeline import equal_stages_bubble
 from megavl.plan.traffic import rank_traffic
 
-# A rank with so many times the mean work of all is worth a remark.
+# A rank with more than this many times the mean work gets a remark.
 _UNEVEN = 1.1
 RECOMPUTE = ("off", "selective", "block")
 
 
 def describe(config: RunConfig, world: int) -> str:
-    """Stages, parameters, work and memory of a run on `world` ranks, as text for a console.
+    """The plan of a run on `world` ranks, as text for a console.
 
     The configuration must have passed `megavl.config.rules.check` for that world.
     """

@@ -1,4 +1,4 @@
-"""Stages of a run, and their automatic split: the contiguous partition of the model list that balances the work.
+"""Automatic stage split: the contiguous partition of the model list that balances the work of the stages.
 
 Ranks of a pipeline wait for the slowest stage, so a step takes about as long as that stage takes for all micro-batches.
 A run takes text and multimodal steps, in which different stages may be slow, so the split minimises the mean over both.
@@ -30,7 +30,7 @@ def split_model(config: RunConfig, world: int) -> tuple[range, ...]:
 @lru_cache(maxsize=8)
 def _automatic(config: RunConfig, world: int) -> tuple[range, ...]:
     parallel, work = config.parallel, [step for step in expected_work(config) if step.share > 0]
-    # With more, what is gained while the pipeline fills and empties counts less, and nothing else changes.
+    # More micro-batches only lower the weight of the time in which the pipeline fills and empties.
     micro_batches = min(config.train.micro_batches(world // parallel.model), 4 * parallel.num_stages)
 
     def time(stages: tuple[range, ...]) -> float:
@@ -42,7 +42,7 @@ def _automatic(config: RunConfig, world: int) -> tuple[range, ...]:
         limit = usable_bytes(parallel.device)
 
     def excess(stages: tuple[range, ...]) -> int:
-        """Bytes for which the devices have no room."""
+        """Bytes that do not fit the devices, over all pipeline ranks."""
         return sum(max(0, peak.total - limit) for peak in rank_peaks(memories, stages)) if memories else 0
 
     even = least_slowest(work, parallel.num_stages)
@@ -130,7 +130,7 @@ def _climb(
     neighbours: Callable[[tuple[range, ...]], Iterator[tuple[range, ...]]],
     cost: Callable[[tuple[range, ...]], Any],
 ) -> tuple[range, ...]:
-    """Goes to the neighbour of least cost for as long as the cost falls."""
+    """Local search: moves to the neighbour of least cost for as long as the cost falls."""
     best = cost(stages)
     while True:
         found = min(((cost(each), each) for each in neighbours(stages)), default=(best, stages), key=itemgetter(0))

@@ -99,13 +99,13 @@ def rank_traffic(config: RunConfig, world: int, step: ExpectedStep) -> tuple[dic
         of_rank = sum((parameters[item] for item in held), start=Count())
         sent.update(_sent(data_messages(config, of_rank, dp, micro_batches)))
         if parallel.encodes_ahead and tiles:
-            sent["images"] = _image_bytes(config, rank, micro_batches * tiles)
+            sent["images"] = _sent_for_images(config, rank, micro_batches * tiles)
         found.append(dict(sent))
     return tuple(found)
 
 
-def _image_bytes(config: RunConfig, rank: int, tiles: int) -> float:
-    """What a rank sends for the tiles of a step of its replica, encoded evenly by all its ranks.
+def _sent_for_images(config: RunConfig, rank: int, tiles: int) -> float:
+    """Bytes that a rank sends for the tiles of a step of its replica, which all ranks of the replica share evenly.
 
     Features go from each to every tensor rank of pipeline rank 0, gradients back, each from one of these. Trained
     weights are broadcast over the pipeline once a step, and their fp32 gradients reduced: chains, in which a rank sends

@@ -35,7 +35,7 @@ _PROCESS_GROUP = "__torch__.torch.classes.c10d.ProcessGroup"
 
 @dataclass
 class Messages:
-    """Messages of one operation over one axis. bytes: of the whole tensor, the larger of what goes in and comes out"""
+    """Messages of one operation over one axis. bytes: of whole tensors, the larger of input and output"""
 
     count: int = 0
     bytes: int = 0
@@ -91,9 +91,9 @@ class Counting(TorchDispatchMode):
         sides = [[leaf for leaf in tree_leaves(arg) if isinstance(leaf, Tensor)] for arg in args]
         self._message(name, sum(sides, []))
         size = max(sum(map(distinct_bytes, side)) for side in sides)
-        traffic = self.counts.messages.setdefault((_AXES.get(group.group_desc, _WORLD), name), Messages())
-        traffic.count += 1
-        traffic.bytes += size
+        messages = self.counts.messages.setdefault((_AXES.get(group.group_desc, _WORLD), name), Messages())
+        messages.count += 1
+        messages.bytes += size
 
 
 def _group_of(operation: OpOverload, args: tuple) -> dist.ProcessGroup:

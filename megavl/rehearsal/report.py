@@ -1,4 +1,4 @@
-"""What one rank of a run does, as text for a console."""
+"""Memory, kernels and messages of one executed rank, as text for a console."""
 
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -22,7 +22,7 @@ def _rank(done: Rehearsal, config: RunConfig) -> str:
     topology, (pp, dp, tp) = done.topology, done.topology.coordinates(done.rank)
     layers, slices = config.model.layers, split_model(config, topology.world)
     held = "; ".join(f"stage {stage}: {items_of(slices[stage], layers)}" for stage in stages_of(pp, config.parallel))
-    first = next(step for step in done.steps)
+    first, *_ = done.steps
     size = config.train.micro_batch
     packs = f"{size} pack{'s' * (size > 1)} of {config.data.seq_len} tokens, one document each"
     if images := [step for step in done.steps if step.images]:
@@ -68,8 +68,8 @@ def _messages(steps: Sequence[Step]) -> str:
     found = [_together(step.passes, step.update) for step in steps]
     rows = [("axis", "operation", *(word for step in steps for word in (f"{step.kind} step", "MB")))]
     for axis, operation in dict.fromkeys(key for each in found for key in each):
-        traffic = [each.get((axis, operation), Messages()) for each in found]
-        cells = (cell for each in traffic for cell in (f"{each.count:,}", f"{each.bytes / 1e6:,.1f}"))
+        messages = [each.get((axis, operation), Messages()) for each in found]
+        cells = (cell for each in messages for cell in (f"{each.count:,}", f"{each.bytes / 1e6:,.1f}"))
         rows.append((axis, operation, *cells))
     caption = "Messages of a step, with the size of whole tensors: what a reduce-scatter takes and an all-gather gives."
     return f"{caption}\n{table(rows)}" if len(rows) > 1 else "No messages."
@@ -78,9 +78,9 @@ def _messages(steps: Sequence[Step]) -> str:
 def _together(*parts: Counts) -> dict[tuple[str, str], Messages]:
     total: dict[tuple[str, str], Messages] = {}
     for part in parts:
-        for key, traffic in part.messages.items():
+        for key, messages in part.messages.items():
             before = total.get(key, Messages())
-            total[key] = Messages(before.count + traffic.count, before.bytes + traffic.bytes)
+            total[key] = Messages(before.count + messages.count, before.bytes + messages.bytes)
     return total
 
 

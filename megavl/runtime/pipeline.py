@@ -25,7 +25,7 @@ from megavl.runtime.vision import AheadEncoder
 class Pipeline:
     """Runs steps. Gradients accumulate in the engine, which is told which backward pass brings a stage's last ones.
 
-    ahead: encodes the tiles of a step before its passes; None where the first stage does
+    ahead: encodes the tiles of a step before its passes; None where the first stage encodes those of a micro-batch
     """
 
     def __init__(

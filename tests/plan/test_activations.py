@@ -10,14 +10,13 @@ from megavl.config.run import RunConfig
 from megavl.parallel import cross_entropy
 from megavl.plan.activations import Activations, hidden_bytes, item_activations, layout_bytes, tile_activations
 from megavl.plan.decoder import LOGITS_BYTES
+from megavl.plan.operators import UNIT_ELEMENTS
+from megavl.runtime.deepspeed import alignment
 from tests.config.runs import make_run
 from tests.models import changed, merged
 from tests.runtime.cases import RECIPES
-from tests.tools.conftest import tools
 
-__all__ = ["tools"]
 pytest.importorskip("triton")
-pytestmark = pytest.mark.usefixtures("tools")
 
 # Measured: 9.5e-4 (a stem with frozen towers: on a CPU the statistics of its norms are in bf16), 1e-5 for blocks and
 # heads.
@@ -171,8 +170,9 @@ def test_bytes_are_linear(mode):
     assert 2 * once[-1] - twice[-1] == pytest.approx(weight, rel=1e-3)
 
 
-def test_the_head_has_as_many_logits_at_once_as_the_loss():
+def test_constants_of_the_implementation():
     assert LOGITS_BYTES == cross_entropy._CHUNK_BYTES
+    assert UNIT_ELEMENTS == alignment.UNIT_ELEMENTS
 
 
 def test_a_wrong_model_would_be_noticed():

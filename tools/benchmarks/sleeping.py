@@ -56,11 +56,11 @@ _SEQ_LEN = 256  # holds the images of a pack, each of 16 tokens or more
 
 @dataclass(frozen=True)
 class Setting:
-    """A recipe cut in one way.
+    """A recipe with one split and one place of the vision encoder.
 
-    planned: the recipe itself
-    small:   what runs, cut alike
-    stages:  items of the model list on each
+    planned: the recipe, from which durations follow
+    small:   the run, with the same split
+    stages:  items of the model list on each stage
     """
 
     name: str
