@@ -85,6 +85,11 @@ def hidden_bytes(config: RunConfig, tokens: int) -> int:
     return rows * config.model.decoder.width * config.train.element_bytes
 
 
+def feature_bytes(config: RunConfig, tiles: int) -> int:
+    """Features of tiles, or their gradients."""
+    return tiles * config.model.tile_features * config.model.decoder.width * config.train.element_bytes
+
+
 def layout_bytes(config: RunConfig, tokens: int) -> int:
     """Tables of rotary positions, which the blocks of a stage share."""
     decoder = config.model.decoder

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from megavl.config.model import ModelConfig
-from megavl.config.parameters import dataflow, parameters
+from megavl.config.parameters import dataflow, parameters, parameters_of_encoder
 from megavl.config.recompute import encodes_again
 from megavl.config.run import RunConfig
 from megavl.plan.flops import FlopCounter
@@ -57,6 +57,14 @@ def item_parameters(config: RunConfig) -> tuple[Count, ...]:
         if parameter.expert_dim is not None:
             experts[parameter.item] += size
     return tuple(map(Count, trainable, frozen, experts))
+
+
+def encoder_parameters(config: RunConfig) -> Count:
+    """Parameters of the vision encoder, on one rank that encodes images."""
+    sizes = {True: 0, False: 0}
+    for parameter in parameters_of_encoder(config.model):
+        sizes[config.optim.lr_multiplier(parameter.name) > 0] += parameter.size
+    return Count(trainable=sizes[True], frozen=sizes[False])
 
 
 def active_parameters(model: ModelConfig) -> int:

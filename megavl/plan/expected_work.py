@@ -25,8 +25,13 @@ class ExpectedWork:
     items: tuple[PassFlops, ...]
     towers: PassFlops = PassFlops(0.0, 0.0)
 
+    def passes(self, items: range) -> PassFlops:
+        """FLOPs of the passes of a stage."""
+        held = self.items[items.start : items.stop]
+        return PassFlops(sum(item.forward for item in held), sum(item.backward for item in held))
+
     def load(self, items: range) -> float:
-        """FLOPs of both passes of a stage."""
+        """FLOPs of both passes of a stage together."""
         return self._sums[items.stop] - self._sums[items.start]
 
     def slowest(self, stages: Sequence[range]) -> float:
@@ -58,9 +63,5 @@ def step_timeline(
     parallel: ParallelConfig, stages: Sequence[range], work: ExpectedWork, micro_batches: int
 ) -> Timeline:
     """The simulated passes of a step; the unit of time is a FLOP of one rank."""
-    durations = {
-        (kind, stage): sum(getattr(work.items[item], kind) for item in items)
-        for stage, items in enumerate(stages)
-        for kind in ("forward", "backward")
-    }
-    return simulate(parallel, micro_batches, lambda each: durations[each.kind, each.stage])
+    passes = [work.passes(items) for items in stages]
+    return simulate(parallel, micro_batches, lambda each: getattr(passes[each.stage], each.kind))

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from math import ceil
 from typing import NamedTuple
 
-from megavl.config.parameters import parameters_of_encoder
 from megavl.config.recompute import encodes_again
 from megavl.config.run import RunConfig
-from megavl.plan.activations import hidden_bytes, item_activations, layout_bytes, tile_activations
-from megavl.plan.cost import Count, item_parameters
+from megavl.plan.activations import feature_bytes, hidden_bytes, item_activations, layout_bytes, tile_activations
+from megavl.plan.cost import Count, encoder_parameters, item_parameters
 from megavl.plan.mix import ExpectedStep
 from megavl.plan.schedule import Pass, Program, programs, stages_of
 from megavl.plan.state import StateBytes, state_bytes
@@ -137,24 +136,21 @@ _NO_IMAGES = _Images(0, 0), _Images(0, 0)
 def _image_bytes(config: RunConfig, dp: int, tiles: int) -> tuple[_Images, _Images]:
     """Images of pipeline rank 0, and of every other rank, if each micro-batch has `tiles` tiles and the ranks of the
     replica share those of a step evenly."""
-    parallel, model, element = config.parallel, config.model, config.train.element_bytes
     of_step = config.train.micro_batches(dp) * tiles
-    mine = ceil(of_step / parallel.model)
-    encoder = parameters_of_encoder(model)
-    weights = element * sum(each.size for each in encoder)
-    gradients = 4 * sum(each.size for each in encoder if config.optim.lr_multiplier(each.name))
+    mine = ceil(of_step / config.parallel.model)
+    encoder = encoder_parameters(config)
+    weights, gradients = config.train.element_bytes * encoder.total, 4 * encoder.trainable
     if not tiles:
         return _Images(0, 0), _Images(weights, 0)
-    features = model.tile_features * model.decoder.width * element
-    held = mine * 3 * model.pixel_tower.image_size**2
+    held = mine * 3 * config.model.pixel_tower.image_size**2  # pixels, a byte each
     # A chunk that is encoded again keeps everything meanwhile.
     whole = config.model_copy(update={"train": config.train.model_copy(update={"recompute_towers": False})})
-    chunk = tile_activations(whole, min(mine, parallel.vision_chunk))
+    chunk = tile_activations(whole, min(mine, config.parallel.vision_chunk))
     if encodes_again(config):
         besides = gradients + chunk.kept + chunk.recomputed
     else:
         # The features themselves are freed once they are sent.
-        held += tile_activations(config, mine).kept - mine * features
+        held += tile_activations(config, mine).kept - feature_bytes(config, mine)
         besides = gradients + chunk.recomputed
     # On pipeline rank 0 the features of the step and their gradients, elsewhere a copy of the encoder's weights.
-    return _Images(held + 2 * of_step * features, besides), _Images(held + weights, besides)
+    return _Images(held + 2 * feature_bytes(config, of_step), besides), _Images(held + weights, besides)

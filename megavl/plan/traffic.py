@@ -8,10 +8,9 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from megavl.config.parameters import parameters_of_encoder
 from megavl.config.run import RunConfig
-from megavl.plan.activations import hidden_bytes
-from megavl.plan.cost import Count, item_parameters
+from megavl.plan.activations import feature_bytes, hidden_bytes
+from megavl.plan.cost import Count, encoder_parameters, item_parameters
 from megavl.plan.forward import operations
 from megavl.plan.message import Message
 from megavl.plan.mix import ExpectedStep
@@ -112,8 +111,7 @@ def _sent_for_images(config: RunConfig, rank: int, tiles: int) -> float:
     once.
     """
     parallel, element = config.parallel, config.train.element_bytes
-    features = tiles * config.model.tile_features * config.model.decoder.width * element
-    trained = sum(each.size for each in parameters_of_encoder(config.model) if config.optim.lr_multiplier(each.name))
+    features, trained = feature_bytes(config, tiles), encoder_parameters(config).trainable
     copies = parallel.tensor - (rank == 0)  # a rank keeps its own
     sent = features / parallel.model * copies
     if not trained:

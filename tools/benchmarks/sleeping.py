@@ -151,14 +151,9 @@ def durations(setting: Setting, work: ExpectedWork, scale: float) -> Durations:
     (step,) = (each for each in expected_steps(setting.planned) if each.name == work.name)
     # `work.towers` is the share of a rank in a micro-batch, and the ranks share all tiles of the step.
     towers = scale * parallel.pipeline * train.global_batch / max(1, step.tiles)
+    stages = map(work.passes, setting.stages)
     return Durations(
-        tuple(
-            (
-                scale * sum(work.items[item].forward for item in items),
-                scale * sum(work.items[item].backward for item in items),
-            )
-            for items in setting.stages
-        ),
+        tuple((scale * passes.forward, scale * passes.backward) for passes in stages),
         (towers * work.towers.forward, towers * work.towers.backward),
     )
 
