@@ -28,8 +28,8 @@ under the same launchers as launch/pretrain.py.
 
     torchrun --nproc-per-node 2 tools/benchmark.py overlap --config launch/recipes/vl_debug.yaml train.precision=bf16
 
-times steps over a network of given latency and bandwidth, which it imitates between processes on CPUs, with messages
-behind computation and with a wait for each, in turns.
+times steps over a network of given latency and bandwidth, which it imitates between processes on CPUs. Steps whose
+messages overlap with computation and steps that wait for each message take turns.
 
     python tools/benchmark.py split
 

@@ -140,12 +140,12 @@ def _climb(
 
 
 def _with_one_border_moved(stages: tuple[range, ...]) -> Iterator[tuple[range, ...]]:
-    """Stages of which one has an item of the stage before or after."""
+    """Stages after a border between two of them has moved by an item."""
     return _moved(stages, ((border, border + 1) for border in range(len(stages) - 1)))
 
 
 def _with_some_borders_moved(stages: tuple[range, ...]) -> Iterator[tuple[range, ...]]:
-    """Stages of which one has an item more and another one less."""
+    """Stages after all borders between two of them have moved by an item: one has an item more, the other one less."""
     return _moved(stages, combinations(range(len(stages)), 2))
 
 

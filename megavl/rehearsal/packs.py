@@ -68,8 +68,8 @@ def _made_up_tiles(config: RunConfig, tiles: int) -> torch.Tensor:
 
 
 def _made_up_ahead(config: RunConfig, mesh: Mesh, tiles: int) -> TilesAhead | None:
-    """This rank's run of tiles, where each data-parallel rank has so many in its packs; None where micro-batches have
-    theirs."""
+    """This rank's run of tiles, of `tiles` in the packs of each data-parallel rank; None where micro-batches have their
+    tiles."""
     if not config.parallel.encodes_ahead:
         return None
     by_replica = (tiles,) * mesh.dp.size

@@ -1,4 +1,4 @@
-"""Training steps over a slow network, with messages behind computation and with a wait for each, in turns."""
+"""Training steps over a slow network: messages overlap with computation, or the rank waits for each."""
 
 import argparse
 import statistics
