@@ -116,11 +116,11 @@ def _sent_for_images(config: RunConfig, rank: int, tiles: int) -> float:
     sent = features / parallel.model * copies
     if not trained:
         return sent
+    broadcast = element * trained * (rank < parallel.pipeline - 1)
     if rank == 0:
-        return (
-            sent + features / parallel.tensor * (1 - 1 / parallel.model) + element * trained * (parallel.pipeline > 1)
-        )
-    return sent + 4 * trained + element * trained * (rank < parallel.pipeline - 1)
+        returned = features / parallel.tensor * (1 - 1 / parallel.model)
+        return sent + returned + broadcast
+    return sent + 4 * trained + broadcast
 
 
 def _sent(messages: Iterable[Message], times: int = 1) -> Counter[str]:
