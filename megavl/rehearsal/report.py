@@ -44,7 +44,7 @@ def _memory(peaks: Sequence[Peak]) -> str:
     kinds = [kind for kind in KINDS if any(peak.bytes[kind] for peak in peaks)]
     rows = [("phase", *kinds, "together")]
     rows += [(peak.phase, *(_mib(peak.bytes[kind]) for kind in kinds), _mib(peak.total)) for peak in peaks]
-    return f"Memory in MiB at the highest point of each phase.\n{table(rows)}"
+    return f"Peak memory of each phase, MiB.\n{table(rows)}"
 
 
 def _kernels(steps: Sequence[Step]) -> str:
