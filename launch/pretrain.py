@@ -19,8 +19,8 @@ from megavl.config.files import check_files, missing_data
 from megavl.config.load import load_run
 from megavl.config.rules import check
 from megavl.config.run import Device, RunConfig
+from megavl.plan.fit import check_memory
 from megavl.plan.report import describe
-from megavl.plan.split import check_memory
 from megavl.rehearsal.rules import check_rank
 
 # Rank 0 may still be importing when another rank has found that the recipe cannot be run.
@@ -56,9 +56,9 @@ def arguments() -> argparse.Namespace:
     if args.world is not None and (args.world < 1 or not args.dry_run):
         parser.error(f"--world {args.world}: a number of ranks, 1 or more, to plan for with --dry-run")
     if args.device is not None and not args.dry_run:
-        parser.error(f"--device {args.device}: to plan for with --dry-run; a run has parallel.device")
+        parser.error(f"--device {args.device} needs --dry-run, which plans for it; a run takes parallel.device")
     if args.execute is not None and not args.dry_run:
-        parser.error(f"--execute {args.execute}: the rank to execute with --dry-run")
+        parser.error(f"--execute {args.execute} needs --dry-run, with which a rank runs on tensors without memory")
     return args
 
 
@@ -76,20 +76,20 @@ def describe_data(config: RunConfig) -> str:
         sys.exit(f"error: {error}")
 
 
-def execute(config: RunConfig, world: int, rank: int) -> str:
-    """Run one step of each kind as a rank, and describe what it needs and does. Ends the process where it cannot."""
+def describe_rank(config: RunConfig, world: int, rank: int) -> str:
+    """Execute one step of each kind as a rank, and describe what it needs and does. Ends the process if it cannot."""
     # Imported here: the plan of a run does not need torch. What the imports create stays, as in a run.
     gc.disable()
     from megavl.ops.dispatch import OpsError
+    from megavl.rehearsal import report
     from megavl.rehearsal.execute import execute
     from megavl.rehearsal.gpus import GPUS
-    from megavl.rehearsal.report import describe
 
     gc.freeze()
     gc.enable()
 
     try:
-        return describe(execute(config, world, rank, GPUS["hopper"]), config)
+        return report.describe(execute(config, world, rank, GPUS["hopper"]), config)
     except OpsError as error:
         sys.exit(f"error: {error}")
 
@@ -110,7 +110,7 @@ def main() -> None:
             print(describe(config, world))
             print(f"\n{describe_data(config)}")
         else:
-            print(execute(config, world, args.execute))
+            print(describe_rank(config, world, args.execute))
         return
 
     # Imported here: a dry run needs neither torch nor DeepSpeed, whose import takes seconds. What they create

@@ -127,6 +127,7 @@ class Batch:
         self.map_tensors(record)
 
     def map_tensors(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        """The same micro-batch with `change` applied to its tensors but `features`, which are made on the device."""
         return replace(
             self,
             tokens=change(self.tokens),

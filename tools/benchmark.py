@@ -28,8 +28,8 @@ under the same launchers as launch/pretrain.py.
 
     torchrun --nproc-per-node 2 tools/benchmark.py overlap --config launch/recipes/vl_debug.yaml train.precision=bf16
 
-times steps over a network of given latency and bandwidth, which it imitates between processes on CPUs, with messages
-behind computation and with a wait for each, in turns.
+times steps over a network of given latency and bandwidth, which it imitates between processes on CPUs. Steps whose
+messages overlap with computation and steps that wait for each message take turns.
 
     python tools/benchmark.py split
 
@@ -162,6 +162,8 @@ def overlap_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--steps", type=at_least(1), default=5, help="timed steps of each kind (default 5)")
     parser.add_argument("--warmup", type=at_least(0), default=2, help="steps of each kind before them (default 2)")
+    parser.add_argument("--json", type=file_to_write, metavar="FILE", help="also write the result as one JSON object")
+    return parser
 
 
 def split_parser() -> argparse.ArgumentParser:

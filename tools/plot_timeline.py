@@ -4,8 +4,8 @@
         [--vs "parallel.stages=null parallel.vision=replicated"] [--micro-batches 16] [section.field=value ...]
 
 For a text step and a multimodal step: a row for each rank, forward passes light and backward passes dark. The stage
-with the stem, and the encoding of images apart from the stages, have colours of their own. Simulated from the FLOPs of
-the passes, without time for messages. Each --vs adds the same run with other settings, on the same scale.
+with the stem, and the encoding of images before and after the passes, have colours of their own. Simulated from the
+FLOPs of the passes, without time for messages. Each --vs adds the same run with other settings, on the same scale.
 """
 
 import argparse
@@ -25,23 +25,22 @@ from megavl.config.error import ConfigError
 from megavl.config.load import load_run
 from megavl.config.rules import check
 from megavl.config.run import RunConfig
-from megavl.plan.split import ExpectedWork, expected_work, split, step_timeline
+from megavl.plan.expected_work import ExpectedWork, expected_work, step_timeline
+from megavl.plan.split import split_model
 
+_IMAGES = "images, before and after the passes"
 COLOURS = {
     "forward": "#9ecae1",
     "backward": "#3182bd",
     "forward, stage with the stem": "#fdae6b",
     "backward, stage with the stem": "#e6550d",
-    "images, apart from the stages": "#74c476",
+    _IMAGES: "#74c476",
 }
-
-
-_APART = "images, apart from the stages"
 
 
 def draw(axes: plt.Axes, config: RunConfig, world: int, work: ExpectedWork, micro_batches: int) -> float:
     """One step, and its bubble; time in FLOPs of one rank."""
-    timeline = step_timeline(config.parallel, split(config, world), work, micro_batches)
+    timeline = step_timeline(config.parallel, split_model(config, world), work, micro_batches)
     before, after = (micro_batches * part for part in (work.towers.forward, work.towers.backward))
     end = before + timeline.seconds
     for rank, spans in enumerate(timeline.spans):
@@ -54,13 +53,11 @@ def draw(axes: plt.Axes, config: RunConfig, world: int, work: ExpectedWork, micr
                 ]
                 colour = COLOURS[kind + ", stage with the stem" * stem]
                 axes.broken_barh(bars, (rank - 0.4, 0.8), facecolor=colour, edgecolor="white", linewidth=0.2)
-        apart = [(0, before), (end, after)]
-        axes.broken_barh([bar for bar in apart if bar[1]], (rank - 0.4, 0.8), facecolor=COLOURS[_APART])
-    whole = end + after
-    busy = sum(timeline.busy) / len(timeline.busy) + before + after
+        images = [(0, before), (end, after)]
+        axes.broken_barh([bar for bar in images if bar[1]], (rank - 0.4, 0.8), facecolor=COLOURS[_IMAGES])
     axes.invert_yaxis()
     axes.set_yticks(range(len(timeline.spans)))
-    return 1 - busy / whole
+    return timeline.bubble_beside(before + after)
 
 
 def main() -> None:

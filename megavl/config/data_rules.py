@@ -36,7 +36,7 @@ def loader_problems(train: TrainConfig, dp: int) -> list[str]:
 
 
 def nearest_multiples(number: int, divisor: int) -> str:
-    """ "8" below the divisor 8, else "16 or 24" for 19."""
+    """The nearest multiples of `divisor` above zero: "16 or 24" for 19 and 8, "8" for 5 and 8."""
     below = number // divisor * divisor
     return f"{below} or {below + divisor}" if below else f"{divisor}"
 

@@ -18,7 +18,7 @@ def parameters(config: ModelConfig) -> tuple[Parameter, ...]:
 
 
 def parameters_of_encoder(config: ModelConfig) -> tuple[Parameter, ...]:
-    """Those of the vision encoder, towers and adaptor, which are whole on every rank that encodes images."""
+    """Parameters of the vision encoder: towers and adaptor. Every rank that encodes images has them whole."""
     encoder = "stem.siglip.", "stem.sam.", "stem.adaptor."
     return tuple(parameter for parameter in parameters(config) if parameter.name.startswith(encoder))
 

@@ -1,8 +1,8 @@
-"""What a run computes again in the backward pass of the vision encoder, beyond blocks."""
+"""Whether the backward pass of the vision encoder recomputes whole chunks of tiles."""
 
 import re
 
-from megavl.config.parameters import parameters
+from megavl.config.parameters import parameters_of_encoder
 from megavl.config.run import RunConfig
 
 # What lies in a block of a tower, or before one.
@@ -10,15 +10,17 @@ _UP_TO_BLOCKS = re.compile(r"^stem\.(siglip|sam)\.(patch_embed|pos_embed|blocks)
 
 
 def encodes_again(config: RunConfig) -> bool:
-    """Whether a chunk of tiles is encoded a second time when its gradient has come back (`train.recompute_towers` where
-    tiles are encoded before the passes). Where no block of a tower needs a gradient, there is nothing to gain: the
-    blocks keep no activations."""
+    """Whether a chunk of tiles is encoded a second time when its gradient has returned.
+
+    It is under `train.recompute_towers` where tiles are encoded before the passes. If no block of a tower needs a
+    gradient, the blocks keep no activations, and there is nothing to gain.
+    """
     return (
         config.train.recompute_towers
-        and config.parallel.towers_apart
+        and config.parallel.encodes_ahead
         and any(
             config.optim.lr_multiplier(parameter.name) > 0
-            for parameter in parameters(config.model)
+            for parameter in parameters_of_encoder(config.model)
             if _UP_TO_BLOCKS.match(parameter.name)
         )
     )

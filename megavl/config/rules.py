@@ -182,7 +182,7 @@ def _compile(config: RunConfig) -> list[str]:
 
 def _vision(config: RunConfig) -> list[str]:
     parallel = config.parallel
-    if parallel.towers_apart and parallel.zero >= 2:
+    if parallel.encodes_ahead and parallel.zero >= 2:
         return [
             f"parallel.vision = {parallel.vision} with parallel.zero = {parallel.zero}: ZeRO-2 and 3 partition "
             "gradients in the hooks of each backward pass, but these towers get theirs after the passes of a step; use "

@@ -20,7 +20,7 @@ from megavl.config.model import ModelConfig, Section
 _MONTH_S = 30 * 24 * 3600
 
 
-# Of which the plan knows the memory (`megavl.plan.hardware`).
+# Devices whose memory is known (`megavl.plan.hardware`).
 Device = Literal["a100-40g", "a100-80g", "h100", "h200"]
 
 
@@ -43,8 +43,8 @@ class ParallelConfig(Section):
     )
     stages: Literal["auto"] | tuple[PositiveInt, ...] | None = Field(
         "auto",
-        description="items of the model list (stem, blocks, head) on each stage; auto: as balances their work; null: "
-        "the same number on each",
+        description="items of the model list (stem, blocks, head) on each stage; auto: chosen to balance their work; "
+        "null: the same number on each",
     )
     vision: Literal["replicated", "sharded", "pipelined", "balanced"] = Field(
         "replicated",
@@ -53,9 +53,7 @@ class ParallelConfig(Section):
     )
     vision_chunk: PositiveInt = Field(8, description="pipelined and balanced: tiles that a rank encodes at a time")
     zero: Literal[0, 1, 2, 3] = 1
-    device: Device | None = Field(
-        None, description="device whose memory automatic stages have to fit; null: they only balance the work"
-    )
+    device: Device | None = Field(None, description="device whose memory the stages have to fit; null: not checked")
 
     @field_validator("schedule", mode="before")
     @classmethod
@@ -80,8 +78,9 @@ class ParallelConfig(Section):
         return self.pipeline * self.virtual_stages
 
     @property
-    def towers_apart(self) -> bool:
-        """Whether tiles are encoded before the passes of a step, and not by the first stage."""
+    def encodes_ahead(self) -> bool:
+        """Whether the tiles of a step are encoded before its passes, by ranks of all stages, not in the passes of the
+        first stage."""
         return self.vision in ("pipelined", "balanced")
 
 
@@ -235,6 +234,11 @@ class TrainConfig(Section):
     timeout_s: PositiveFloat = Field(
         600.0, le=_MONTH_S, description="seconds that a collective of the training may take before the run aborts"
     )
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of an element of a weight or an activation."""
+        return 2 if self.precision == "bf16" else 4
 
     def micro_batches(self, dp: int) -> int:
         """Micro-batches of a step on each of `dp` data-parallel ranks."""

@@ -1,4 +1,4 @@
-"""Which items of the model list (stem, blocks, head) each pipeline stage holds, where the recipe says it."""
+"""Items of the model list (stem, blocks, head) on each pipeline stage, where the recipe gives their numbers."""
 
 from itertools import accumulate, pairwise
 
@@ -8,8 +8,8 @@ from megavl.config.run import ParallelConfig
 def split_layers(layers: int, parallel: ParallelConfig) -> tuple[range, ...]:
     """Items of each stage, in the order of the list.
 
-    `parallel.stages` gives the number of items on each stage; null gives all the same number. The automatic split is
-    `megavl.plan.split.stages`.
+    `parallel.stages` gives the number of items on each stage; null gives all the same number. The automatic split is in
+    `megavl.plan.split`.
 
     Raises:
         ValueError: there are fewer items than stages, they are not divisible by the stages, or the given numbers do not

@@ -51,7 +51,11 @@ class _Request:
 
 @dataclass(frozen=True)
 class _Planned:
-    """A step that was asked for: its plan, tiles in the packs of each data-parallel rank, and requests for tiles."""
+    """A step that was asked for.
+
+    by_replica: tiles in the packs of each data-parallel rank
+    pieces:     requests for tiles without their micro-batches
+    """
 
     plan: StepPlan
     by_replica: tuple[int, ...]
@@ -93,7 +97,8 @@ class Loader:
         share = train.global_batch // dp_size
         self._firsts = range(dp_rank * share, (dp_rank + 1) * share, train.micro_batch)
         self._share, self._ahead = share, ahead
-        self._workers = 0 if images is ahead is None else data.workers
+        decodes = images is not None or ahead is not None
+        self._workers = data.workers if decodes else 0
         # Each worker process decodes an equal part of a step's tiles.
         self._most_pieces = 0 if ahead is None else max(1, data.workers)
         self._places = Places(self._workers) if self._workers else None
@@ -114,11 +119,11 @@ class Loader:
         self._arriving = iter(self._start(planned))
         for step in range(self._first_step, self._sampler.train.steps):
             arrived = [self._next() for _ in self._firsts]
-            now = planned.popleft()
-            decoded, plan = [self._next() for _ in range(now.pieces)], now.plan
+            current = planned.popleft()
+            decoded, plan = [self._next() for _ in range(current.pieces)], current.plan
             ahead = None
             if self._ahead is not None:
-                ahead = TilesAhead(now.by_replica, tuple(one.pixels for one in decoded))
+                ahead = TilesAhead(current.by_replica, tuple(one.pixels for one in decoded))
             yield StepBatch(
                 step=step,
                 kind=plan.kind,

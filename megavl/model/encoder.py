@@ -1,4 +1,4 @@
-"""Vision encoder: towers and adaptor, within the stem or apart from it (DeepSeek-VL section 3.3)."""
+"""Vision encoder: towers and adaptor, as a part of the stem or alone (DeepSeek-VL section 3.3)."""
 
 from collections.abc import Callable
 

@@ -171,8 +171,8 @@ class Moe(nn.Module):
         under_way = dispatch.start(x)
         shared = self.shared(h)
         rows = dispatch.finish(under_way)
-        del under_way  # in another order than `rows`, and as large
-        # No name for the results, of which `combine` makes tensors as large.
+        del under_way  # as large as `rows`
+        # The results have no name here, so that `combine` can free them before it is done.
         return shared + self._leave(dispatch.combine(self.experts(rows, dispatch.counts), weights))
 
     def _enter(self, h: Tensor, weights: Tensor, experts: Tensor) -> tuple[Tensor, Tensor, Tensor]:

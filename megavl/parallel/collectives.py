@@ -83,8 +83,8 @@ def leave_parallel(x: Tensor, tp: TensorAxis) -> Tensor:
 
 
 @dataclass(frozen=True)
-class UnderWay:
-    """A collective that has started."""
+class AsyncResult:
+    """The result of a collective that has started; its values are there after `wait`."""
 
     result: Tensor
     work: dist.Work
@@ -95,22 +95,22 @@ class UnderWay:
         return self.result
 
 
-def start_all_gather(x: Tensor, axis: Axis) -> UnderWay:
+def start_all_gather(x: Tensor, axis: Axis) -> AsyncResult:
     """Start the all-gather of the rows [T / size, ...] of each rank -> [T, ...]."""
     whole = x.new_empty((axis.size * x.shape[0], *x.shape[1:]))  # [T, ...]
-    return UnderWay(whole, all_gather_single(whole, x.contiguous(), group=axis.group, async_op=True))
+    return AsyncResult(whole, all_gather_single(whole, x.contiguous(), group=axis.group, async_op=True))
 
 
-def start_entry_gradient(grad: Tensor, tp: TensorAxis) -> UnderWay:
+def start_entry_gradient(grad: Tensor, tp: TensorAxis) -> AsyncResult:
     """Start the backward of `enter_parallel`: [T, D] -> [T, D] (replicated) or [T / tp, D] (sequence).
 
     Args:
         grad: contiguous; the all-reduce overwrites it
     """
     if not tp.sequence:
-        return UnderWay(grad, dist.all_reduce(grad, group=tp.group, async_op=True))
+        return AsyncResult(grad, dist.all_reduce(grad, group=tp.group, async_op=True))
     part = grad.new_empty((grad.shape[0] // tp.size, *grad.shape[1:]))  # [T / tp, D]
-    return UnderWay(part, reduce_scatter_single(part, grad, group=tp.group, async_op=True))
+    return AsyncResult(part, reduce_scatter_single(part, grad, group=tp.group, async_op=True))
 
 
 def all_gather(x: Tensor, axis: Axis) -> Tensor:

@@ -1,4 +1,4 @@
-"""Products at the beginning of a tensor-parallel region, with their collectives behind matrix products.
+"""Products at the beginning of a tensor-parallel region, whose collectives overlap with matrix products.
 
 Backward of y = x W^T, whose input x is cut along the tokens under sequence parallelism:
 

@@ -1,5 +1,5 @@
-"""Which rank encodes which tile of a step, and which rank needs its features, where the vision encoder is apart from
-the pipeline's stages (`parallel.vision: pipelined, balanced`).
+"""Which rank encodes which tile of a step, and which rank needs its features, where tiles are encoded before the passes
+(`parallel.vision: pipelined, balanced`).
 
 The tiles of the global batch are numbered in the order of its packs. A group of ranks, one replica or the world, shares
 those of its packs: each rank encodes a run of them, and the runs differ by at most one tile. Every tile costs the same,
@@ -40,7 +40,7 @@ class TileRoutes:
 
     @property
     def tiles(self) -> int:
-        """Of all packs of the group."""
+        """Number of tiles in all packs of the group."""
         return sum(map(len, self.encoded))
 
     def features(self, rank: int) -> tuple[list[int], list[int]]:
@@ -77,7 +77,11 @@ class EncoderGroup:
         return cls(topology, ranks, ranks.index(world_rank), range(replica, replica + 1))
 
     def routes(self, by_replica: Sequence[int]) -> TileRoutes:
-        """The routes of a step whose data-parallel ranks have so many tiles in their packs."""
+        """The routes of a step.
+
+        Args:
+            by_replica: tiles in the packs of each data-parallel rank
+        """
         borders = [sum(by_replica[:replica]) for replica in range(len(by_replica) + 1)]
         whole = range(borders[self.replicas.start], borders[self.replicas.stop])
         needed, returned = [], []

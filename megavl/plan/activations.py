@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from megavl.config.run import RunConfig
 from megavl.plan.forward import operations
 from megavl.plan.operators import FP32_BYTES
-from megavl.plan.tape import Operation, Storage, kept, most_in_backward, most_in_forward
+from megavl.plan.tape import Operation, Storage, backward_peak, forward_peak, kept
 from megavl.plan.vision import StemRecorder
 
 
@@ -47,16 +47,19 @@ def item_activations(config: RunConfig, *, tokens: int, supervised_tokens: int, 
 
 
 def tile_activations(config: RunConfig, tiles: int) -> Activations:
-    """Of `tiles` tiles that a rank encodes apart from the stem (`RunConfig.parallel.towers_apart`). `kept` includes the
-    features. The stem of such a run has no activations of towers, and its input, the features, is not counted there."""
+    """Activations of `tiles` tiles that a rank encodes before the passes (`ParallelConfig.encodes_ahead`).
+
+    `kept` includes the features. The stem of such a run has no activations of towers, and `item_activations` does not
+    count the features, which are its input.
+    """
     encoder = StemRecorder(config, tokens=0, tiles=tiles)
-    features = encoder.encode_apart()
+    features = encoder.encode_ahead()
     saved = kept(encoder.tape.operations)
     held = saved | {features.storage}
     return Activations(
         _bytes(held),
-        max(0, most_in_forward(encoder.tape.operations) - _bytes(held)),
-        most_in_backward(encoder.tape.operations) - _bytes(saved),
+        max(0, forward_peak(encoder.tape.operations) - _bytes(held)),
+        backward_peak(encoder.tape.operations) - _bytes(saved),
     )
 
 
@@ -66,8 +69,8 @@ def _activations(number: int, item: Sequence[Operation], held: set[Storage]) -> 
     inputs = {x.storage for operation in item for x in operation.inputs if x.storage.item != number}
     return Activations(
         _bytes(held),
-        max(0, most_in_forward(item) - _bytes(held | saved | inputs)),
-        most_in_backward(item) - _bytes(saved),
+        max(0, forward_peak(item) - _bytes(held | saved | inputs)),
+        backward_peak(item) - _bytes(saved),
     )
 
 
@@ -79,7 +82,12 @@ def hidden_bytes(config: RunConfig, tokens: int) -> int:
     """Hidden states between two items on one rank, which is also a message of the pipeline."""
     parallel = config.parallel
     rows = tokens // parallel.tensor if parallel.sequence else tokens
-    return rows * config.model.decoder.width * (2 if config.train.precision == "bf16" else 4)
+    return rows * config.model.decoder.width * config.train.element_bytes
+
+
+def feature_bytes(config: RunConfig, tiles: int) -> int:
+    """Features of tiles, or their gradients."""
+    return tiles * config.model.tile_features * config.model.decoder.width * config.train.element_bytes
 
 
 def layout_bytes(config: RunConfig, tokens: int) -> int:

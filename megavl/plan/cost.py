@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from megavl.config.model import ModelConfig
-from megavl.config.parameters import dataflow, parameters
+from megavl.config.parameters import dataflow, parameters, parameters_of_encoder
 from megavl.config.recompute import encodes_again
 from megavl.config.run import RunConfig
 from megavl.plan.flops import FlopCounter
@@ -28,11 +28,17 @@ class StepFlops:
 
 @dataclass(frozen=True)
 class Count:
-    """Parameters in elements. `experts` are those of routed experts among the trainable ones."""
+    """Parameters in elements. Counts add up field by field.
 
-    trainable: int
-    frozen: int
-    experts: int
+    experts: those of routed experts among the trainable ones
+    """
+
+    trainable: int = 0
+    frozen: int = 0
+    experts: int = 0
+
+    def __add__(self, other: "Count") -> "Count":
+        return Count(self.trainable + other.trainable, self.frozen + other.frozen, self.experts + other.experts)
 
     @property
     def total(self) -> int:
@@ -51,6 +57,14 @@ def item_parameters(config: RunConfig) -> tuple[Count, ...]:
         if parameter.expert_dim is not None:
             experts[parameter.item] += size
     return tuple(map(Count, trainable, frozen, experts))
+
+
+def encoder_parameters(config: RunConfig) -> Count:
+    """Parameters of the vision encoder, on one rank that encodes images."""
+    sizes = {True: 0, False: 0}
+    for parameter in parameters_of_encoder(config.model):
+        sizes[config.optim.lr_multiplier(parameter.name) > 0] += parameter.size
+    return Count(trainable=sizes[True], frozen=sizes[False])
 
 
 def active_parameters(model: ModelConfig) -> int:
@@ -128,7 +142,7 @@ def _works(
     # Where tiles are encoded before the passes, whole chunks of them are recomputed, and no blocks.
     recomputed = {
         "decoder": config.train.recompute == "block",
-        "tower": config.train.recompute_towers and not config.parallel.towers_apart,
+        "tower": config.train.recompute_towers and not config.parallel.encodes_ahead,
     }
     counter = FlopCounter(
         trains=lambda name: trains and config.optim.lr_multiplier(name) > 0,

@@ -246,7 +246,7 @@ class DecoderRecorder(Recorder):
         activated = self.swiglu([gate, up], rows, hidden)
         return product(activated, down, width)
 
-    def _expert_weight(self, name: str, elements: int, cut: bool) -> "_ExpertWeight":
+    def _expert_weight(self, name: str, elements: int, cut: bool) -> _ExpertWeight:
         """Whole weights on several tensor ranks are copied, so that the backward pass adds up their gradients."""
         gradients = self.weights((name, elements))
         if cut or self.tensor == 1:

@@ -1,12 +1,12 @@
-"""What the devices can do at most. Source: NVIDIA's data sheets, dense tensor-core rate without sparsity."""
+"""Memory and peak FLOP/s of devices. Source: NVIDIA's data sheets, dense tensor-core rate without sparsity."""
 
 import re
 
 from megavl.config.run import Device
 
-# As CUDA reports it, GiB.
+# GiB that CUDA reports.
 _MEMORY_GIB: dict[Device, float] = {"a100-40g": 39.4, "a100-80g": 79.2, "h100": 79.1, "h200": 139.8}
-# CUDA's context, NCCL's buffers, and gaps between blocks of the allocator take the rest.
+# Share for tensors. CUDA's context, NCCL's buffers and fragments of the allocator take the rest.
 _USABLE = 0.9
 
 _PEAK_BF16_FLOPS = (

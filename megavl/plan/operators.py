@@ -6,14 +6,15 @@ The rows of an activation are its tokens (or patches); a width is the number of 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from typing import Literal
 
 from megavl.config.run import RunConfig
 from megavl.plan.message import Kind, Message
 from megavl.plan.tape import Activation, Storage, Tape, kept, sent_forward
 
 FP32_BYTES, INDEX_BYTES = 4, 8
-# A weight begins at a multiple of so many elements of its buffer (`megavl.runtime.deepspeed.alignment`).
-_UNIT_ELEMENTS = 64
+# Weights begin at multiples of this in their buffers (`megavl.runtime.deepspeed.alignment`).
+UNIT_ELEMENTS = 64
 
 
 @dataclass
@@ -31,7 +32,7 @@ class Recorder:
     def __post_init__(self) -> None:
         self.tensor, self.sequence = self.config.parallel.tensor, self.config.parallel.sequence
         self.sequence = self.sequence and self.tensor > 1
-        self.element = 2 if self.config.train.precision == "bf16" else 4
+        self.element = self.config.train.element_bytes
         # Rows of the residual stream.
         self.stream = self.tokens // self.tensor if self.sequence else self.tokens
         self.trains = cache(lambda name: self.config.optim.lr_multiplier(name) > 0)
@@ -44,7 +45,7 @@ class Recorder:
         """Bytes of the gradients of those among (name, elements) that are trained."""
         return [elements * self.element for name, elements in named if self.trains(name)]
 
-    def message(self, kind: Kind, size: int, axis: str = "tensor") -> list[Message]:
+    def message(self, kind: Kind, size: int, axis: Literal["tensor", "expert"] = "tensor") -> list[Message]:
         """A collective; none over an axis of one rank."""
         ranks = self.tensor if axis == "tensor" else self.config.parallel.expert
         return [Message(axis, kind, size, ranks)] if ranks > 1 else []
@@ -159,5 +160,5 @@ class Recorder:
         no buffer."""
         *before, _ = weights.values()
         rates = {self.config.optim.lr_multiplier(name) for name in weights}
-        aligned = not any(elements % _UNIT_ELEMENTS for elements in before)
+        aligned = not any(elements % UNIT_ELEMENTS for elements in before)
         return self.config.parallel.zero in (1, 2) and len(rates) == 1 and rates != {0.0} and aligned

@@ -1,26 +1,26 @@
-"""What a run would look like, without a device: for `launch/pretrain.py --dry-run`."""
-
-from collections.abc import Iterable, Sequence
+"""The plan of a run as text: stages, bubbles, memory, messages and FLOPs (`launch/pretrain.py --dry-run`)."""
 
 from megavl.config.run import RunConfig
 from megavl.config.stages import split_layers
 from megavl.plan.cost import Count, active_parameters, item_parameters, item_work
+from megavl.plan.expected_work import expected_work, step_timeline
+from megavl.plan.fit import memory_problem
 from megavl.plan.hardware import usable_bytes
 from megavl.plan.mix import expected_steps
-from megavl.plan.peak import Memory, PeakBytes
+from megavl.plan.peak import StepMemory, rank_peaks
 from megavl.plan.schedule import rank_of
-from megavl.plan.split import expected_work, memory_problem, split, step_timeline
+from megavl.plan.split import split_model
 from megavl.plan.table import table
-from megavl.plan.timeline import simulate
+from megavl.plan.timeline import equal_stages_bubble
 from megavl.plan.traffic import rank_traffic
 
-# A rank with so many times the mean work of all is worth a remark.
+# A rank with more than this many times the mean work gets a remark.
 _UNEVEN = 1.1
 RECOMPUTE = ("off", "selective", "block")
 
 
 def describe(config: RunConfig, world: int) -> str:
-    """Stages, parameters, work and memory of a run on `world` ranks, as text for a console.
+    """The plan of a run on `world` ranks, as text for a console.
 
     The configuration must have passed `megavl.config.rules.check` for that world.
     """
@@ -36,7 +36,7 @@ def _run(config: RunConfig, world: int) -> str:
     dp, tokens = world // parallel.model, train.global_batch * seq_len
     micro_batches = train.micro_batches(dp)
     uncut = config.model_copy(update={"parallel": parallel.model_copy(update={"tensor": 1, "expert": 1})})
-    parameters = _add(item_parameters(uncut))
+    parameters = sum(item_parameters(uncut), start=Count())
     counts = f"parameters: {parameters.total:,} = {parameters.trainable:,} trainable + {parameters.frozen:,} frozen"
     experts = ""
     if config.model.decoder.moe is not None:
@@ -61,11 +61,11 @@ def _run(config: RunConfig, world: int) -> str:
 
 
 def _stages(config: RunConfig, world: int) -> str:
-    parallel, stages = config.parallel, split(config, world)
+    parallel, stages = config.parallel, split_model(config, world)
     items, (text, multimodal) = item_parameters(config), expected_work(config)
     rows = [("stage", "pp rank", "items", "trainable", "frozen", "text step", "multimodal step")]
     for stage, held in enumerate(stages):
-        parameters = _add(items[item] for item in held)
+        parameters = sum((items[item] for item in held), start=Count())
         rows.append(
             (
                 str(stage),
@@ -78,10 +78,10 @@ def _stages(config: RunConfig, world: int) -> str:
         )
     _, step = expected_steps(config)
     origin = ", chosen to balance the work" if parallel.stages == "auto" else ""
-    if parallel.towers_apart:
-        apart = parallel.pipeline * multimodal.towers.both
-        share = apart / (apart + multimodal.load(range(len(items))))
-        origin += f", images apart from them ({share:.1%} of a multimodal step)"
+    if parallel.encodes_ahead:
+        encoding = parallel.pipeline * multimodal.towers.both
+        share = encoding / (encoding + multimodal.load(range(len(items))))
+        origin += f", images encoded before the passes ({share:.1%} of a multimodal step)"
     caption = (
         f"Stages{origin}: parameters on one rank, and share of a step's FLOPs (vision: {parallel.vision}).\n"
         f"Taken for it: packs of one document of {config.data.seq_len} tokens, in a multimodal step with {step.images} "
@@ -94,7 +94,7 @@ def _stages(config: RunConfig, world: int) -> str:
 def _pipeline(config: RunConfig, world: int) -> str:
     """How full the schedule keeps the ranks, simulated without time for messages."""
     parallel, micro_batches = config.parallel, config.train.micro_batches(world // config.parallel.model)
-    splits = {"as above": split(config, world)}
+    splits = {"as above": split_model(config, world)}
     if parallel.stages is not None and config.model.layers % parallel.num_stages == 0:
         equal = parallel.model_copy(update={"stages": None})
         splits["equal numbers of items"] = split_layers(config.model.layers, equal)
@@ -106,10 +106,9 @@ def _pipeline(config: RunConfig, world: int) -> str:
             rows.append((step.name, f"{step.share:.0%}", name, f"{timeline.bubble:.1%}", f"{busiest:.2f}"))
             if name == "as above" and step.share and busiest > _UNEVEN:
                 remarks.append(_remark(config, step.name, timeline.busy))
-    ideal = simulate(parallel, micro_batches, lambda each: 1 if each.kind == "forward" else 2).bubble
     caption = (
-        f"Bubble of {parallel.schedule} with {micro_batches} micro-batches; it is {ideal:.1%} if all stages take "
-        "equally long."
+        f"Bubble of {parallel.schedule} with {micro_batches} micro-batches; it is "
+        f"{equal_stages_bubble(parallel, micro_batches):.1%} if all stages take equally long."
     )
     return "\n".join((caption, table(rows), *remarks))
 
@@ -118,7 +117,7 @@ def _remark(config: RunConfig, step: str, busy: tuple[float, ...]) -> str:
     """What to do about ranks that wait for the busiest."""
     most, least = busy.index(max(busy)), busy.index(min(busy))
     remedy = "parallel.stages=auto balances the stages"
-    if step == "multimodal" and most == rank_of(0, config.parallel) and not config.parallel.towers_apart:
+    if step == "multimodal" and most == rank_of(0, config.parallel) and not config.parallel.encodes_ahead:
         remedy = "its stem encodes the images; parallel.vision=pipelined has all ranks encode them"
     elif config.parallel.stages == "auto":
         remedy = "no other stages are better; the items may divide better over another parallel.pipeline"
@@ -130,19 +129,22 @@ def _remark(config: RunConfig, step: str, busy: tuple[float, ...]) -> str:
 
 def _memory(config: RunConfig, world: int) -> str:
     """Peak of each rank as the run is configured, and under every kind of recomputation of the decoder."""
-    parallel, dp, stages = config.parallel, world // config.parallel.model, split(config, world)
-    peaks = {mode: _peaks(config, world, stages, mode) for mode in RECOMPUTE}
+    parallel, dp, stages = config.parallel, world // config.parallel.model, split_model(config, world)
+    peaks = {}
+    for mode in RECOMPUTE:
+        changed = config.model_copy(update={"train": config.train.model_copy(update={"recompute": mode})})
+        peaks[mode] = rank_peaks([StepMemory(changed, world, step) for step in expected_steps(changed)], stages)
     device = parallel.device
     fits = ("fits",) if device else ()
     rows = [
         ("pp rank", "weights", "gradients", "optimizer", "activations", "workspace", "messages")
-        + ("images",) * parallel.towers_apart
+        + ("images",) * parallel.encodes_ahead
         + ("together", *(f"if {mode}" for mode in RECOMPUTE), *fits)
     ]
     for rank, peak in enumerate(peaks[config.train.recompute]):
         passes = peak.activations, peak.workspace, peak.messages
         cells = [peak.state.weights, peak.state.gradients, peak.state.optimizer, *passes]
-        cells += [peak.images] * parallel.towers_apart
+        cells += [peak.images] * parallel.encodes_ahead
         cells += [peak.total, *(peaks[mode][rank].total for mode in RECOMPUTE)]
         verdict = ("yes" if peak.total <= usable_bytes(device) else "NO",) if device else ()
         rows.append((str(rank), *map(_gib, cells), *verdict))
@@ -156,21 +158,13 @@ def _memory(config: RunConfig, world: int) -> str:
     return "\n".join(filter(None, (caption, table(rows), memory_problem(config, world))))
 
 
-def _peaks(config: RunConfig, world: int, stages: Sequence[range], recompute: str) -> list[PeakBytes]:
-    """Of each pipeline rank, the higher one of a text and a multimodal step."""
-    train = config.train.model_copy(update={"recompute": recompute})
-    memories = [Memory(config.model_copy(update={"train": train}), world, step) for step in expected_steps(config)]
-    ranks = range(config.parallel.pipeline)
-    return [max((memory.peak(rank, stages) for memory in memories), key=lambda peak: peak.total) for rank in ranks]
-
-
 def _traffic(config: RunConfig, world: int) -> str:
     axes = {
         "tensor": config.parallel.tensor > 1,
         "expert": config.parallel.expert > 1,
         "pipeline": config.parallel.pipeline > 1,
         "data": world > config.parallel.model,
-        "images": config.parallel.towers_apart,
+        "images": config.parallel.encodes_ahead,
     }
     shown = [axis for axis, used in axes.items() if used]
     if not shown:
@@ -190,11 +184,6 @@ def _work(config: RunConfig) -> str:
         parts = ("forward", "input_grad", "weight_grad", "model", "overhead")
         rows.append((step.name, *(f"{sum(getattr(item, part) for item in work):.3e}" for part in parts)))
     return table(rows)
-
-
-def _add(counts: Iterable[Count]) -> Count:
-    counts = tuple(counts)
-    return Count(*(sum(getattr(count, part) for count in counts) for part in ("trainable", "frozen", "experts")))
 
 
 def items_of(held: range, layers: int) -> str:

@@ -41,7 +41,6 @@ Block = tuple[Pass, ...]
 # (stages of the rank, rank, ranks, micro-batches) -> passes of the rank.
 Order = Callable[[Sequence[int], int, int, int], list[Block]]
 
-
 # "loop": stage s is on rank s % ranks. "v": every second lap runs backwards, so that rank 0 has the first and the last
 # of 2 * ranks stages.
 Placement = Literal["loop", "v"]

@@ -1,29 +1,26 @@
-"""Stages of a run, and their automatic split: the contiguous partition of the model list that balances the work.
+"""Automatic stage split: the contiguous partition of the model list that balances the work of the stages.
 
 Ranks of a pipeline wait for the slowest stage, so a step takes about as long as that stage takes for all micro-batches.
 A run takes text and multimodal steps, in which different stages may be slow, so the split minimises the mean over both.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from itertools import accumulate, combinations
+from functools import lru_cache
+from itertools import combinations
 from math import inf
 from operator import itemgetter
 from typing import Any
 
-from megavl.config.error import ConfigError
 from megavl.config.run import ParallelConfig, RunConfig
 from megavl.config.stages import split_layers
-from megavl.plan.cost import PassFlops, item_passes
+from megavl.plan.expected_work import ExpectedWork, expected_work, step_timeline
 from megavl.plan.hardware import usable_bytes
 from megavl.plan.mix import expected_steps
-from megavl.plan.peak import Memory
+from megavl.plan.peak import StepMemory, rank_peaks
 from megavl.plan.schedule import stages_of
-from megavl.plan.timeline import Timeline, simulate
 
 
-def split(config: RunConfig, world: int) -> tuple[range, ...]:
+def split_model(config: RunConfig, world: int) -> tuple[range, ...]:
     """Items of the model list on each stage, in the order of the list, of a run that has passed the rules."""
     if config.parallel.stages == "auto":
         return _automatic(config, world)
@@ -33,23 +30,25 @@ def split(config: RunConfig, world: int) -> tuple[range, ...]:
 @lru_cache(maxsize=8)
 def _automatic(config: RunConfig, world: int) -> tuple[range, ...]:
     parallel, work = config.parallel, [step for step in expected_work(config) if step.share > 0]
-    # With more, what is gained while the pipeline fills and empties counts less, and nothing else changes.
+    # More micro-batches only lower the weight of the time in which the pipeline fills and empties.
     micro_batches = min(config.train.micro_batches(world // parallel.model), 4 * parallel.num_stages)
 
     def time(stages: tuple[range, ...]) -> float:
         return sum(step.share * step_timeline(parallel, stages, step, micro_batches).seconds for step in work)
 
-    memories = _memories(config, world) if parallel.device else []
-    limit = usable_bytes(parallel.device) if parallel.device else 0
+    memories, limit = [], 0
+    if parallel.device is not None:
+        memories = [StepMemory(config, world, step) for step in expected_steps(config) if step.share > 0]
+        limit = usable_bytes(parallel.device)
 
     def excess(stages: tuple[range, ...]) -> int:
-        """Bytes for which the devices have no room."""
-        return sum(max(0, most - limit) for most in _peaks(memories, parallel, stages)) if memories else 0
+        """Bytes that do not fit the devices, over all pipeline ranks."""
+        return sum(max(0, peak.total - limit) for peak in rank_peaks(memories, stages)) if memories else 0
 
     even = least_slowest(work, parallel.num_stages)
     if parallel.pipeline == 1:
         return even
-    starts = even, _with_even_ranks(even, work, parallel), _of_equal_numbers(config.model.layers, parallel.num_stages)
+    starts = even, _with_even_ranks(even, work, parallel), equal_numbers(config.model.layers, parallel.num_stages)
     if memories:
         starts = tuple(_climb(start, _with_some_borders_moved, excess) for start in starts)
 
@@ -57,97 +56,6 @@ def _automatic(config: RunConfig, world: int) -> tuple[range, ...]:
         return excess(stages), time(stages)
 
     return min((_climb(start, _with_one_border_moved, cost) for start in dict.fromkeys(starts)), key=cost)
-
-
-def _memories(config: RunConfig, world: int) -> list[Memory]:
-    return [Memory(config, world, step) for step in expected_steps(config) if step.share > 0]
-
-
-def _peaks(memories: Sequence[Memory], parallel: ParallelConfig, stages: Sequence[range]) -> list[int]:
-    """Peak memory of each pipeline rank over the expected steps, bytes."""
-    return [max(memory.peak(rank, stages).total for memory in memories) for rank in range(parallel.pipeline)]
-
-
-def check_memory(config: RunConfig, world: int) -> None:
-    """Raise ConfigError if the run has to fit a device (`parallel.device`), and its stages do not."""
-    if problem := memory_problem(config, world):
-        raise ConfigError("this run does not fit its devices", [problem])
-
-
-def memory_problem(config: RunConfig, world: int) -> str | None:
-    """What `check_memory` refuses."""
-    device = config.parallel.device
-    if device is None:
-        return None
-    most = _peaks(_memories(config, world), config.parallel, split(config, world))
-    worst = most.index(max(most))
-    if most[worst] <= usable_bytes(device):
-        return None
-    return (
-        f"parallel.device = {device}: pipeline rank {worst} would need {_gib(most[worst])} in a step, but "
-        f"{_gib(usable_bytes(device))} of a device are for the run, which would end without memory; recompute more "
-        "(train.recompute, train.recompute_towers), raise parallel.tensor or parallel.pipeline, or set "
-        "parallel.device=null to start all the same"
-    )
-
-
-def _gib(size_bytes: int) -> str:
-    return f"{size_bytes / 2**30:.1f} GiB"
-
-
-@dataclass(frozen=True)
-class ExpectedWork:
-    """What a micro-batch of an expected step costs on one tensor rank.
-
-    name, share: as in `ExpectedStep`
-    items:       of each item of the model list
-    towers:      of the share of this rank in the tiles, where they are encoded apart from the stages
-    """
-
-    name: str
-    share: float
-    items: tuple[PassFlops, ...]
-    towers: PassFlops = PassFlops(0.0, 0.0)
-
-    def load(self, items: range) -> float:
-        """FLOPs of both passes of a stage."""
-        return self._sums[items.stop] - self._sums[items.start]
-
-    def slowest(self, stages: Sequence[range]) -> float:
-        """The largest load of a stage."""
-        return max(map(self.load, stages))
-
-    @cached_property
-    def _sums(self) -> list[float]:
-        """FLOPs of both passes of the items before each item."""
-        return list(accumulate((item.both for item in self.items), initial=0.0))
-
-
-def expected_work(config: RunConfig) -> tuple[ExpectedWork, ...]:
-    """Of a text and a multimodal step."""
-    train, parallel, found = config.train, config.parallel, []
-    for step in expected_steps(config):
-        counts = step.counts(train.micro_batch, train.global_batch)
-        if not parallel.towers_apart:
-            found.append(ExpectedWork(step.name, step.share, item_passes(config, **counts)))
-            continue
-        stem, *_ = item_passes(config, **dict.fromkeys(counts, 0) | {"tiles": counts["tiles"]})
-        towers = PassFlops(stem.forward / parallel.pipeline, stem.backward / parallel.pipeline)
-        items = item_passes(config, **counts | {"tiles": 0})
-        found.append(ExpectedWork(step.name, step.share, items, towers))
-    return tuple(found)
-
-
-def step_timeline(
-    parallel: ParallelConfig, stages: Sequence[range], work: ExpectedWork, micro_batches: int
-) -> Timeline:
-    """The simulated step, its time in FLOPs of one rank."""
-    durations = {
-        (kind, stage): sum(getattr(work.items[item], kind) for item in items)
-        for stage, items in enumerate(stages)
-        for kind in ("forward", "backward")
-    }
-    return simulate(parallel, micro_batches, lambda each: durations[each.kind, each.stage])
 
 
 def least_slowest(work: Sequence[ExpectedWork], count: int) -> tuple[range, ...]:
@@ -194,7 +102,7 @@ def _partition(
     return best[layers][2] if layers in best else ()
 
 
-def _of_equal_numbers(layers: int, count: int) -> tuple[range, ...]:
+def equal_numbers(layers: int, count: int) -> tuple[range, ...]:
     """Stages whose numbers of items differ by at most one."""
     borders = [layers * stage // count for stage in range(count + 1)]
     return tuple(map(range, borders, borders[1:]))
@@ -203,7 +111,8 @@ def _of_equal_numbers(layers: int, count: int) -> tuple[range, ...]:
 def _with_even_ranks(
     stages: tuple[range, ...], work: Sequence[ExpectedWork], parallel: ParallelConfig
 ) -> tuple[range, ...]:
-    """Makes the slowest rank, which may have several stages, less slow and, of equal ones, the slowest stage."""
+    """Moves borders so that the slowest rank, which may have several stages, is less slow; of equal ones, the slowest
+    stage."""
     held = [stages_of(rank, parallel) for rank in range(parallel.pipeline)]
 
     def slowness(stages: tuple[range, ...]) -> tuple[float, float]:
@@ -221,7 +130,7 @@ def _climb(
     neighbours: Callable[[tuple[range, ...]], Iterator[tuple[range, ...]]],
     cost: Callable[[tuple[range, ...]], Any],
 ) -> tuple[range, ...]:
-    """Goes to the neighbour of least cost for as long as the cost falls."""
+    """Local search: moves to the neighbour of least cost for as long as the cost falls."""
     best = cost(stages)
     while True:
         found = min(((cost(each), each) for each in neighbours(stages)), default=(best, stages), key=itemgetter(0))
@@ -231,12 +140,12 @@ def _climb(
 
 
 def _with_one_border_moved(stages: tuple[range, ...]) -> Iterator[tuple[range, ...]]:
-    """Stages of which one has an item of the stage before or after."""
+    """Stages after a border between two of them has moved by an item."""
     return _moved(stages, ((border, border + 1) for border in range(len(stages) - 1)))
 
 
 def _with_some_borders_moved(stages: tuple[range, ...]) -> Iterator[tuple[range, ...]]:
-    """Stages of which one has an item more and another one less."""
+    """Stages after all borders between two of them have moved by an item: one has an item more, the other one less."""
     return _moved(stages, combinations(range(len(stages)), 2))
 
 

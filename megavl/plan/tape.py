@@ -172,7 +172,7 @@ def until_last_saved(operations: Sequence[Operation]) -> Sequence[Operation]:
     return operations[:count]
 
 
-def most_in_backward(operations: Sequence[Operation], *, holds_gradient: bool = True) -> int:
+def backward_peak(operations: Sequence[Operation], *, holds_gradient: bool = True) -> int:
     """Most bytes in use during the backward pass of these operations, the gradient of the last output and all that was
     kept included. The gradient of a weight is used up as soon as it is there.
 
@@ -199,7 +199,7 @@ def most_in_backward(operations: Sequence[Operation], *, holds_gradient: bool = 
             first, *others = inputs
             gradients |= {first: sum(gradients.get(out, 0) for out in each.outputs)} | dict.fromkeys(others, 0)
         else:
-            within = _most_of_inner(each)
+            within = _inner_peak(each)
             new = 0 if each.prepared else sum(x.bytes for x in inputs) + each.weights
             most = max(most, in_use + sum(gradients.values()) + max(within, new))
             gradients |= {x: x.bytes for x in inputs}
@@ -212,17 +212,17 @@ def most_in_backward(operations: Sequence[Operation], *, holds_gradient: bool = 
     return most
 
 
-def _most_of_inner(operation: Operation) -> int:
+def _inner_peak(operation: Operation) -> int:
     """Most bytes in use while a block is computed again and in its backward pass, beyond what it kept and the gradients
     of its outputs."""
     if not operation.inner:
         return 0
     beside = sum(storage.bytes for storage in kept([operation]))
-    backward = most_in_backward(operation.inner, holds_gradient=False) - sum(out.bytes for out in operation.outputs)
-    return max(backward, most_in_forward(until_last_saved(operation.inner))) - beside
+    backward = backward_peak(operation.inner, holds_gradient=False) - sum(out.bytes for out in operation.outputs)
+    return max(backward, forward_peak(until_last_saved(operation.inner))) - beside
 
 
-def most_in_forward(operations: Sequence[Operation], *, keeps: bool = True) -> int:
+def forward_peak(operations: Sequence[Operation], *, keeps: bool = True) -> int:
     """Most bytes in use during the forward pass of these operations, what is kept included.
 
     A tensor that is not kept is in use until the last operation that reads it, and one that will be recomputed until
@@ -245,7 +245,7 @@ def most_in_forward(operations: Sequence[Operation], *, keeps: bool = True) -> i
             held |= kept([each])
         within = each.temporary
         if each.inner:
-            within += most_in_forward(each.inner, keeps=False) - sum(storage.bytes for storage in beside)
+            within += forward_peak(each.inner, keeps=False) - sum(storage.bytes for storage in beside)
         most = max(most, sum(storage.bytes for storage in in_use | held) + within)
         in_use = {storage for storage in in_use if last_reader[storage] > number}
     return most

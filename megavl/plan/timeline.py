@@ -38,7 +38,17 @@ class Timeline:
     @property
     def bubble(self) -> float:
         """Share of the time of all ranks in which they wait, in [0, 1)."""
-        return 1 - sum(self.busy) / (len(self.spans) * self.seconds) if self.seconds else 0.0
+        return self.bubble_beside(0.0)
+
+    def bubble_beside(self, seconds: float) -> float:
+        """The bubble of a step in which all ranks also work for `seconds` before or after these passes."""
+        whole = self.seconds + seconds
+        return 1 - (sum(self.busy) / len(self.spans) + seconds) / whole if whole else 0.0
+
+
+def equal_stages_bubble(parallel: ParallelConfig, micro_batches: int) -> float:
+    """Bubble if all stages take equally long, and backward passes twice as long as forward passes."""
+    return simulate(parallel, micro_batches, lambda each: 1 if each.kind == "forward" else 2).bubble
 
 
 def simulate(

@@ -8,15 +8,14 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from megavl.config.parameters import parameters_of_encoder
 from megavl.config.run import RunConfig
-from megavl.plan.activations import hidden_bytes
-from megavl.plan.cost import Count, item_parameters
+from megavl.plan.activations import feature_bytes, hidden_bytes
+from megavl.plan.cost import Count, encoder_parameters, item_parameters
 from megavl.plan.forward import operations
 from megavl.plan.message import Message
 from megavl.plan.mix import ExpectedStep
 from megavl.plan.schedule import rank_of, stages_of
-from megavl.plan.split import split
+from megavl.plan.split import split_model
 from megavl.plan.tape import sent_backward, sent_forward
 
 
@@ -57,7 +56,7 @@ def data_messages(config: RunConfig, parameters: Count, dp: int, micro_batches: 
     forward and each backward pass instead of after the update. Routed experts have dp / `parallel.expert` replicas.
     DeepSpeed's own padding, and its choice of algorithms under ZeRO-2 and 3 and in fp32, are not counted.
     """
-    zero, element = config.zero_stage(dp), 2 if config.train.precision == "bf16" else 4
+    zero, element = config.zero_stage(dp), config.train.element_bytes
     experts = parameters.experts if config.parallel.expert > 1 else 0
     messages: list[Message] = []
     for trained, held, ranks in (
@@ -85,9 +84,9 @@ def rank_traffic(config: RunConfig, world: int, step: ExpectedStep) -> tuple[dic
         config,
         tokens=tokens,
         supervised_tokens=counts["supervised_tokens"],
-        tiles=0 if parallel.towers_apart else tiles,
+        tiles=0 if parallel.encodes_ahead else tiles,
     )
-    parameters, stages, micro_batches = item_parameters(config), split(config, world), train.micro_batches(dp)
+    parameters, stages, micro_batches = item_parameters(config), split_model(config, world), train.micro_batches(dp)
     found = []
     for rank in range(parallel.pipeline):
         sent: Counter[str] = Counter()
@@ -96,35 +95,32 @@ def rank_traffic(config: RunConfig, world: int, step: ExpectedStep) -> tuple[dic
             sent.update(_sent(items[item].messages, micro_batches))
         for stage in stages_of(rank, parallel):
             sent.update(_sent(border_messages(config, stage, tokens), micro_batches))
-        of_rank = Count(
-            *(sum(getattr(parameters[item], part) for item in held) for part in ("trainable", "frozen", "experts"))
-        )
+        of_rank = sum((parameters[item] for item in held), start=Count())
         sent.update(_sent(data_messages(config, of_rank, dp, micro_batches)))
-        if parallel.towers_apart and tiles:
-            sent["images"] = _image_bytes(config, rank, micro_batches * tiles)
+        if parallel.encodes_ahead and tiles:
+            sent["images"] = _sent_for_images(config, rank, micro_batches * tiles)
         found.append(dict(sent))
     return tuple(found)
 
 
-def _image_bytes(config: RunConfig, rank: int, tiles: int) -> float:
-    """What a rank sends for the tiles of a step of its replica, encoded evenly by all its ranks.
+def _sent_for_images(config: RunConfig, rank: int, tiles: int) -> float:
+    """Bytes that a rank sends for the tiles of a step of its replica, which all ranks of the replica share evenly.
 
     Features go from each to every tensor rank of pipeline rank 0, gradients back, each from one of these. Trained
     weights are broadcast over the pipeline once a step, and their fp32 gradients reduced: chains, in which a rank sends
     once.
     """
-    parallel, element = config.parallel, 2 if config.train.precision == "bf16" else 4
-    features = tiles * config.model.tile_features * config.model.decoder.width * element
-    trained = sum(each.size for each in parameters_of_encoder(config.model) if config.optim.lr_multiplier(each.name))
+    parallel, element = config.parallel, config.train.element_bytes
+    features, trained = feature_bytes(config, tiles), encoder_parameters(config).trainable
     copies = parallel.tensor - (rank == 0)  # a rank keeps its own
     sent = features / parallel.model * copies
     if not trained:
         return sent
+    broadcast = element * trained * (rank < parallel.pipeline - 1)
     if rank == 0:
-        return (
-            sent + features / parallel.tensor * (1 - 1 / parallel.model) + element * trained * (parallel.pipeline > 1)
-        )
-    return sent + 4 * trained + element * trained * (rank < parallel.pipeline - 1)
+        returned = features / parallel.tensor * (1 - 1 / parallel.model)
+        return sent + returned + broadcast
+    return sent + 4 * trained + broadcast
 
 
 def _sent(messages: Iterable[Message], times: int = 1) -> Counter[str]:

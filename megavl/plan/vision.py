@@ -4,11 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from megavl.config.model import SamConfig, SiglipConfig
-from megavl.config.parameters import parameters
+from megavl.config.parameters import parameters_of_encoder
 from megavl.plan.operators import FP32_BYTES, INDEX_BYTES, Recorder
 from megavl.plan.tape import Activation, Storage
-
-_ENCODER = ("stem.siglip.", "stem.sam.", "stem.adaptor.")
 
 
 @dataclass
@@ -48,14 +46,14 @@ class StemRecorder(Recorder):
     # -- Encoder
 
     def _features(self) -> Activation:
-        """Of all tiles. Where they are encoded before the pass, the tensor is not of this micro-batch."""
-        if not self.config.parallel.towers_apart:
+        """Features of all tiles. Where they are encoded before the passes, they are no memory of this micro-batch."""
+        if not self.config.parallel.encodes_ahead:
             return self._encode()
         size = self.size(self.tiles * self.config.model.tile_features, self.config.model.decoder.width)
         return Activation(Storage(size, None), size, bool(self._trained_weights()))
 
-    def encode_apart(self) -> Activation:
-        """Features of tiles that are encoded apart from the stem, which holds them in full."""
+    def encode_ahead(self) -> Activation:
+        """Features [tiles, tile_features, D] of tiles that this rank encodes before the passes."""
         self.tiles_here = self.tiles
         return self._adapt()
 
@@ -72,8 +70,7 @@ class StemRecorder(Recorder):
         return features
 
     def _trained_weights(self) -> list[int]:
-        found = parameters(self.config.model)
-        return self.weights(*((each.name, each.size) for each in found if each.name.startswith(_ENCODER)))
+        return self.weights(*((each.name, each.size) for each in parameters_of_encoder(self.config.model)))
 
     def _adapt(self) -> Activation:
         """Towers and adaptor: [tiles, tile_features, D]."""

@@ -10,7 +10,7 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megavl.rehearsal.traffic import distinct_bytes, launches
+from megavl.rehearsal.launches import distinct_bytes, launches_kernel
 
 # By the names that `megavl.parallel.groups` gives to process groups.
 _AXES = {
@@ -34,8 +34,8 @@ _PROCESS_GROUP = "__torch__.torch.classes.c10d.ProcessGroup"
 
 
 @dataclass
-class Traffic:
-    """Messages of one operation over one axis. bytes: of the whole tensor, the larger of what goes in and comes out"""
+class Messages:
+    """Messages of one operation over one axis. bytes: of whole tensors, the larger of input and output"""
 
     count: int = 0
     bytes: int = 0
@@ -52,7 +52,7 @@ class Counts:
 
     kernels: int = 0
     bytes: int = 0
-    messages: dict[tuple[str, str], Traffic] = field(default_factory=dict)
+    messages: dict[tuple[str, str], Messages] = field(default_factory=dict)
 
     def launch(self, tensors: Sequence[Tensor]) -> None:
         """Count a kernel with the tensors that it reads and writes."""
@@ -78,7 +78,7 @@ class Counting(TorchDispatchMode):
         out = operation(*args, **(kwargs or {}))
         if operation.namespace == "c10d":
             self._count_message(operation, args)
-        elif launches(operation):
+        elif launches_kernel(operation):
             self.counts.launch([leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, Tensor)])
         return out
 
@@ -91,9 +91,9 @@ class Counting(TorchDispatchMode):
         sides = [[leaf for leaf in tree_leaves(arg) if isinstance(leaf, Tensor)] for arg in args]
         self._message(name, sum(sides, []))
         size = max(sum(map(distinct_bytes, side)) for side in sides)
-        traffic = self.counts.messages.setdefault((_AXES.get(group.group_desc, _WORLD), name), Traffic())
-        traffic.count += 1
-        traffic.bytes += size
+        messages = self.counts.messages.setdefault((_AXES.get(group.group_desc, _WORLD), name), Messages())
+        messages.count += 1
+        messages.bytes += size
 
 
 def _group_of(operation: OpOverload, args: tuple) -> dist.ProcessGroup:

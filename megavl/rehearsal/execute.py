@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -60,7 +61,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What one rank does.
+    """What one rank of a run needs and does.
 
     lines: which implementation serves each operator and the optimizer
     peaks: of the phases, in their order
@@ -93,10 +94,10 @@ def execute(config: RunConfig, world: int, rank: int, gpu: Gpu) -> Rehearsal:
         answers = Answers()
         mesh = replace(mesh, ep=replace(mesh.ep, read_sizes=answers.equal_sizes(mesh.ep)))
         steps = [made_up(config, mesh, kind) for kind in kinds_of(config)]
-        recorder = Recorder(gpu, answers)
-        replica = recorder.build(config, mesh, ops)
-        done = tuple(recorder.step(replica, batch) for batch in steps)
-    return Rehearsal(rank, mesh.topology, gpu, replica.lines, tuple(recorder.memory.peaks()), done)
+        meter = Meter(gpu, answers)
+        replica = meter.build(config, mesh, ops)
+        done = tuple(meter.step(replica, batch) for batch in steps)
+    return Rehearsal(rank, mesh.topology, gpu, replica.lines, tuple(meter.memory.peaks()), done)
 
 
 def kinds_of(config: RunConfig) -> list[Kind]:
@@ -106,13 +107,13 @@ def kinds_of(config: RunConfig) -> list[Kind]:
 
 
 def made_up(config: RunConfig, mesh: Mesh, kind: Kind) -> StepBatch:
-    """The step that `megavl.plan` expects of a kind."""
+    """A step of a kind with the images that `megavl.plan` expects, for this rank."""
     images = {step.name: step.images for step in expected_steps(config)}
     return made_up_step(config, mesh, kind, images[kind], grid_of(config, None), documents=1)
 
 
-class Recorder:
-    """Memory, kernels and messages of a replica on fake tensors.
+class Meter:
+    """Measures memory, kernels and messages of a replica on fake tensors.
 
     memory: of all that it has built and run
     """
@@ -120,7 +121,7 @@ class Recorder:
     def __init__(self, gpu: Gpu, answers: Answers):
         self._gpu, self._fake = gpu, FakeTensorMode()
         self.memory = Memory()
-        self._counting = Counting(self._label_message)
+        self._counting = Counting(partial(label_message, self.memory))
         self._answers = answers
 
     def build(self, config: RunConfig, mesh: Mesh, ops: Ops) -> Replica:
@@ -133,7 +134,7 @@ class Recorder:
         return replica
 
     def step(self, replica: Replica, batch: StepBatch) -> Step:
-        """One step of it. Tensors of `batch` are real ones in host memory."""
+        """Run one step of a replica. Tensors of `batch` are real ones in host memory."""
         inputs, copies = self._copied(batch)
         with self._phase(f"{batch.kind}: forward and backward"):
             self.memory.follow(copies)
@@ -176,9 +177,6 @@ class Recorder:
         if ahead is not None:  # in host memory, from which chunks are copied
             ahead = replace(ahead, pixels=tuple(map(self._fake.from_tensor, ahead.pixels)))
         return replace(batch, micro_batches=micro_batches, ahead=ahead), copies
-
-    def _label_message(self, operation: str, tensors: Sequence[Tensor]) -> None:
-        label_message(self.memory, operation, tensors)
 
 
 def label_state(memory: Memory, replica: Replica) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 
 def _apply(module: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    """`Module._apply`, which gives every parameter new data."""
     if recurse:
         for child in module.children():
             child._apply(function)

@@ -48,7 +48,7 @@ def made_up_batch(config: RunConfig, images: int, grid: Grid, mesh: Mesh, docume
     labels[torch.tensor(lengths).cumsum(0) - 1] = IGNORE_INDEX
     tiles = packs * images * grid.tiles
     mine = len(tile_share(tiles, mesh.tp.rank, mesh.tp.size)) if mesh.tp.shares_images else tiles
-    with_pixels = mesh.pp.rank == rank_of(0, config.parallel) and not config.parallel.towers_apart
+    with_pixels = mesh.pp.rank == rank_of(0, config.parallel) and not config.parallel.encodes_ahead
     pixels = _made_up_tiles(config, (max(1, mine) if images else 0) if with_pixels else 0)
     return Batch.of(
         tiling,
@@ -68,9 +68,9 @@ def _made_up_tiles(config: RunConfig, tiles: int) -> torch.Tensor:
 
 
 def _made_up_ahead(config: RunConfig, mesh: Mesh, tiles: int) -> TilesAhead | None:
-    """This rank's run of tiles, where each data-parallel rank has so many in its packs; None where micro-batches have
-    theirs."""
-    if not config.parallel.towers_apart:
+    """This rank's run of tiles, of `tiles` in the packs of each data-parallel rank; None where micro-batches have their
+    tiles."""
+    if not config.parallel.encodes_ahead:
         return None
     by_replica = (tiles,) * mesh.dp.size
     mine = encoder_group(config, mesh).share(by_replica)

@@ -1,4 +1,4 @@
-"""What one rank of a run does, as text for a console."""
+"""Memory, kernels and messages of one executed rank, as text for a console."""
 
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -6,9 +6,9 @@ from importlib.util import find_spec
 from megavl.config.run import RunConfig
 from megavl.plan.report import items_of
 from megavl.plan.schedule import stages_of
-from megavl.plan.split import split
+from megavl.plan.split import split_model
 from megavl.plan.table import table
-from megavl.rehearsal.counts import Counts, Traffic
+from megavl.rehearsal.counts import Counts, Messages
 from megavl.rehearsal.execute import Rehearsal, Step
 from megavl.rehearsal.memory import KINDS, Peak
 
@@ -20,9 +20,9 @@ def describe(done: Rehearsal, config: RunConfig) -> str:
 
 def _rank(done: Rehearsal, config: RunConfig) -> str:
     topology, (pp, dp, tp) = done.topology, done.topology.coordinates(done.rank)
-    layers, slices = config.model.layers, split(config, topology.world)
+    layers, slices = config.model.layers, split_model(config, topology.world)
     held = "; ".join(f"stage {stage}: {items_of(slices[stage], layers)}" for stage in stages_of(pp, config.parallel))
-    first = next(step for step in done.steps)
+    first, *_ = done.steps
     size = config.train.micro_batch
     packs = f"{size} pack{'s' * (size > 1)} of {config.data.seq_len} tokens, one document each"
     if images := [step for step in done.steps if step.images]:
@@ -44,7 +44,7 @@ def _memory(peaks: Sequence[Peak]) -> str:
     kinds = [kind for kind in KINDS if any(peak.bytes[kind] for peak in peaks)]
     rows = [("phase", *kinds, "together")]
     rows += [(peak.phase, *(_mib(peak.bytes[kind]) for kind in kinds), _mib(peak.total)) for peak in peaks]
-    return f"Memory in MiB at the highest point of each phase.\n{table(rows)}"
+    return f"Peak memory of each phase, MiB.\n{table(rows)}"
 
 
 def _kernels(steps: Sequence[Step]) -> str:
@@ -68,19 +68,19 @@ def _messages(steps: Sequence[Step]) -> str:
     found = [_together(step.passes, step.update) for step in steps]
     rows = [("axis", "operation", *(word for step in steps for word in (f"{step.kind} step", "MB")))]
     for axis, operation in dict.fromkeys(key for each in found for key in each):
-        traffic = [each.get((axis, operation), Traffic()) for each in found]
-        cells = (cell for each in traffic for cell in (f"{each.count:,}", f"{each.bytes / 1e6:,.1f}"))
+        messages = [each.get((axis, operation), Messages()) for each in found]
+        cells = (cell for each in messages for cell in (f"{each.count:,}", f"{each.bytes / 1e6:,.1f}"))
         rows.append((axis, operation, *cells))
     caption = "Messages of a step, with the size of whole tensors: what a reduce-scatter takes and an all-gather gives."
     return f"{caption}\n{table(rows)}" if len(rows) > 1 else "No messages."
 
 
-def _together(*parts: Counts) -> dict[tuple[str, str], Traffic]:
-    total: dict[tuple[str, str], Traffic] = {}
+def _together(*parts: Counts) -> dict[tuple[str, str], Messages]:
+    total: dict[tuple[str, str], Messages] = {}
     for part in parts:
-        for key, traffic in part.messages.items():
-            before = total.get(key, Traffic())
-            total[key] = Traffic(before.count + traffic.count, before.bytes + traffic.bytes)
+        for key, messages in part.messages.items():
+            before = total.get(key, Messages())
+            total[key] = Messages(before.count + messages.count, before.bytes + messages.bytes)
     return total
 
 

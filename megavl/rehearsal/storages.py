@@ -1,4 +1,4 @@
-"""Bytes of the tensors that some work makes: what is left of them, and the most that there were."""
+"""Bytes of the storages that operations allocate: in use, and at the peak."""
 
 import weakref
 from collections.abc import Iterable
@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_leaves
 class Storages(TorchDispatchMode):
     """While entered, follows the storages that operations allocate. It goes on following them afterwards.
 
-    bytes: of those that are in use
-    peak:  the most that were
+    bytes: in use
+    peak:  most that were in use
     """
 
     def __init__(self) -> None:

@@ -9,7 +9,8 @@ from torch import Tensor
 from megavl.parallel.groups import Axis
 from megavl.plan.schedule import Pass, Transfer
 
-# Batches of transfers whose sends may be pending. Fewer would cost time, more would save none (tests/plan).
+# Batches of transfers whose sends may be pending. Fewer would cost time, more would save none
+# (tests/plan/test_schedule.py).
 BATCHES_PENDING = 2
 
 

@@ -52,9 +52,9 @@ def train(config: RunConfig, env: Env) -> None:
     on_first_rank(introduce, mesh.control)
     metrics = Metrics(config, env, mesh.control)
     bad_images = BadImages(config, state.get("bad_images", 0), mesh.control)
-    apart = config.parallel.towers_apart
-    images = _images_of(mesh.tp) if replica.has_stem and not apart else None
-    ahead = encoder_group(config, mesh).share if apart else None
+    encodes_ahead = config.parallel.encodes_ahead
+    images = _images_of(mesh.tp) if replica.has_stem and not encodes_ahead else None
+    ahead = encoder_group(config, mesh).share if encodes_ahead else None
     pin_memory = env.device.type == "cuda"
     loader = Loader(sampler, mesh.dp.rank, mesh.dp.size, images, first_step, pin_memory, ahead)
     batches = iter(loader)

@@ -25,7 +25,7 @@ from megavl.runtime.vision import AheadEncoder
 class Pipeline:
     """Runs steps. Gradients accumulate in the engine, which is told which backward pass brings a stage's last ones.
 
-    ahead: encodes the tiles of a step before its passes; None where the first stage does
+    ahead: encodes the tiles of a step before its passes; None where the first stage encodes those of a micro-batch
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Pipeline:
         tokens = config.data.seq_len * train.micro_batch // (mesh.tp.size if mesh.tp.sequence else 1)
         self._hidden_shape = (tokens, config.model.decoder.width)
         self._dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
-        self.ahead = AheadEncoder(stages, config, mesh, engine.device) if parallel.towers_apart else None
+        self.ahead = AheadEncoder(stages, config, mesh, engine.device) if parallel.encodes_ahead else None
 
     def train(self, batch: StepBatch) -> Tensor:
         """Forward and backward passes of a step.

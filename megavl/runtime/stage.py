@@ -15,7 +15,7 @@ from megavl.ops.dispatch import Ops
 from megavl.ops.zero_gradient import with_zero_gradients
 from megavl.parallel.groups import Mesh, TensorAxis
 from megavl.plan.schedule import stages_of
-from megavl.plan.split import split
+from megavl.plan.split import split_model
 from megavl.runtime.compiled import check_compiler, compilable, compile_blocks, hiding_documents
 from megavl.runtime.deepspeed.alignment import UNIT_ELEMENTS
 from megavl.runtime.optim import freeze, groups_of
@@ -64,7 +64,7 @@ def build_stages(
     Args:
         initialise: gives the buffers of a slice their values, and its parameters unless a checkpoint will
     """
-    stages, slices = nn.ModuleList(), split(config, mesh.topology.world)
+    stages, slices = nn.ModuleList(), split_model(config, mesh.topology.world)
     # The auxiliary loss is the mean over the packs of the global batch. DeepSpeed averages gradients over the data
     # axis, so each rank's share is multiplied by its size.
     auxiliary_scale = config.balance.auxiliary_weight * mesh.dp.size / config.train.global_batch

@@ -1,4 +1,4 @@
-"""Vision encoder apart from the stages: the tiles of a step are encoded before its passes, by all ranks of the replica
+"""Vision encoder ahead of the passes: the tiles of a step are encoded before its passes, by all ranks of the replica
 or of the world (`parallel.vision: pipelined, balanced`).
 
 before the passes: each rank encodes its run of tiles in chunks; an all-to-all brings the features to the tensor ranks
@@ -229,7 +229,11 @@ class AheadEncoder:
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def _exchange(self, rows: Tensor, routes: TileRoutes, sent: list[int], received: list[int]) -> Tensor:
-        """All-to-all of rows of so many tiles to and from each rank; the result is in the order of the tiles."""
+        """All-to-all of rows; the result is in the order of the tiles.
+
+        Args:
+            sent, received: tiles to and from each rank
+        """
         if self._axis.size == 1 or not routes.tiles:
             return rows
         arrived = rows.new_empty(sum(received), *self._feature_shape)

@@ -114,12 +114,12 @@ class TestZero:
 
     @pytest.mark.parametrize("vision", ["pipelined", "balanced"])
     @pytest.mark.parametrize("zero", [2, 3])
-    def test_partitioned_gradients_of_towers_that_are_apart(self, zero, vision):
-        apart = {"vision": vision, "zero": zero}
-        problem = only_problem(2, parallel=apart)
+    def test_partitioned_gradients_of_towers_that_encode_ahead(self, zero, vision):
+        parallel = {"vision": vision, "zero": zero}
+        problem = only_problem(2, parallel=parallel)
         assert f"parallel.vision = {vision} with parallel.zero = {zero}: ZeRO-2 and 3 partition gradients" in problem
         assert problem.endswith("use parallel.zero=1, or parallel.vision=replicated")
-        check(make_run(parallel=apart | {"zero": 1}), 2)
+        check(make_run(parallel=parallel | {"zero": 1}), 2)
 
     @pytest.mark.parametrize("zero", [2, 3])
     def test_partitioned_gradients_in_a_pipeline(self, zero):

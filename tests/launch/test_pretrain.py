@@ -195,6 +195,12 @@ def test_a_rank_that_does_not_exist_is_not_executed(recipe, rank, world, reason)
     refused(plain(recipe, "--dry-run", "--execute", rank, "--world", world, "parallel.pipeline=2"), reason)
 
 
+@pytest.mark.parametrize(("option", "value"), [("--world", "2"), ("--execute", "0"), ("--device", "h100")])
+def test_options_of_a_dry_run_are_for_nothing_else(recipe, option, value):
+    done = plain(recipe, option, value)
+    assert done.returncode == 2 and re.search(rf"error: {option} {value}.* --dry-run", done.stderr), done.stderr
+
+
 def refused(done: subprocess.CompletedProcess, *parts: str) -> None:
     """Ended with one readable message on all ranks; the only traceback may be torchrun's own of a failed child."""
     said = done.stdout + done.stderr

@@ -49,7 +49,7 @@ def noted(launches: Launches) -> Iterator[None]:
 
         return call
 
-    def wait(under_way: collectives.UnderWay) -> Tensor:
+    def wait(under_way: collectives.AsyncResult) -> Tensor:
         launches.order.append("wait")
         return under_way.result
 
@@ -59,7 +59,7 @@ def noted(launches: Launches) -> Iterator[None]:
             collectives, "reduce_scatter_single", noting("reduce-scatter", collectives.reduce_scatter_single)
         ),
         mock.patch.object(dist, "all_reduce", noting("all-reduce", dist.all_reduce)),
-        mock.patch.object(collectives.UnderWay, "wait", wait),
+        mock.patch.object(collectives.AsyncResult, "wait", wait),
         launches,
     ):
         yield

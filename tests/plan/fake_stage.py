@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from unittest import mock
 
 import torch
@@ -18,11 +19,11 @@ from megavl.config.run import RunConfig
 from megavl.config.tiles import Tiling
 from megavl.config.tokens import IGNORE_INDEX
 from megavl.ops.grouped import Groups
-from megavl.parallel.experts import Dispatch, _Transfer
 from megavl.parallel.groups import Axis, ExpertAxis, Mesh, TensorAxis
 from megavl.parallel.topology import Topology
 from megavl.plan.message import Message
 from megavl.rehearsal.gpus import GPUS, gpu_ops
+from megavl.rehearsal.reads import Answers
 from megavl.rehearsal.storages import Storages
 from megavl.rehearsal.triton_launches import noted_launches
 from megavl.runtime.deepspeed.alignment import spaced
@@ -48,18 +49,20 @@ def make_batch(config: RunConfig, images: int, document: int) -> Batch:
 
 @contextmanager
 def fake_mesh(config: RunConfig, stage: int = 0) -> Iterator[Mesh]:
-    """The mesh of the first tensor and expert rank of a stage, one stage to a rank; collectives return at once."""
+    """The mesh of the first tensor and expert rank of a stage, one stage to a rank. Collectives return at once, and
+    every expert is equally busy."""
     parallel = config.parallel
     tp, ep, pp = parallel.tensor, parallel.expert, parallel.num_stages
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=tp * ep)
     try:
         tensor, expert = dist.new_group(list(range(tp))), dist.new_group(list(range(0, tp * ep, tp)))
+        expert_axis = ExpertAxis(0, ep, expert, parallel.expert_width == "cut" and tp > 1)
         yield Mesh(
             Topology(pp, ep, tp, ep),
             pp=Axis(stage, pp),
             dp=Axis(0, ep),
             tp=TensorAxis(0, tp, tensor, parallel.sequence and tp > 1, parallel.vision == "sharded" and tp > 1),
-            ep=ExpertAxis(0, ep, expert, parallel.expert_width == "cut" and tp > 1),
+            ep=replace(expert_axis, read_sizes=Answers().equal_sizes(expert_axis)),
             edp=Axis(),
             model=Axis(),
         )
@@ -76,7 +79,6 @@ def fake_gpu(config: RunConfig) -> Iterator[FakeTensorMode]:
         with (
             FakeTensorMode() as mode,
             noted_launches(lambda tensors: None),
-            mock.patch.object(Dispatch, "_exchange_counts", _exchange_equal_counts),
             mock.patch.object(Groups, "sizes", property(lambda groups: _equal_sizes(config, len(groups.ends)))),
         ):
             yield mode
@@ -92,18 +94,6 @@ def _equal_sizes(config: RunConfig, experts: int) -> list[int]:
     )
     rows //= 1 if parallel.expert_width == "cut" else parallel.tensor
     return [rows // experts + (expert < rows % experts) for expert in range(experts)]
-
-
-def _exchange_equal_counts(self: Dispatch) -> None:
-    """The real method reads the counts of other ranks from memory, of which there is none here."""
-    size, rows = self._ep.size, self._places.numel()
-    sent = self.counts.view(size, -1)
-    received = torch.empty_like(sent)
-    dist.all_to_all_single(received, sent, group=self._ep.group)
-    self._there = _Transfer([rows // size] * size, [rows // size] * size, self._ep)
-    self._there_dual = self._there.dual()
-    expert = torch.empty(rows, dtype=torch.int64)
-    self._by_expert, self._by_rank, self.counts = self._permutation.sort_by_expert(expert, received.shape[1])
 
 
 def fake_stage(config: RunConfig, mesh: Mesh) -> Stage:

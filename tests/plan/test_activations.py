@@ -10,14 +10,13 @@ from megavl.config.run import RunConfig
 from megavl.parallel import cross_entropy
 from megavl.plan.activations import Activations, hidden_bytes, item_activations, layout_bytes, tile_activations
 from megavl.plan.decoder import LOGITS_BYTES
+from megavl.plan.operators import UNIT_ELEMENTS
+from megavl.runtime.deepspeed import alignment
 from tests.config.runs import make_run
 from tests.models import changed, merged
 from tests.runtime.cases import RECIPES
-from tests.tools.conftest import tools
 
-__all__ = ["tools"]
 pytest.importorskip("triton")
-pytestmark = pytest.mark.usefixtures("tools")
 
 # Measured: 9.5e-4 (a stem with frozen towers: on a CPU the statistics of its norms are in bf16), 1e-5 for blocks and
 # heads.
@@ -171,8 +170,9 @@ def test_bytes_are_linear(mode):
     assert 2 * once[-1] - twice[-1] == pytest.approx(weight, rel=1e-3)
 
 
-def test_the_head_has_as_many_logits_at_once_as_the_loss():
+def test_constants_of_the_implementation():
     assert LOGITS_BYTES == cross_entropy._CHUNK_BYTES
+    assert UNIT_ELEMENTS == alignment.UNIT_ELEMENTS
 
 
 def test_a_wrong_model_would_be_noticed():
@@ -186,13 +186,13 @@ def test_a_wrong_model_would_be_noticed():
     assert wrong.kept > (1 + TOLERANCE) * kept
 
 
-def test_tiles_that_are_encoded_apart():
+def test_tiles_that_are_encoded_ahead():
     """The stem keeps its output and the tokens without placeholders; features are not needed once they are written over
     those."""
-    apart, within = run_of("vl_7b", parallel={"vision": "pipelined"}), run_of("vl_7b")
+    ahead, within = run_of("vl_7b", parallel={"vision": "pipelined"}), run_of("vl_7b")
     step = {"tokens": 2048, "supervised_tokens": 1000}
     stem, *_ = item_activations(within, **step, tiles=2)
-    rest, *_ = item_activations(apart, **step, tiles=2)
+    rest, *_ = item_activations(ahead, **step, tiles=2)
     features = 2 * 576 * 4096 * 2
-    assert stem.kept - rest.kept == tile_activations(apart, 2).kept - features
-    assert rest.kept == hidden_bytes(apart, 2048) + 8 * 2048
+    assert stem.kept - rest.kept == tile_activations(ahead, 2).kept - features
+    assert rest.kept == hidden_bytes(ahead, 2048) + 8 * 2048

@@ -10,9 +10,11 @@ from megavl.config.error import ConfigError
 from megavl.config.load import load_run
 from megavl.config.stages import split_layers
 from megavl.plan.cost import PassFlops, item_passes, step_flops
+from megavl.plan.expected_work import ExpectedWork, expected_work, step_timeline
+from megavl.plan.fit import check_memory
 from megavl.plan.mix import expected_steps
-from megavl.plan.peak import Memory
-from megavl.plan.split import ExpectedWork, check_memory, expected_work, least_slowest, split, step_timeline
+from megavl.plan.peak import StepMemory
+from megavl.plan.split import least_slowest, split_model
 from tests.config.runs import make_run
 
 RECIPES = Path(__file__).parents[2] / "launch/recipes"
@@ -87,7 +89,7 @@ def test_no_recipe_is_slower_than_with_equal_numbers_of_items(recipe, world):
             ).seconds
             for work in expected_work(config)
         )
-        for stages in (split(config, world), even)
+        for stages in (split_model(config, world), even)
     )
     assert automatic < given
 
@@ -95,7 +97,7 @@ def test_no_recipe_is_slower_than_with_equal_numbers_of_items(recipe, world):
 def test_vl_7b_on_512_ranks():
     """The even split leaves the first and the last stage twice as long as the bubble of the schedule."""
     config = load_run(RECIPES / "vl_7b_stage2.yaml", ["parallel.stages=auto", "data.text_ratio=1"])
-    stages, even = split(config, 512), split_layers(32, config.parallel.model_copy(update={"stages": None}))
+    stages, even = split_model(config, 512), split_layers(32, config.parallel.model_copy(update={"stages": None}))
     assert [len(items) for items in stages] == [5, 4, 4, 4, 4, 4, 4, 3]
     ideal = 7 / (72 + 7)
     assert bubble(config, stages, "text", 512) < ideal + 0.01  # 0.091 of 0.089
@@ -109,15 +111,20 @@ def test_interleaved_stages_fill_their_ranks(virtual_stages, most):
     config = load_run(RECIPES / "vl_7b_stage2.yaml", ["parallel.stages=auto", *overrides])
     (work, _) = expected_work(config)
     first = least_slowest([work], config.parallel.num_stages)
-    assert bubble(config, split(config, 512), "text", 512) < most
-    assert bubble(config, first, "text", 512) >= bubble(config, split(config, 512), "text", 512)
+    assert bubble(config, split_model(config, 512), "text", 512) < most
+    assert bubble(config, first, "text", 512) >= bubble(config, split_model(config, 512), "text", 512)
 
 
 def test_a_kind_that_never_comes_has_no_say():
     text, mixed, images = (
-        split(make_run(parallel={"pipeline": 4}, data={"text_ratio": ratio}), 4) for ratio in (1, 0.5, 0)
+        split_model(make_run(parallel={"pipeline": 4}, data={"text_ratio": ratio}), 4) for ratio in (1, 0.5, 0)
     )
     assert len(text[0]) > len(mixed[0]) >= len(images[0])
+
+
+def limit_memory(monkeypatch: pytest.MonkeyPatch, size_bytes: int) -> None:
+    for module in ("split", "fit"):
+        monkeypatch.setattr(f"megavl.plan.{module}.usable_bytes", lambda _: size_bytes)
 
 
 def test_stages_fit_the_memory(monkeypatch):
@@ -126,12 +133,12 @@ def test_stages_fit_the_memory(monkeypatch):
     config = make_run(model={"decoder": {"layers": 7}}, parallel=parallel, data={"text_ratio": 1}, optim={"rules": []})
     (work,) = (each for each in expected_work(config) if each.share)
     (step,) = (each for each in expected_steps(config) if each.share)
-    memory = Memory(config, 3, step)
+    memory = StepMemory(config, 3, step)
     most = {each: max(memory.peak(rank, each).total for rank in range(3)) for each in all_splits(9, 3)}
     seconds = {each: step_timeline(config.parallel, each, work, 24).seconds for each in most}
     found = set()
     for limit in sorted(set(most.values())):
-        monkeypatch.setattr("megavl.plan.split.usable_bytes", lambda _, limit=limit: limit)
+        limit_memory(monkeypatch, limit)
         changed = make_run(
             model={"decoder": {"layers": 7}},
             parallel=parallel,
@@ -139,12 +146,12 @@ def test_stages_fit_the_memory(monkeypatch):
             optim={"rules": []},
             train={"seed": limit % 2**31},
         )
-        stages = split(changed, 3)
+        stages = split_model(changed, 3)
         assert most[stages] <= limit
         assert seconds[stages] == min(seconds[each] for each in most if most[each] <= limit)
         check_memory(changed, 3)
         found.add(stages)
     assert len(found) > 1
-    monkeypatch.setattr("megavl.plan.split.usable_bytes", lambda _: min(most.values()) - 1)
+    limit_memory(monkeypatch, min(most.values()) - 1)
     with pytest.raises(ConfigError, match="parallel.device = h100: pipeline rank . would need"):
         check_memory(config.model_copy(update={"output_dir": "other"}), 3)

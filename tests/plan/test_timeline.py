@@ -7,7 +7,7 @@ import pytest
 
 from megavl.config.run import ParallelConfig
 from megavl.plan.schedule import Pass, consumer_of, programs
-from megavl.plan.timeline import Timeline, simulate
+from megavl.plan.timeline import Timeline, equal_stages_bubble, simulate
 from tests.plan.test_schedule import SIZES, dualpipev, makespan, name_of, parallel_of, twice_as_long_backward
 
 
@@ -24,6 +24,7 @@ def test_the_bubble_is_that_of_the_formula(pipeline, virtual):
     assert timeline.seconds == pytest.approx(3 * (micro_batches + idle))
     assert timeline.busy == pytest.approx([3 * micro_batches] * pipeline)
     assert timeline.bubble == pytest.approx(idle / (micro_batches + idle))
+    assert equal_stages_bubble(parallel_of(pipeline, virtual), micro_batches) == pytest.approx(timeline.bubble)
 
 
 @pytest.mark.parametrize("message", [0.0, 0.3])
@@ -71,6 +72,7 @@ def test_a_step_by_hand():
         ("backward", 1, 1, 9, 13),
     ]
     assert timeline.seconds == 15 and timeline.busy == (6, 12) and timeline.bubble == pytest.approx(1 - 18 / 30)
+    assert timeline.bubble_beside(5) == pytest.approx(1 - 28 / 40)
 
 
 def test_messages_on_the_way():

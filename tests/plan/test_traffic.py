@@ -10,9 +10,6 @@ from megavl.plan.mix import expected_steps
 from megavl.plan.traffic import border_messages, data_messages, item_traffic, rank_traffic
 from tests.config.runs import make_run
 from tests.plan.test_activations import BLOCKS, SEQUENCE, run_of
-from tests.tools.conftest import tools
-
-__all__ = ["tools"]
 
 CASES = {
     "sequence, sharded": ("vl_7b", SEQUENCE | {"vision": "sharded"}, "block"),
@@ -27,7 +24,6 @@ CASES = {
 }
 
 
-@pytest.mark.usefixtures("tools")
 @pytest.mark.parametrize("case", CASES)
 def test_messages_of_every_item(case):
     """Kind, axis and bytes of each, exactly."""

@@ -18,7 +18,7 @@ from megavl.config.run import RunConfig
 from megavl.model.init import zero_buffers
 from megavl.ops.dispatch import choose
 from megavl.rehearsal.counts import Counting, Counts
-from megavl.rehearsal.execute import Recorder, Step, keep_activations, label_message, label_state, made_up
+from megavl.rehearsal.execute import Meter, Step, keep_activations, label_message, label_state, made_up
 from megavl.rehearsal.gpus import GPUS
 from megavl.rehearsal.memory import Memory, Peak
 from megavl.rehearsal.reads import Answers
@@ -166,9 +166,9 @@ def fake(config: RunConfig, kinds: list[Kind], world: int, rank: int, reads: lis
     remaining = iter(reads)
     with fake_process_group(Env(rank, 0, world)), _copies_counted() as found:
         mesh = mesh_of(config, world, CPU)
-        recorder = Recorder(GPUS["hopper"], Answers(lambda tensor: next(remaining)))
-        replica = recorder.build(config, mesh, choose(CPU))
-        steps: list[Step] = [recorder.step(replica, made_up(config, mesh, kind)) for kind in kinds]
+        meter = Meter(GPUS["hopper"], Answers(lambda tensor: next(remaining)))
+        replica = meter.build(config, mesh, choose(CPU))
+        steps: list[Step] = [meter.step(replica, made_up(config, mesh, kind)) for kind in kinds]
     counted = [(step.passes, step.update) for step in steps]
     copies = [found[id(counts)] for counts in sum(counted, ())]
-    return Observed(counted, copies, recorder.memory.peaks(), list(remaining))
+    return Observed(counted, copies, meter.memory.peaks(), list(remaining))

@@ -6,7 +6,7 @@ import torch.distributed as dist
 from megavl.parallel.groups import build_mesh
 from megavl.parallel.topology import Topology
 from megavl.parallel.versions import reduce_scatter_single
-from megavl.rehearsal.counts import Counting, Counts, Traffic
+from megavl.rehearsal.counts import Counting, Counts, Messages
 from tests.pool import fake_world
 
 
@@ -42,10 +42,10 @@ def _messages() -> tuple[Counts, list]:
 def test_messages_by_axis(pool):
     [(counts, noted)] = pool.run(1, _messages)
     assert counts.messages == {
-        ("tensor", "all-reduce"): Traffic(1, 64),
-        ("data", "reduce-scatter"): Traffic(1, 64),
-        ("pipeline", "send"): Traffic(1, 64),
-        ("world", "all-reduce"): Traffic(1, 64),
+        ("tensor", "all-reduce"): Messages(1, 64),
+        ("data", "reduce-scatter"): Messages(1, 64),
+        ("pipeline", "send"): Messages(1, 64),
+        ("world", "all-reduce"): Messages(1, 64),
     }
     assert [operation for operation, _ in noted] == ["all-reduce", "reduce-scatter", "send", "all-reduce"]
     assert counts.kernels == 1  # torch.zeros

@@ -1,17 +1,15 @@
 """A rank on fake tensors does what the same rank does in a real process: messages, kernels, and peak memory."""
 
-from dataclasses import astuple
-
 import pytest
 import torch.distributed as dist
 
 from megavl.config.load import load_run
 from megavl.config.run import RunConfig
 from megavl.plan.cost import Count, item_parameters
-from megavl.plan.memory import state_bytes
 from megavl.plan.mix import expected_steps
-from megavl.plan.peak import Memory
-from megavl.plan.split import split
+from megavl.plan.peak import StepMemory
+from megavl.plan.split import split_model
+from megavl.plan.state import state_bytes
 from megavl.rehearsal.execute import Rehearsal, execute
 from megavl.rehearsal.gpus import GPUS
 from tests.models import changed
@@ -109,15 +107,15 @@ def test_a_rank_of_a_full_size_run(pool):
     """Rank 192 of 512 of DeepSeek-VL-7B: 144 micro-batches, 26 to 41 s of processor time."""
     config = load_run("launch/recipes/vl_7b_stage2.yaml", [])
     [done] = pool.run(1, _rehearse, config, 512, 192)
-    stage = split(config, 512)[3]
-    held = [item_parameters(config)[item] for item in stage]
-    expected = state_bytes(config, Count(*(sum(values) for values in zip(*map(astuple, held), strict=True))), 32)
+    stage = split_model(config, 512)[3]
+    held = sum((item_parameters(config)[item] for item in stage), start=Count())
+    expected = state_bytes(config, held, 32)
     for peak in done.peaks:
         assert peak.bytes["weights"] == pytest.approx(expected.weights, rel=1e-4)  # spacers and anchors
         assert peak.bytes["gradients"] == pytest.approx(expected.gradients, rel=1e-4)
         assert peak.bytes["masters"] + peak.bytes["moments"] == pytest.approx(expected.optimizer, rel=1e-4)
     for step, most in zip(expected_steps(config), done.peaks[1::2], strict=True):
-        planned = Memory(config, 512, step).peak(3, split(config, 512)).total
+        planned = StepMemory(config, 512, step).peak(3, split_model(config, 512)).total
         assert planned == pytest.approx(most.total, rel=0.05)  # measured 1.5 %
     for step in done.steps:
         sent = step.passes.messages["pipeline", "send"]

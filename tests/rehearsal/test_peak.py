@@ -6,8 +6,8 @@ import torch.distributed as dist
 from megavl.config.load import load_run
 from megavl.config.run import RunConfig
 from megavl.plan.mix import expected_steps
-from megavl.plan.peak import Memory
-from megavl.plan.split import split
+from megavl.plan.peak import StepMemory
+from megavl.plan.split import split_model
 from megavl.rehearsal.execute import execute
 from megavl.rehearsal.gpus import GPUS
 
@@ -47,11 +47,11 @@ def rehearsed(config: RunConfig, world: int, rank: int) -> list[int]:
 def test_peaks_of_the_first_and_the_last_rank(pool, record_property, case):
     recipe, overrides, world = CASES[case]
     config = load_run(f"launch/recipes/{recipe}.yaml", overrides)
-    stages, errors = split(config, world), []
+    stages, errors = split_model(config, world), []
     for rank in (0, world - 1):
         [found] = pool.run(1, rehearsed, config, world, rank)
         for step, most in zip(expected_steps(config), found, strict=True):
-            planned = Memory(config, world, step).peak(rank // (world // config.parallel.pipeline), stages).total
+            planned = StepMemory(config, world, step).peak(rank // (world // config.parallel.pipeline), stages).total
             errors.append(planned / most - 1)
             print(rank, step.name, f"{planned / 2**20:,.0f} {most / 2**20:,.0f} {errors[-1]:+.1%}")
     record_property("error", " ".join(f"{error:+.1%}" for error in errors))

@@ -181,8 +181,8 @@ def step_batch(step: int, config: RunConfig, mesh: Mesh) -> StepBatch:
     size = config.train.micro_batch
     supervised = sum((_pack(step, number, model)[1] != IGNORE_INDEX).sum().item() for number in range(packs))
     grids = [grid for number in range(packs) for grid in _grids(step, number, model)]
-    apart = config.parallel.towers_apart
-    with_pixels = mesh.pp.rank == 0 and not apart
+    encodes_ahead = config.parallel.encodes_ahead
+    with_pixels = mesh.pp.rank == 0 and not encodes_ahead
     return StepBatch(
         step=step,
         kind="multimodal" if grids else "text",
@@ -195,7 +195,7 @@ def step_batch(step: int, config: RunConfig, mesh: Mesh) -> StepBatch:
         images=len(grids),
         tiles=sum(grid.tiles for grid in grids),
         squared_tokens=0,
-        ahead=_ahead(step, config, mesh) if apart else None,
+        ahead=_ahead(step, config, mesh) if encodes_ahead else None,
     )
 
 

@@ -237,7 +237,7 @@ UNDER_RULES = [
     ),
     # Where tensor ranks share the images, gradients of the towers cross ranks: of those that train, and no others.
     Case(2, "vl", {"tensor": 2, "vision": "sharded"}, {"micro_batch": 6}, "towers frozen but for the convolutions"),
-    # Towers that are apart: what trains is summed over the replica, and nothing where all of them is frozen.
+    # Towers that encode before the passes: what trains is summed over the replica, and nothing if all are frozen.
     *(
         Case(*topology, rule)
         for topology, rule in itertools.product(

@@ -1,4 +1,4 @@
-"""What the encoder apart from the stages does in a step, and what it keeps."""
+"""What the encoder ahead of the passes does in a step, and what it keeps."""
 
 import math
 import weakref
@@ -25,7 +25,7 @@ TOWERS_FROZEN = [{"match": r"^stem\.(siglip|sam)\.", "lr_multiplier": 0.0}]
 ALL_FROZEN = [{"match": r"^stem\.", "lr_multiplier": 0.0}]
 
 
-def apart(world: int, rules: list | None = None, **parallel) -> RunConfig:
+def ahead_config(world: int, rules: list | None = None, **parallel) -> RunConfig:
     parallel = {"pipeline": 2, "vision": "pipelined", "zero": 0} | parallel
     return run_config(world, parallel=parallel, train={"micro_batch": 3}, optim={"rules": rules or []})
 
@@ -51,7 +51,7 @@ class Counted:
 def collectives(rules: list, parallel: dict) -> list[dict[str, int]]:
     """Those of the encoder on this rank, in steps one after another: text, evaluation, evaluation, multimodal step,
     text, text, multimodal step."""
-    config = apart(dist.get_world_size(), rules, **parallel)
+    config = ahead_config(dist.get_world_size(), rules, **parallel)
     replica = build(config)
     batches = {kind: step_batch(kind, config, replica.mesh) for kind in (TEXT, MULTIMODAL)}
     works = [
@@ -113,7 +113,7 @@ def with_defect(config: RunConfig, method: str | None) -> tuple[list[float], Ten
 
 @pytest.mark.parametrize("method", ["_refresh", "weights_moved", "_sum_over_replica"])
 def test_weights_or_gradients_that_stay_where_they_are_would_be_noticed(pool, method):
-    config = apart(2)
+    config = ahead_config(2)
     right, wrong = (pool.run(2, with_defect, config, defect)[0] for defect in (None, method))
     loss = max(abs(one - other) for one, other in zip(right[0], wrong[0], strict=True))
     assert math.isnan(loss) or max(loss, (right[1] - wrong[1]).abs().max().item()) > 1e-3
@@ -212,7 +212,7 @@ def test_flops_are_those_that_torch_counts(pool, model, rules, recompute):
 
 
 def refused(change: str) -> str:
-    config = apart(dist.get_world_size(), pipeline=1)
+    config = ahead_config(dist.get_world_size(), pipeline=1)
     replica = build(config)
     batch = step_batch(MULTIMODAL, config, replica.mesh)
     ahead = batch.ahead

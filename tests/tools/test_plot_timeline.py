@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import Image
 
 ROOT = Path(__file__).parents[2]
-STEM, APART = (0xFD, 0xAE, 0x6B), (0x74, 0xC4, 0x76)
+STEM, IMAGES = (0xFD, 0xAE, 0x6B), (0x74, 0xC4, 0x76)
 
 
 def plot(output: Path, *words: str) -> subprocess.CompletedProcess:
@@ -27,14 +27,14 @@ def colours(path: Path) -> set[tuple[int, int, int]]:
         return {colour for _, colour in picture.convert("RGB").getcolors(1 << 24)}
 
 
-def test_images_have_bars_of_their_own_where_they_are_apart(tmp_path):
+def test_images_have_bars_of_their_own_where_they_are_encoded_ahead(tmp_path):
     words = "--world", "512", "--micro-batches", "8", "parallel.vision=replicated"
     replicated, pipelined = tmp_path / "replicated.png", tmp_path / "pipelined.png"
     for path, more in ((replicated, ()), (pipelined, ("--vs", "parallel.vision=pipelined"))):
         done = plot(path, *words, *more)
         assert done.returncode == 0, done.stderr
-    assert STEM in colours(replicated) and APART not in _beside_the_legend(replicated)
-    assert APART in _beside_the_legend(pipelined)
+    assert STEM in colours(replicated) and IMAGES not in _beside_the_legend(replicated)
+    assert IMAGES in _beside_the_legend(pipelined)
     with Image.open(replicated) as one, Image.open(pipelined) as two:
         assert two.height > 1.5 * one.height  # a row of pictures for each setting
 

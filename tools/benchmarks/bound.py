@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from benchmarks.attribution import Call
 from torch import Tensor
 
-from megavl.rehearsal.traffic import distinct_bytes
+from megavl.rehearsal.launches import distinct_bytes
 
 # Operators whose gradient does not depend on the differentiated inputs, and those whose gradient needs the outputs.
 _LINEAR = frozenset({"rotate_halves", "rotate_latent", "permutation.spread", "permutation.permute"})

@@ -34,7 +34,7 @@ from megavl.ops.dispatch import Ops, OpsError
 from megavl.ops.rope import rotary_tables
 from megavl.parallel.groups import ExpertAxis, TensorAxis
 from megavl.rehearsal.gpus import GPUS, Gpu, gpu_kernels, gpu_ops
-from megavl.rehearsal.traffic import distinct_bytes, launches
+from megavl.rehearsal.launches import distinct_bytes, launches_kernel
 
 FORWARD, BACKWARD = "forward", "backward"
 
@@ -112,7 +112,7 @@ class Tally(TorchDispatchMode):
 
     def __torch_dispatch__(self, operation: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         out = operation(*args, **(kwargs or {}))
-        if launches(operation):
+        if launches_kernel(operation):
             self._add([leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, Tensor)])
         return out
 

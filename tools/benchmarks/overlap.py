@@ -1,4 +1,4 @@
-"""Training steps over a slow network, with messages behind computation and with a wait for each, in turns."""
+"""Training steps over a slow network: messages overlap with computation, or the rank waits for each."""
 
 import argparse
 import statistics
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
             raise ConfigError("this benchmark", ["train.micro_batch must be 1: a longer one is a longer data.seq_len"])
         if env.device.type != "cpu":
             raise ConfigError(
-                "this benchmark", ["it delays the host, which a GPU does not wait for; DS_ACCELERATOR=cpu"]
+                "this benchmark", ["it delays the host, which a GPU does not wait for; set DS_ACCELERATOR=cpu"]
             )
         with process_group(env, timeout=timedelta(seconds=config.train.timeout_s)):
             found = benchmark(config, env, args)

@@ -1,6 +1,6 @@
 """Pipelines of more ranks than the machine has cores: passes sleep for as long as the plan of a recipe says they take.
 
-Schedule, messages, encoding of images apart from the stages and the engine are those of a run. A stage is one item of a
+Schedule, messages, encoding of images before the passes and the engine are those of a run. A stage is one item of a
 small model, whose own computation hardly counts beside the sleep: it sleeps for all items that the recipe's stage has.
 The tensor axis is only in the durations.
 """
@@ -32,9 +32,11 @@ from megavl.config.presets import PRESETS
 from megavl.config.run import RunConfig
 from megavl.model.encoder import TileEncoder
 from megavl.parallel.agree import gather
+from megavl.plan.expected_work import ExpectedWork, expected_work, step_timeline
 from megavl.plan.mix import expected_steps
 from megavl.plan.schedule import stages_of
-from megavl.plan.split import ExpectedWork, expected_work, split, step_timeline
+from megavl.plan.split import split_model
+from megavl.plan.timeline import equal_stages_bubble
 from megavl.rehearsal.packs import grid_of, made_up_step
 from megavl.runtime.env import Env, LaunchError, process_group, read_env
 from megavl.runtime.mesh import mesh_of
@@ -54,7 +56,7 @@ _SEQ_LEN = 256  # holds the images of a pack, each of 16 tokens or more
 
 @dataclass(frozen=True)
 class Setting:
-    """A recipe cut in one way.
+    """A recipe with one split and one place of the vision encoder.
 
     planned: the recipe itself
     small:   what runs
@@ -96,7 +98,7 @@ def _settings(args: argparse.Namespace, ranks: int) -> Iterator[Setting]:
             continue
         if vision == "sharded" and parallel.tensor == 1:
             continue
-        yield Setting(name, planned, _small(planned), split(planned, parallel.model))
+        yield Setting(name, planned, _small(planned), split_model(planned, parallel.model))
 
 
 def _small(planned: RunConfig) -> RunConfig:
@@ -137,7 +139,7 @@ class Durations:
     """Seconds of the passes of one kind of step.
 
     stages: forward and backward pass of each stage
-    tile:   the same of a tile that is encoded apart from the stages
+    tile:   the same of a tile that is encoded before the passes
     """
 
     stages: tuple[tuple[float, float], ...]
@@ -150,21 +152,16 @@ def durations(setting: Setting, work: ExpectedWork, scale: float) -> Durations:
     (step,) = (each for each in expected_steps(setting.planned) if each.name == work.name)
     # `work.towers` is the share of a rank in a micro-batch, and the ranks share all tiles of the step.
     towers = scale * parallel.pipeline * train.global_batch / max(1, step.tiles)
+    stages = map(work.passes, setting.stages)
     return Durations(
-        tuple(
-            (
-                scale * sum(work.items[item].forward for item in items),
-                scale * sum(work.items[item].backward for item in items),
-            )
-            for items in setting.stages
-        ),
+        tuple((scale * passes.forward, scale * passes.backward) for passes in stages),
         (towers * work.towers.forward, towers * work.towers.backward),
     )
 
 
 @contextmanager
 def sleeping(replica: Replica, each: Durations) -> Iterator[None]:
-    """While entered, stages and the encoder apart from them sleep behind their own computation."""
+    """While entered, stages, and the encoder ahead of the passes, sleep after their own computation."""
     parallel, rank = replica.config.parallel, replica.mesh.pp.rank
     of_stage = dict(zip(replica.stages, (each.stages[index] for index in stages_of(rank, parallel)), strict=True))
 
@@ -228,6 +225,7 @@ def benchmark(settings: Sequence[Setting], env: Env, args: argparse.Namespace) -
         "model": settings[0].planned.model.name,
         "ranks": env.world,
         "micro_batches": args.micro_batches,
+        "equal_stages_busy": 1 - equal_stages_bubble(settings[0].planned.parallel, args.micro_batches),
         "rows": rows,
     }
 
@@ -250,12 +248,11 @@ def _work(replica: Replica, batch: StepBatch, each: Durations, env: Env) -> Call
 
 def page(found: dict[str, Any]) -> list[str]:
     """The result in Markdown."""
-    micro_batches, ranks = found["micro_batches"], found["ranks"]
     return [
         heading(found),
-        f"{found['model']}, {ranks} pipeline ranks, {micro_batches} micro-batches. Seconds are those of forward and "
-        "backward passes, measured / predicted; a rank is busy while it does not wait for messages; with stages that "
-        f"take equally long it is {micro_batches / (micro_batches + ranks - 1):.1%} of the time. The last column is "
+        f"{found['model']}, {found['ranks']} pipeline ranks, {found['micro_batches']} micro-batches. Seconds are those "
+        "of forward and backward passes, measured / predicted; a rank is busy while it does not wait for messages; "
+        f"with stages that take equally long it is {found['equal_stages_busy']:.1%} of the time. The last column is "
         "the rate of a multimodal step over that of a text step in the same round.",
         "",
         "| stages, images | text, s | multimodal, s | busy, text | busy, multimodal | multimodal / text |",

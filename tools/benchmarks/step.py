@@ -26,7 +26,8 @@ from megavl.config.run import RunConfig
 from megavl.config.tiles import Grid
 from megavl.parallel.agree import RunError, gather
 from megavl.plan.cost import step_flops
-from megavl.plan.split import split
+from megavl.plan.split import split_model
+from megavl.plan.timeline import equal_stages_bubble
 from megavl.rehearsal.packs import grid_of, made_up_step
 from megavl.runtime.env import Env, LaunchError, process_group, read_env
 from megavl.runtime.mesh import mesh_of
@@ -210,10 +211,10 @@ def pipeline_share(config: RunConfig, env: Env, by_rank: Sequence[Sequence[StepT
     if parallel.pipeline == 1 or env.device.type != "cpu":
         return None
     micro_batches = config.train.micro_batches(env.world // parallel.model)
-    ideal = 1 / (1 + (parallel.pipeline - 1) / (micro_batches * parallel.virtual_stages))
+    ideal = 1 - equal_stages_bubble(parallel, micro_batches)
     shares = [busy_share(rounds) for rounds in zip(*by_rank, strict=True)]
     return {
-        "stages": [len(items) for items in split(config, env.world)],
+        "stages": [len(items) for items in split_model(config, env.world)],
         "micro_batches": micro_batches,
         "ideal": ideal,
         "busy": statistics.median(shares),

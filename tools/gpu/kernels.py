@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megavl.rehearsal.traffic import distinct_bytes, launches
+from megavl.rehearsal.launches import distinct_bytes, launches_kernel
 
 # Matrix products by the name that the profiler has for them.
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm")
@@ -116,7 +116,7 @@ class Traffic(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
         name = function._schema.name.partition("::")[2]
-        if launches(function):
+        if launches_kernel(function):
             tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, Tensor)]
             self.operations += 1
             self.bytes += sum(map(distinct_bytes, tensors))

@@ -30,7 +30,7 @@ def bucketed(
     together: those that share an input have to lie end to end.
 
     Args:
-        groups: each with its parameters in the order of the model, behind its anchors
+        groups: each with its parameters in the order of the model, after its anchors
         names: of the parameters in the order of the model; anchors have none
         least: elements from which on a bucket of this group is closed; None does not cut it
 

@@ -105,7 +105,7 @@ def build_engine(stages: nn.ModuleList, config: RunConfig, mesh: Mesh, adamw: Ad
 
 
 def _least_of_a_bucket(group: dict, mesh: Mesh) -> int | None:
-    """None for a group of which this rank has the only copy."""
+    """Elements from which on a bucket of a group is closed; None if this rank has the only copy of the group."""
     ranks = mesh.edp.size if group["experts"] and mesh.ep.size > 1 else mesh.dp.size
     return least_elements(ranks) if ranks > 1 else None
 

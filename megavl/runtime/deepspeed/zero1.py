@@ -63,6 +63,7 @@ class Zero1:
         for group in self._groups:
             group.masters_part.grad = group.gradients_part
         self._unread = unread
+        # Of each group: parameters that get gradients.
         self._read = [sum(parameter not in unread for parameter in group) for group in optimizer.bf16_groups]
         self._begin()
         optimizer._update_hp_grad = self.accumulate

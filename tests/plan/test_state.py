@@ -1,7 +1,7 @@
 import pytest
 
 from megavl.plan.cost import Count
-from megavl.plan.memory import state_bytes
+from megavl.plan.state import state_bytes
 from tests.config.runs import make_run
 
 

@@ -32,7 +32,6 @@ def state_bytes(config: RunConfig, parameters: Count, dp: int) -> StateBytes:
     replicas, dp / `parallel.expert`, over which its state is partitioned.
     """
     zero, replicas = config.zero_stage(dp), dp // config.parallel.expert
-    weight_bytes = 2 if config.train.precision == "bf16" else 4
     optimizer_bytes = 8 if zero == 0 else 12
 
     def shared(element_bytes: int, elements: int, from_stage: int) -> int:
@@ -42,7 +41,7 @@ def state_bytes(config: RunConfig, parameters: Count, dp: int) -> StateBytes:
         return ceil(element_bytes * others / dp) + ceil(element_bytes * parameters.experts / replicas)
 
     return StateBytes(
-        weights=shared(weight_bytes, parameters.total, 3),
+        weights=shared(config.train.element_bytes, parameters.total, 3),
         gradients=shared(4, parameters.trainable, 2),
         optimizer=shared(optimizer_bytes, parameters.trainable, 1),
     )

@@ -13,7 +13,7 @@ _WITHOUT_KERNEL = (
 
 
 @cache
-def launches(operation: OpOverload) -> bool:
+def launches_kernel(operation: OpOverload) -> bool:
     """Whether an operation launches a kernel."""
     if operation.namespace == "prim":  # such as the device of a fake tensor
         return False
