@@ -116,6 +116,7 @@ def test_a_rank_of_a_full_size_run(pool):
         assert peak.bytes["masters"] + peak.bytes["moments"] == pytest.approx(expected.optimizer, rel=1e-4)
     for step, most in zip(expected_steps(config), done.peaks[1::2], strict=True):
         planned = StepMemory(config, 512, step).peak(3, split_model(config, 512)).total
+        print(step.name, f"{planned / most.total - 1:+.1%}")
         assert planned == pytest.approx(most.total, rel=0.05)  # measured 1.5 %
     for step in done.steps:
         sent = step.passes.messages["pipeline", "send"]
