@@ -60,7 +60,8 @@ def problems(words, recipes, root=ROOT):
     ]
     if "--config" in arguments:
         recipe = arguments[arguments.index("--config") + 1]
-        overrides = [word for word in arguments if re.match(r"[a-z_.]+=", word)]
+        # An option such as --vs takes several in one word.
+        overrides = [each for word in arguments if re.match(r"[a-z_.]+=", word) for each in word.split()]
         try:
             load_run(recipes.get(recipe, root / recipe), overrides)
         except ValueError as error:
