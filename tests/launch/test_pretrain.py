@@ -217,7 +217,7 @@ def refused(done: subprocess.CompletedProcess, *parts: str) -> None:
         (["train.stepz=3"], ["train.stepz", "steps"]),
         (["parallel.tensor=4"], ["heads = 6", "parallel.tensor = 4"]),
         (["parallel.tensor=5"], ["vocab_size = 402", "parallel.tensor = 5"]),
-        (["parallel.pipeline=4"], ["6 items"]),
+        (["parallel.pipeline=4", "parallel.stages=null"], ["6 items"]),
         (["parallel.tensor=2"], ["1 ranks are not divisible"]),
         (["train.global_batch=3", "train.micro_batch=2"], ["train.global_batch = 3 is not divisible"]),
         (["data.text=[{prefix: nowhere/text}]"], ["nowhere/text.bin", "preprocess_data.py"]),
