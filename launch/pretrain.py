@@ -89,7 +89,12 @@ def describe_rank(config: RunConfig, world: int, rank: int) -> str:
     gc.enable()
 
     try:
-        return report.describe(execute(config, world, rank, GPUS["hopper"]), config)
+        return report.describe(
+            execute(
+                config, world, rank, GPUS["ampere" if (config.parallel.device or "").startswith("a100") else "hopper"]
+            ),
+            config,
+        )
     except OpsError as error:
         sys.exit(f"error: {error}")
 

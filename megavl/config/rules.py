@@ -18,13 +18,28 @@ def check(config: RunConfig, world: int) -> None:
         problems.insert(
             0,
             f"{world} ranks are not divisible by parallel.tensor * parallel.pipeline = {config.parallel.tensor} * "
-            f"{config.parallel.pipeline} = {model_ranks}: start {nearest_multiples(world, model_ranks)} ranks, or "
-            "cut the model otherwise",
+            f"{config.parallel.pipeline} = {model_ranks}: start {_nearest_worlds(config, world)} ranks, or cut "
+            "the model otherwise",
         )
     else:
         problems += loader_problems(config.train, world // model_ranks) + _expert_ranks(config, world // model_ranks)
     if problems:
         raise ConfigError(f"this run cannot start on {world} ranks", problems)
+
+
+def _nearest_worlds(config: RunConfig, world: int) -> str:
+    """The nearest worlds below and above whose data-parallel ranks also divide the batch and have all experts; where
+    there is none, the nearest that the model divides."""
+    parallel, train = config.parallel, config.train
+    dp, most = world // parallel.model, train.global_batch // train.micro_batch
+
+    def divides(ranks: int) -> bool:
+        return ranks % parallel.expert == 0 and train.global_batch % (ranks * train.micro_batch) == 0
+
+    below = next((ranks for ranks in range(min(dp, most), 0, -1) if divides(ranks)), None)
+    above = next((ranks for ranks in range(dp + 1, most + 1) if divides(ranks)), None)
+    found = [str(ranks * parallel.model) for ranks in (below, above) if ranks is not None]
+    return " or ".join(found) or nearest_multiples(world, parallel.model)
 
 
 def _tensor(config: RunConfig) -> list[str]:

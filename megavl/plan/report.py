@@ -5,7 +5,7 @@ from megavl.config.stages import split_layers
 from megavl.plan.cost import Count, active_parameters, item_parameters, item_work
 from megavl.plan.expected_work import expected_work, step_timeline
 from megavl.plan.fit import memory_problem
-from megavl.plan.hardware import usable_bytes
+from megavl.plan.hardware import peak_flops, usable_bytes
 from megavl.plan.mix import expected_steps
 from megavl.plan.peak import StepMemory, rank_peaks
 from megavl.plan.schedule import rank_of
@@ -98,18 +98,27 @@ def _pipeline(config: RunConfig, world: int) -> str:
     if parallel.stages is not None and config.model.layers % parallel.num_stages == 0:
         equal = parallel.model_copy(update={"stages": None})
         splits["equal numbers of items"] = split_layers(config.model.layers, equal)
-    rows, remarks = [("step", "of the steps", "stages", "bubble", "busiest rank / mean")], []
+    device = parallel.device
+    rows, remarks = (
+        [("step", "of the steps", "stages", "bubble", "busiest rank / mean", *(("s",) if device else ()))],
+        [],
+    )
     for step in expected_work(config):
+        encoding = micro_batches * step.towers.both
         for name, stages in splits.items():
             timeline = step_timeline(parallel, stages, step, micro_batches)
             busiest = max(timeline.busy) / (sum(timeline.busy) / len(timeline.busy))
-            rows.append((step.name, f"{step.share:.0%}", name, f"{timeline.bubble:.1%}", f"{busiest:.2f}"))
+            bubble, flops = timeline.bubble_beside(encoding), timeline.seconds + encoding
+            seconds = (f"{flops / peak_flops(device.upper()):.2f}",) if device else ()
+            rows.append((step.name, f"{step.share:.0%}", name, f"{bubble:.1%}", f"{busiest:.2f}", *seconds))
             if name == "as above" and step.share and busiest > _UNEVEN:
                 remarks.append(_remark(config, step.name, timeline.busy))
     caption = (
         f"Bubble of {parallel.schedule} with {micro_batches} micro-batches; it is "
         f"{equal_stages_bubble(parallel, micro_batches):.1%} if all stages take equally long."
     )
+    if device:
+        caption += f" Seconds are those at the peak rate of {device}, without messages: no run is faster."
     return "\n".join((caption, table(rows), *remarks))
 
 
@@ -120,7 +129,8 @@ def _remark(config: RunConfig, step: str, busy: tuple[float, ...]) -> str:
     if step == "multimodal" and most == rank_of(0, config.parallel) and not config.parallel.encodes_ahead:
         remedy = "its stem encodes the images; parallel.vision=pipelined has all ranks encode them"
     elif config.parallel.stages == "auto":
-        remedy = "no other stages are better; the items may divide better over another parallel.pipeline"
+        chosen = "have to fit parallel.device" if config.parallel.device else "are the best that there are"
+        remedy = f"these stages {chosen}; try another parallel.pipeline, or parallel.virtual_stages"
     return (
         f"In a {step} step pp rank {least} has {min(busy) / max(busy):.0%} of the work of pp rank {most} and waits for "
         f"it: {remedy}."
@@ -138,20 +148,20 @@ def _memory(config: RunConfig, world: int) -> str:
     fits = ("fits",) if device else ()
     rows = [
         ("pp rank", "weights", "gradients", "optimizer", "activations", "workspace", "messages")
-        + ("images",) * parallel.encodes_ahead
+        + ("images", "encoding") * parallel.encodes_ahead
         + ("together", *(f"if {mode}" for mode in RECOMPUTE), *fits)
     ]
     for rank, peak in enumerate(peaks[config.train.recompute]):
         passes = peak.activations, peak.workspace, peak.messages
         cells = [peak.state.weights, peak.state.gradients, peak.state.optimizer, *passes]
-        cells += [peak.images] * parallel.encodes_ahead
+        cells += [peak.images, peak.encoding] * parallel.encodes_ahead
         cells += [peak.total, *(peaks[mode][rank].total for mode in RECOMPUTE)]
         verdict = ("yes" if peak.total <= usable_bytes(device) else "NO",) if device else ()
         rows.append((str(rank), *map(_gib, cells), *verdict))
     replicas = f"; {dp // parallel.expert} for routed experts" if config.model.decoder.moe else ""
     caption = (
         f"Memory of one rank at the peak of a step, GiB (ZeRO-{parallel.zero} over {dp} data-parallel ranks"
-        f"{replicas}), and with each kind of train.recompute."
+        f"{replicas}), and with each kind of train.recompute on the same stages."
     )
     if device:
         caption += f" Of {device}, {usable_bytes(device) / 2**30:.1f} GiB are for the run."
@@ -169,11 +179,11 @@ def _traffic(config: RunConfig, world: int) -> str:
     shown = [axis for axis, used in axes.items() if used]
     if not shown:
         return ""
-    text, multimodal = (rank_traffic(config, world, step) for step in expected_steps(config))
-    rows = [("pp rank", *(f"{axis}, {kind}" for kind in ("text", "multimodal") for axis in shown))]
-    for rank, kinds in enumerate(zip(text, multimodal, strict=True)):
-        rows.append((str(rank), *(_gib(sent.get(axis, 0)) for sent in kinds for axis in shown)))
-    return f"Messages that a rank sends in a step, GiB by axis (ring algorithms).\n{table(rows)}"
+    _, multimodal = expected_steps(config)
+    rows = [("pp rank", *shown)]
+    for rank, sent in enumerate(rank_traffic(config, world, multimodal)):
+        rows.append((str(rank), *(_gib(sent.get(axis, 0)) for axis in shown)))
+    return f"Messages that a rank sends in a multimodal step, GiB by axis (ring algorithms).\n{table(rows)}"
 
 
 def _work(config: RunConfig) -> str:

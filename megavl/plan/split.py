@@ -55,7 +55,9 @@ def _automatic(config: RunConfig, world: int) -> tuple[range, ...]:
     def cost(stages: tuple[range, ...]) -> tuple[int, float]:
         return excess(stages), time(stages)
 
-    return min((_climb(start, _with_one_border_moved, cost) for start in dict.fromkeys(starts)), key=cost)
+    best = min((_climb(start, _with_one_border_moved, cost) for start in dict.fromkeys(starts)), key=cost)
+    # Where nothing fits, `megavl.plan.fit` says so, of the stages that balance the work.
+    return min((_climb(start, _with_one_border_moved, time) for start in starts), key=time) if excess(best) else best
 
 
 def least_slowest(work: Sequence[ExpectedWork], count: int) -> tuple[range, ...]:

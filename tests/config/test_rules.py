@@ -37,6 +37,13 @@ class TestWorld:
             "ranks, or cut the model otherwise"
         )
 
+    def test_the_proposed_worlds_start(self):
+        """Neither 12 nor 20 ranks would: 3 and 5 data-parallel ranks do not have the experts, of which there are 2."""
+        changes = {"model": PRESETS["vl2_debug"], "parallel": {"pipeline": 4, "expert": 2}}
+        assert only_problem(18, **changes).count("start 16 or 24 ranks") == 1
+        for world in (16, 24):
+            check(make_run(**changes), world)
+
     def test_too_small(self):
         assert "1 ranks are not divisible" in only_problem(1, parallel={"tensor": 2})
 

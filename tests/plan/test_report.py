@@ -104,18 +104,19 @@ def test_memory_of_a_device():
     first = rows(text, "pp rank  weights")[0]
     assert first[-1] == "NO" and float(first[7]) > 35.5
     assert "parallel.device = a100-40g: pipeline rank 0 would need" in text
+    assert "are activations of the passes: recompute more (train.recompute)" in text
+    assert "Seconds are those at the peak rate of a100-40g" in text
     # The columns of other kinds of recomputation are what a run with them needs.
     assert first[10] == rows(describe(with_block, 512), "pp rank  weights")[0][7]
 
 
 def test_messages_of_a_step():
     text = describe(load_run(ROOT / "launch/recipes/vl_7b_stage2.yaml", ["parallel.vision=pipelined"]), 512)
-    heading = next(line for line in text.splitlines() if line.startswith("pp rank  tensor, text"))
-    assert re.split(r"  +", heading)[1:5] == ["tensor, text", "pipeline, text", "data, text", "images, text"]
-    ranks = rows(text, "pp rank  tensor, text")
+    assert "pp rank  tensor  pipeline  data  images\n" in text
+    ranks = rows(text, "pp rank  tensor")
     # Hidden states [4096 / 2, 4096] in bf16 of 72 micro-batches: rank 0 sends them forward, rank 1 both ways.
     assert [float(rank[2]) for rank in ranks[:2]] == pytest.approx([72 * 16 / 1024, 2 * 72 * 16 / 1024], abs=0.006)
-    assert float(ranks[0][4]) == 0 < float(ranks[0][8])
+    assert float(ranks[0][4]) > 0
 
 
 def test_names_of_single_items():
