@@ -67,6 +67,13 @@ class ParallelConfig(Section):
             )
         return value
 
+    @field_validator("stages", mode="before")
+    @classmethod
+    def _one_of_three_kinds(cls, value: Any) -> Any:
+        if value in ("auto", None) or isinstance(value, list | tuple):
+            return value
+        raise ValueError("write auto, null, or a list with the number of items on each stage, such as [3, 4, 4]")
+
     @property
     def model(self) -> int:
         """Ranks that hold one replica of the model."""

@@ -77,6 +77,12 @@ class TestStages:
         assert "parallel.pipeline * parallel.virtual_stages = 5 * 1 = 5" in problem
         assert problem.endswith("parallel.stages=[4, 5, 5, 5, 5], or have their work balanced, parallel.stages=auto")
 
+    @pytest.mark.parametrize("stages", ["automatic", 4])
+    def test_of_no_kind(self, stages):
+        with pytest.raises(ValidationError, match=r"write auto, null, or a list") as error:
+            make_run(parallel={"pipeline": 5, "stages": stages})
+        assert error.value.error_count() == 1
+
     def test_the_proposals_are_accepted(self):
         for stages in ([4, 5, 5, 5, 5], "auto"):
             check(make_run(parallel={"pipeline": 5, "stages": stages}), 5)
