@@ -70,7 +70,9 @@ class ParallelConfig(Section):
     @field_validator("stages", mode="before")
     @classmethod
     def _one_of_three_kinds(cls, value: Any) -> Any:
-        if value in ("auto", None) or isinstance(value, list | tuple):
+        if isinstance(value, list):
+            return tuple(value)
+        if value in ("auto", None) or isinstance(value, tuple):
             return value
         raise ValueError("write auto, null, or a list with the number of items on each stage, such as [3, 4, 4]")
 
