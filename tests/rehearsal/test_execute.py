@@ -19,7 +19,7 @@ from tests.runtime.cases import MODEL, VL2, run_config
 KINDS = ["text", "multimodal"]
 BF16, FP32 = ({"precision": precision, "global_batch": 4} for precision in ("bf16", "fp32"))
 RECOMPUTED = {"recompute": "block", "recompute_towers": True}
-LONG = ("tp 2, tiles sharded", "ZeRO-1, recomputed, fp32")
+LONG = ("one rank", "tp 2, tiles sharded", "tp 2 with sequence, fp32", "ZeRO-1, recomputed, fp32")
 COPIED = ("reduce-scatter", "all-gather")
 SHALLOW = changed(MODEL, decoder={"layers": 4})
 # name: (ranks, configuration)

@@ -31,7 +31,7 @@ CASES = {
     "VL2-Small, towers kept": ("vl2_small_stage2", [*VL2, "train.recompute_towers=false"], 4),
     "VL2-Base, block": ("vl2_base_stage2", [*VL2, "train.recompute=block"], 4),
 }
-FAST = "VL-7B, pipelined", "VL2-Small, towers encoded again"
+FAST = ("VL-7B, pipelined",)
 
 
 def rehearsed(config: RunConfig, world: int, rank: int) -> list[int]:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megavl.batch import Batch, StepBatch, TilesAhead, tile_share
+from megavl.checkpoint.fragments import Kind
 from megavl.checkpoint.load import load_weights
 from megavl.config.model import ModelConfig
 from megavl.config.rules import check
@@ -242,12 +243,14 @@ class Trained:
     loads:   of the experts in each step
     evaluated: loss of the first batch in an evaluation before it is trained on
     weights: this rank's parameters after the last one, in their place in full tensors of which the rest is NaN
+    gradients: the same of Adam's first moments, which are weighted sums of the gradients of all steps
     """
 
     history: list[tuple[float, float]]
     loads: list[Load | None]
     evaluated: list[float]
     weights: dict[str, Tensor]
+    gradients: dict[str, Tensor]
 
 
 def train(config: RunConfig, checkpoints: str | None = None, ops: Ops | None = None) -> Trained:
@@ -265,7 +268,8 @@ def train(config: RunConfig, checkpoints: str | None = None, ops: Ops | None = N
     if checkpoints:
         replica.save(Path(checkpoints), config.train.steps, progress={})
     history = [(step.loss, step.grad_norm) for step in steps]
-    return Trained(history, [step.load for step in steps], evaluated, weights(replica))
+    loads = [step.load for step in steps]
+    return Trained(history, loads, evaluated, weights(replica), weights(replica, "exp_avg"))
 
 
 def resume(config: RunConfig, checkpoints: Path) -> tuple[Replica, int]:
@@ -289,11 +293,11 @@ def initial_weights(config: RunConfig, init_from: str | None = None) -> dict[str
     return weights(replica)
 
 
-def weights(replica: Replica) -> dict[str, Tensor]:
-    """What this rank holds of each parameter, NaN elsewhere."""
+def weights(replica: Replica, kind: Kind = "param") -> dict[str, Tensor]:
+    """What this rank holds of each parameter, or of another of its tensors; NaN elsewhere."""
     found = {}
     for held in replica.fragments():
-        if held.kind == "param":
+        if held.kind == kind:
             local = torch.full((prod(held.shape),), float("nan"))
             local[held.start : held.start + len(held.values)] = held.values.float()
             full = torch.full(held.full_shape, float("nan"))
