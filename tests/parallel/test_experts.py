@@ -9,7 +9,7 @@ from torch import Tensor
 from megavl.ops.permutation import REFERENCE_PERMUTATION
 from megavl.parallel import experts as way
 from megavl.parallel.experts import Dispatch
-from megavl.parallel.groups import Axis
+from megavl.parallel.groups import ExpertAxis
 
 E, D = 8, 6
 
@@ -66,7 +66,7 @@ def ranks_against_one(case: str, dtype: torch.dtype) -> dict[str, float]:
     for other in range(world):
         chosen = choices(case, other, world)
         x_, weights_, upstream = tokens(other, chosen, dtype)
-        alone = Dispatch(chosen, E, Axis(), REFERENCE_PERMUTATION)
+        alone = Dispatch(chosen, E, ExpertAxis(), REFERENCE_PERMUTATION)
         y_ = through(alone, x_, weights_, whole_scale.to(dtype))
         y_.backward(upstream)
         whole_counts += alone.counts
@@ -84,8 +84,8 @@ def worst_difference(ours: Tensor, theirs: Tensor) -> float:
     return ((ours - theirs).abs() / (1 + theirs.abs())).max().item() if ours.numel() else 0.0
 
 
-def everyone() -> Axis:
-    return Axis(dist.get_rank(), dist.get_world_size(), dist.group.WORLD)
+def everyone() -> ExpertAxis:
+    return ExpertAxis(dist.get_rank(), dist.get_world_size(), dist.group.WORLD)
 
 
 def all_cases() -> dict:
@@ -172,7 +172,7 @@ def test_a_token_gets_the_weighted_sum_of_its_experts(k):
     x = torch.randn(5, 2, dtype=torch.float64, generator=generator).requires_grad_()
     weights = torch.rand(5, k, dtype=torch.float64, generator=generator).requires_grad_()
     scale = torch.randn(E, 2, dtype=torch.float64, generator=generator).requires_grad_()
-    dispatch = Dispatch(chosen, E, Axis(), REFERENCE_PERMUTATION)
+    dispatch = Dispatch(chosen, E, ExpertAxis(), REFERENCE_PERMUTATION)
     expected = sum(weights[:, j, None] * scale[chosen[:, j]] * x for j in range(k))
     torch.testing.assert_close(through(dispatch, x, weights, scale), expected)
     assert torch.autograd.gradcheck(lambda *inputs: through(dispatch, *inputs), (x, weights, scale))

@@ -89,6 +89,11 @@ class Run:
         """A made-up step, in page-locked memory where there is a GPU."""
         return packs(self.config, self.env, self.replica.mesh, kind, documents)
 
+    def passes(self, batch: StepBatch) -> None:
+        """Forward and backward passes of a step whose gradients are dropped."""
+        self.replica.pipeline.train(batch)
+        self.replica.engine.optimizer.zero_grad()
+
     def synchronize(self) -> None:
         """Wait for the device."""
         if self.env.device.type == "cuda":

@@ -90,7 +90,7 @@ def build_slice(subject: str, env: Env, setting: Setting) -> tuple[Run, Finding]
 
 def forward_backward(run: Run, batch: StepBatch) -> None:
     """One micro-batch, to the end of its work on the device."""
-    run.replica.pipeline.train(one_micro_batch(batch))
+    run.passes(one_micro_batch(batch))
     run.synchronize()
 
 
@@ -148,9 +148,9 @@ def kernels(run: Run, batch: StepBatch, profile: Profile, setting: Setting, must
     where the host does."""
     one = one_micro_batch(batch)
     with Traffic() as traffic:
-        run.replica.pipeline.train(one)
+        run.passes(one)
     run.synchronize()
-    wall_s = median_wall_s(lambda: run.replica.pipeline.train(one), run.synchronize, 1 if setting.rehearse else 5)
+    wall_s = median_wall_s(lambda: run.passes(one), run.synchronize, 1 if setting.rehearse else 5)
     bound = "device" if profile.seconds > 0.9 * wall_s else "host"
     kernel = "operations" if setting.rehearse else "kernels"
     rows = [
@@ -176,7 +176,7 @@ def kernels(run: Run, batch: StepBatch, profile: Profile, setting: Setting, must
 def products(run: Run, batch: StepBatch, profile: Profile, setting: Setting) -> Finding:
     """Every matrix product of a micro-batch beside what its shape reaches alone."""
     with Traffic() as traffic:
-        run.replica.pipeline.train(one_micro_batch(batch))
+        run.passes(one_micro_batch(batch))
     run.synchronize()
     if not setting.rehearse:
         torch.cuda.empty_cache()
@@ -219,7 +219,7 @@ def waits(run: Run, batch: StepBatch, setting: Setting) -> Finding:
     """Where the host waits for the device, in a micro-batch and in the optimizer step."""
     if setting.rehearse:
         raise Skipped("not on a CPU")
-    passes = waits_of(lambda: run.replica.pipeline.train(one_micro_batch(batch)))
+    passes = waits_of(lambda: run.passes(one_micro_batch(batch)))
     step = waits_of(run.replica.engine.step)
     line = f"{sum(passes.values())} in a micro-batch, {sum(step.values())} in the optimizer step"
     rows = [
@@ -234,7 +234,7 @@ def waits(run: Run, batch: StepBatch, setting: Setting) -> Finding:
 def towers(run: Run) -> Finding:
     """Whether a text step runs the towers or their backward."""
     batch = one_micro_batch(run.packs("text"))
-    found = tower_work(run.replica.stages[0], lambda: run.replica.pipeline.train(batch))
+    found = tower_work(run.replica.stages[0], lambda: run.passes(batch))
     run.synchronize()
     spent = ", ".join(f"{count} {what}" for what, count in found.items())
     failures = [f"a text micro-batch computes in the towers: {spent}"] if found else []

@@ -150,7 +150,10 @@ class Zero1:
                 all_gather_single(group.parameters, group.parameters_part, group=group.ranks)
 
     def zero_grad(self) -> None:
-        """The first gradients of the next step overwrite those of this one."""
+        """Drop the gradients of this step, reduced or not: the first ones of the next step overwrite them."""
+        for work in self._works:
+            work.wait()
+        self._begin()
 
     def _norm(self) -> Tensor:
         """Global norm of the averaged gradient, float32 []. Every element is counted on one rank of the world."""
