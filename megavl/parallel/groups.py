@@ -48,7 +48,7 @@ class TensorAxis(Axis):
 
 
 def _read_sizes(sizes: Tensor, rows: int) -> list[list[int]]:
-    return sizes.tolist()
+    return sizes.tolist()  # the one wait for the device in a pass: an all-to-all takes its sizes on the host
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ class Message:
 
     @property
     def sent(self) -> float:
-        """Bytes that one rank sends, by the ring algorithms: an all-reduce is a reduce-scatter and an all-gather, each
-        of which sends all parts but one. An all-to-all sends all parts but the rank's own."""
+        """Bytes that one rank sends, by the ring algorithms. A reduce-scatter and an all-gather each send all parts but
+        one, and an all-reduce is both. An all-to-all sends all parts but the rank's own."""
         if self.kind == "send":
             return self.bytes
         passes = 2 if self.kind == "all_reduce" else 1

@@ -146,8 +146,8 @@ class StemRecorder(Recorder):
     def _relative_scores(
         self, qkv: Activation, path: str, rows: int, side: int, head_width: int, spaced: int, sam: SamConfig
     ) -> Activation:
-        """Products of the queries with the positions of all rows and of all columns: two, each of which keeps a copy of
-        the queries for the table and the table for the queries."""
+        """Two products of the queries, with the positions of all rows and with those of all columns. Each product keeps
+        a copy of the queries and its table."""
         parts = []
         for name in ("rel_pos_h", "rel_pos_w"):
             weights = self.weights((f"{path}.{name}", (2 * side - 1) * head_width))

@@ -38,7 +38,7 @@ class TestWorld:
         )
 
     def test_the_proposed_worlds_start(self):
-        """Neither 12 nor 20 ranks would: 3 and 5 data-parallel ranks do not have the experts, of which there are 2."""
+        """12 and 20 ranks would not start: 3 and 5 data-parallel ranks are not divisible by 2 expert ranks."""
         changes = {"model": PRESETS["vl2_debug"], "parallel": {"pipeline": 4, "expert": 2}}
         assert only_problem(18, **changes).count("start 16 or 24 ranks") == 1
         for world in (16, 24):

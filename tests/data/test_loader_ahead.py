@@ -29,7 +29,7 @@ def share_of(rank: int, ranks: int) -> StepShare:
 
 
 def load(sampler: Sampler, dp: int, ranks: int) -> list[tuple[StepBatch, ...]]:
-    """The step batches of `ranks` ranks, `dp` of which are data-parallel: [step][rank]."""
+    """The step batches of `ranks` ranks on `dp` data-parallel ranks: [step][rank]."""
     loaders = [Loader(sampler, rank * dp // ranks, dp, None, 0, ahead=share_of(rank, ranks)) for rank in range(ranks)]
     try:
         return list(zip(*loaders, strict=True))
@@ -79,7 +79,7 @@ def test_places_are_used_again(corpus, model, train):
     for _ in loader:
         most = max(most, len(loader._places._shown_by))
     loader.close()
-    # 12 micro-batches and 2 pieces a step: those that are looked at, those behind them, those on their way.
+    # A step has 12 micro-batches and 2 pieces. Three steps are in memory: the current one, and two that are prefetched.
     assert most <= 3 * (12 + 2) + 2
 
 

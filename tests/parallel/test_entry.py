@@ -40,7 +40,7 @@ class Launches(TorchDispatchMode):
 
 @contextmanager
 def noted(launches: Launches) -> Iterator[None]:
-    """Notes collectives: of one that is waited for at once its name, of others their start and their end."""
+    """Notes the name of a collective that returns when it is done, and start and end of an asynchronous one."""
 
     def noting(name: str, collective: Callable) -> Callable:
         def call(*args, async_op: bool = False, **options):

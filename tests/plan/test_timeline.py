@@ -56,7 +56,7 @@ def passes(program):
 
 
 def test_a_step_by_hand():
-    """Two micro-batches over two stages, of which the second takes twice as long as the first."""
+    """Two micro-batches over two stages. The second stage takes twice as long as the first."""
     cost = {("forward", 0): 1, ("backward", 0): 2, ("forward", 1): 2, ("backward", 1): 4}
     timeline = simulate(parallel_of(2, 1), 2, lambda each: cost[each.kind, each.stage])
     assert actions(timeline, 0) == [

@@ -105,7 +105,7 @@ def _tolist(tensor: Tensor) -> list:
 
 @contextmanager
 def _allocations(before: int, found: list[int]):
-    """Appends the most bytes that are in use while entered, of which there are `before` at the beginning."""
+    """Appends the most bytes that are in use while entered; `before` are in use at the beginning."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         yield
     used = highest = before

@@ -22,8 +22,8 @@ BYTES = 100_000
 
 
 def messages(overlaps: bool) -> tuple[list[tuple[float, float]], float, float]:
-    """Time on the network and time that was waited for, of two all-reduces: one that is waited for at once, and one
-    behind 0.1 s of other work; how long it all took; and the sum that the second has."""
+    """Two all-reduces: the rank waits for the first at once, and does 0.1 s of other work during the second. Returns
+    the time on the network and the time waited for each, how long it all took, and the sum of the second."""
     sys.path.insert(0, str(ROOT / "tools"))
     from benchmarks.slow_network import SlowNetwork
 
