@@ -1,9 +1,9 @@
 """Buckets: optimizer groups cut between modules, each reduced as soon as the backward pass has its last gradient.
 
 DeepSpeed lays each optimizer group into a flat buffer, and every data rank owns an equal part of it. A bucket is such a
-group, so one reduce-scatter reduces it for all ranks. Without buckets the parts of a group become complete one after the
-other, and each has a single owner: that takes one reduction for each rank, with the latency of a ring of all ranks every
-time.
+group, so one reduce-scatter reduces it for all ranks. Without buckets the parts of a group become complete one after
+the other, and each has a single owner: that takes one reduction for each rank, with the latency of a ring of all ranks
+every time.
 """
 
 from collections.abc import Callable, Mapping, Sequence
