@@ -79,8 +79,8 @@ def test_places_are_used_again(corpus, model, train):
     for _ in loader:
         most = max(most, len(loader._places._shown_by))
     loader.close()
-    # A step has 12 micro-batches and 2 pieces. At most three steps are in memory: one that the reader looks at, one that
-    # waits for it, one that is on its way.
+    # A step has 12 micro-batches and 2 pieces. At most three steps are in memory: one that the reader looks at, one
+    # that waits for it, one that is on its way.
     assert most <= 3 * (12 + 2) + 2
 
 
