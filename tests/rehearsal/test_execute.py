@@ -5,7 +5,7 @@ import torch.distributed as dist
 
 from megavl.config.load import load_run
 from megavl.config.run import RunConfig
-from megavl.plan.cost import Count, item_parameters
+from megavl.plan.cost import Count, encoder_parameters, item_parameters
 from megavl.plan.mix import expected_steps
 from megavl.plan.peak import StepMemory
 from megavl.plan.split import split_model
@@ -110,8 +110,10 @@ def test_a_rank_of_a_full_size_run(pool):
     stage = split_model(config, 512)[3]
     held = sum((item_parameters(config)[item] for item in stage), start=Count())
     expected = state_bytes(config, held, 32)
+    # bf16; this rank encodes images with a copy of the encoder.
+    weights = expected.weights + 2 * encoder_parameters(config).total
     for peak in done.peaks:
-        assert peak.bytes["weights"] == pytest.approx(expected.weights, rel=1e-4)  # spacers and anchors
+        assert peak.bytes["weights"] == pytest.approx(weights, rel=1e-4)  # spacers and anchors
         assert peak.bytes["gradients"] == pytest.approx(expected.gradients, rel=1e-4)
         assert peak.bytes["masters"] + peak.bytes["moments"] == pytest.approx(expected.optimizer, rel=1e-4)
     for step, most in zip(expected_steps(config), done.peaks[1::2], strict=True):
